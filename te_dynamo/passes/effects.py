@@ -1,0 +1,79 @@
+"""What a node writes, and whether a write lies between the nodes of a pattern."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from te_dynamo.passes.graph import tensor
+
+INPLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "ilshift", "irshift")
+)
+
+
+@cache
+def _inplace_position(target: Any) -> int | None:
+    """Where a Python function such as `F.relu` takes its `inplace` flag."""
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def writes(node: Node) -> list[Node]:
+    """The argument nodes whose memory `node` writes."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    out = node.kwargs.get("out")
+    written = [n for n in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(n, Node)]
+    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    target = node.target
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        overload = target if isinstance(target, torch._ops.OpOverload) else getattr(target, target.overloads()[0])
+        for i, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+                written += [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)]
+        return written
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if first is not None and (target in INPLACE_OPERATORS or target is operator.setitem or (name.endswith("_") and not name.endswith("__"))):
+        written.append(first)
+    elif first is not None and node.op == "call_function":
+        position = _inplace_position(target)
+        if position is not None and (node.kwargs.get("inplace") or (len(node.args) > position and node.args[position])):
+            written.append(first)
+    return written
+
+
+def storage(node: Any) -> int | None:
+    """An identity of the memory behind a node's fake value: equal for a tensor and its views."""
+    value = tensor(node)
+    try:
+        return None if value is None else value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, or a wrapper subclass without storage
+        return None
+
+
+def written_between(graph: Graph, nodes: Iterable[Node]) -> Node | None:
+    """The first node that writes memory which `nodes` (a pattern, anywhere in the graph) read or make, while it is in use:
+    after the first and before the last of them. None where there is no such write."""
+    members = set(nodes)
+    memory = {storage(n) for m in members for n in (m, *m.all_input_nodes)} - {None}
+    last = max(members, key=list(graph.nodes).index)
+    started = False
+    for node in graph.nodes:
+        started = started or node in members
+        if node is last:
+            return None
+        if started and node not in members and any(storage(w) is None or storage(w) in memory for w in writes(node)):
+            return node
+    return None

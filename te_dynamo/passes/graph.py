@@ -1,0 +1,76 @@
+"""Reading and writing FX graphs of torch IR: the few verbs that every pass uses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+EXAMPLE = "example_value"  # Dynamo's name for a node's fake value
+INHERITED_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def example(node: Any) -> Any:
+    """The fake value of a node; anything that is not a node stands for itself."""
+    return node.meta.get(EXAMPLE) if isinstance(node, Node) else node
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor of a node, or None where it has none."""
+    value = example(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_call(node: Any, *targets: Callable[..., Any]) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_method(node: Any, *names: str) -> bool:
+    return isinstance(node, Node) and node.op == "call_method" and node.target in names
+
+
+def fake_mode_of(graph: Graph) -> Any:
+    """The FakeTensorMode of the graph's values (a null context where there is none, as in hand-made graphs)."""
+    for node in graph.nodes:
+        value = tensor(node)
+        if value is not None and getattr(value, "fake_mode", None) is not None:
+            return value.fake_mode
+    return contextlib.nullcontext()
+
+
+def emit(graph: Graph, target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, like: Node) -> Node:
+    """A new call of `target` at the graph's insertion point, with its fake value, and placed in the model as `like` is."""
+    node = graph.call_function(target, tuple(args), kwargs or {})
+    for key in INHERITED_META:
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    node.meta[EXAMPLE] = infer(node, fake_mode_of(graph))
+    return node
+
+
+def infer(node: Node, fake_mode: Any) -> Any:
+    """Runs a node's target on the fake values of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), example)
+    with fake_mode, torch.no_grad(), torch.amp.autocast("cpu", enabled=False):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def submodules(gm: GraphModule) -> Iterator[tuple[Node, str, GraphModule]]:
+    """The sub-graphs that higher-order operators of `gm` run: (the get_attr node, its name, the sub-graph)."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(gm, node.target, None) if "." not in node.target else None
+            if isinstance(value, GraphModule):
+                yield node, node.target, value
+
+
+def erase_if_dead(graph: Graph, nodes: Sequence[Node]) -> None:
+    """Erases those of `nodes` that nothing uses any more, users first. Only for nodes known to be pure."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in sorted((n for n in set(nodes) if n in order), key=order.__getitem__, reverse=True):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)

@@ -1,0 +1,99 @@
+"""How a rewrite rule is declared, and the engine that applies a family of them.
+
+A rule names the operations at which its pattern ends, matches backwards from there, and builds the replacement. "Not
+this pattern" (None), "this pattern, but it may not be rewritten, because ..." (`Declined`) and a match are told apart.
+A rule that raises is undone and reported; with the option `strict` the exception goes on to the user.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch.fx import Graph, GraphModule, Node
+
+from te_dynamo.passes.effects import written_between
+from te_dynamo.passes.graph import EXAMPLE, erase_if_dead
+from te_dynamo.report.sites import Sites
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A pattern was found, and may not be rewritten."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """output: the node whose value the replacement gives; nodes: every pure node of the pattern, the output among them;
+    values: what the rule needs to build the replacement."""
+
+    output: Node
+    nodes: Sequence[Node]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Rule(ABC):
+    """One pattern and what it becomes.
+
+    kind: the kind of site it makes ("linear", "norm", "attention"), for reports; ends_at: the functions at which the
+    pattern ends (its last node is a `call_function` of one of them).
+    """
+
+    kind: ClassVar[str]
+    ends_at: ClassVar[frozenset[Callable[..., Any]]]
+
+    @abstractmethod
+    def match(self, node: Node) -> Match | Declined | None:
+        """The pattern that ends at `node`."""
+
+    @abstractmethod
+    def rewrite(self, graph: Graph, match: Match) -> Node:
+        """The replacement of `match.output`, built with `emit` at the graph's insertion point (before the output)."""
+
+
+def apply(rules: Sequence[Rule], gm: GraphModule, sites: Sites) -> None:
+    """Applies each rule wherever it matches, in the graph's order; the first rule that matches a node wins."""
+    graph = gm.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node._erased:
+            continue
+        for rule in rules:
+            if node.target in rule.ends_at and _try(rule, graph, node, sites):
+                break
+
+
+def _try(rule: Rule, graph: Graph, node: Node, sites: Sites) -> bool:
+    before = set(graph.nodes)
+    try:
+        match = rule.match(node)
+        if match is None:
+            return False
+        if isinstance(match, Declined):
+            sites.declined(node, rule.kind, match.reason)
+            return False
+        writer = written_between(graph, match.nodes)
+        if writer is not None:
+            sites.declined(node, rule.kind, f"{writer.name} ({writer.target}) writes in place to memory that the pattern is using")
+            return False
+        with graph.inserting_before(match.output):
+            new = rule.rewrite(graph, match)
+    except Exception as error:
+        if sites.strict:
+            raise
+        for added in reversed([n for n in graph.nodes if n not in before]):
+            graph.erase_node(added)
+        log.warning("te_dynamo: %s failed on %s and was undone: %s", type(rule).__name__, node.name, error)
+        sites.declined(node, rule.kind, f"the rule {type(rule).__name__} failed: {type(error).__name__}: {error}")
+        return False
+    # Later views in the graph alias the old output's fake value: the new node takes it over.
+    new.meta[EXAMPLE] = match.output.meta.get(EXAMPLE, new.meta.get(EXAMPLE))
+    match.output.replace_all_uses_with(new)
+    erase_if_dead(graph, match.nodes)
+    return True

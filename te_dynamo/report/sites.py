@@ -1,0 +1,75 @@
+"""The record of what was found in a graph: each site, taken or not, and why not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def clean_path(name: str) -> str:
+    """A module path as `named_modules()` spells it, from the way Dynamo spells it.
+
+    >>> clean_path("L['self']._modules['model']._modules['layers']._modules['0']._parameters['weight']")
+    'model.layers.0.weight'
+    >>> clean_path("L['args'][0].model.layers[3].mlp")
+    'model.layers.3.mlp'
+    """
+    name = re.sub(r"^[LG]\['[^']*'\](\[\d+\])?", "", name)
+    name = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", name)
+    name = re.sub(r"\['?([^'\]]*)'?\]", r".\1", name)
+    return ".".join(part for part in name.split(".") if part and part not in WRAPPERS)
+
+
+def module_path(node: Node) -> str:
+    """The path of the module in whose forward the node stands, inside the compiled module."""
+    stack = node.meta.get("nn_module_stack")
+    return clean_path(list(stack.values())[-1][0]) if stack else ""
+
+
+@dataclass
+class Site:
+    """One place of the model that was considered.
+
+    kind: "linear", "norm_linear", "norm", "attention"; path: the module's path inside the compiled module; provider:
+    who computes it, None where it was left as it was; reason: why it was left; layout: of an attention; flops: of
+    its forward GEMMs, at the sizes it was compiled with; node: the name of its node in Dynamo's graph.
+    """
+
+    kind: str
+    path: str
+    node: str
+    provider: str | None = None
+    reason: str | None = None
+    recipe: str | None = None
+    layout: str | None = None
+    flops: int = 0
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class Sites:
+    """All sites of one compiled graph."""
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self.all: list[Site] = []
+
+    def __iter__(self):
+        return iter(self.all)
+
+    def add(self, site: Site) -> Site:
+        self.all.append(site)
+        return site
+
+    def declined(self, node: Node, kind: str, reason: str) -> None:
+        """Records that a pattern which ends at `node` was found, and left as it was."""
+        if not any(s.node == node.name and s.kind == kind for s in self.all):
+            self.add(Site(kind=kind, path=module_path(node), node=node.name, reason=reason))
+
+    def taken_over(self, node: Node) -> None:
+        """Forgets what was declined at a node that another rule has taken after all."""
+        self.all = [s for s in self.all if s.node != node.name or s.provider is not None]
