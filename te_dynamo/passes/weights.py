@@ -1,0 +1,111 @@
+"""Which tensors of a graph are weights: parameters, seen through the casts and views between them and their use."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from te_dynamo.passes.graph import is_call, is_method, tensor
+from te_dynamo.report.sites import clean_path
+
+VIEWS: tuple[Callable[..., Any], ...] = (
+    torch.chunk,
+    torch.flatten,
+    torch.narrow,
+    torch.permute,
+    torch.reshape,
+    torch.split,
+    torch.squeeze,
+    torch.t,
+    torch.transpose,
+    torch.unsqueeze,
+)
+METHOD_VIEWS = ("to", "contiguous", "detach", "narrow", "select", "unbind", "unflatten")
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """root: the parameter's placeholder; chain: the casts and views that lead from it to the node asked about, in order."""
+
+    root: Node
+    chain: tuple[Node, ...]
+
+
+def weight_of(node: Any) -> WeightRef | None:
+    """The parameter behind `node`, or None where there is none, or where it is more than cast and viewed."""
+    root, chain = origin(node)
+    return WeightRef(root, chain) if root is not None and is_parameter(root) else None
+
+
+def origin(node: Any) -> tuple[Node | None, tuple[Node, ...]]:
+    """The node that `node` is a cast or view of, and what leads from it to `node`."""
+    chain: list[Node] = []
+    while is_view(node):
+        chain.append(node)
+        node = node.args[0]
+    return (node if isinstance(node, Node) else None), tuple(reversed(chain))
+
+
+def is_view(node: Any) -> bool:
+    """Whether `node` only casts, reorders or selects parts of its first argument."""
+    if is_call(node, operator.getitem):
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return not any(isinstance(i, (Node, list)) for i in index)
+    return is_call(node, *VIEWS) or is_method(node, *METHOD_VIEWS)
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a placeholder is a parameter: of a module, closed over, or an argument that is trained as one (a 2-D leaf).
+
+    In the sub-graph of a higher-order operator no placeholder says where it comes from: `meta["te_parameter"]` does.
+    """
+    value = tensor(node)
+    if node.op != "placeholder" or value is None:
+        return False
+    return is_owned(node) or (value.requires_grad and value.is_leaf and value.dim() == 2)
+
+
+def is_owned(node: Node) -> bool:
+    """Whether a placeholder is a parameter for certain, and not an argument that happens to require grad."""
+    declared = bool(node.meta.get("te_parameter")) or "._parameters['" in source_of(node)
+    return node.op == "placeholder" and (declared or isinstance(tensor(node), torch.nn.Parameter))
+
+
+def depends_on_weights_only(node: Any) -> bool:
+    """Whether `node` is computed from at least one parameter and from nothing that changes with the model's inputs."""
+    found, seen, stack = False, set(), [node]
+    while stack:
+        current = stack.pop()
+        if not isinstance(current, Node) or current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            if is_owned(current):
+                found = True
+            elif "._buffers['" not in source_of(current):
+                return False
+        stack.extend(current.all_input_nodes)
+    return found
+
+
+def source_of(node: Node) -> str:
+    """Dynamo's name for where a placeholder comes from; "" where it has none."""
+    source = getattr(node, "_dynamo_source", None)
+    return source.name if source is not None and isinstance(source.name, str) else ""
+
+
+def path_of(placeholder: Node) -> str:
+    """The path of the module that owns a parameter, inside the compiled module, with the parameter's name where it is not
+    "weight"; a variable's name for a parameter that no module owns; "" where the graph does not tell."""
+    source = source_of(placeholder)
+    path = clean_path(source)
+    if not path:
+        variable = re.fullmatch(r"[LG]\['([^']*)'\].*", source)
+        return variable.group(1) if variable and variable.group(1) != "self" else ""
+    return path.removesuffix("weight").removesuffix(".") if path.split(".")[-1] == "weight" else path
