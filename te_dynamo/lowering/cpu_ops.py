@@ -1,0 +1,141 @@
+"""The `native` provider's operators on a CPU: one opaque operator a site and direction.
+
+Opaque because Inductor's C++ for every quantization, each reading its scale at another offset, would make compile time
+grow with the number of sites; a CPU gains little from fusing them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from te_dynamo.lowering import linears
+from te_dynamo.lowering.fp8 import E4M3
+from te_dynamo.lowering.linears import NATIVE_CPU, Layout, Needs
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _layout(weights: Sequence[Tensor], merged: bool, interleave: int) -> Layout:
+    return Layout(tuple(w.shape[0] for w in weights), merged, interleave)
+
+
+@torch.library.custom_op("te_dynamo::linears_fwd", mutates_args=())
+def linears_fwd(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    scale: Tensor | None,
+    f: int,
+    merged: bool,
+    interleave: int,
+    out_dtype: torch.dtype,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """x [..., K] -> (outputs [..., N] of each GEMM, x8 [T, K], scales used [1 + GEMMs], amax [2n])."""
+    layout = _layout(weights, merged, interleave)
+    ys, x8, used, amax = linears.forward(
+        NATIVE_CPU, _rows(x), weights, biases, scale, f, layout, out_dtype, first=True
+    )
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys], x8, used, amax
+
+
+@linears_fwd.register_fake
+def _(x, weights, biases, scale, f, merged, interleave, out_dtype):
+    layout = _layout(weights, merged, interleave)
+    f32 = {"dtype": torch.float32}
+    ys = [x.new_empty(*x.shape[:-1], sum(layout.sizes[i] for i in block), dtype=out_dtype) for block in layout.blocks()]
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return ys, x.new_empty(rows, x.shape[-1], dtype=E4M3), x.new_empty(1 + len(ys), **f32), x.new_empty(2 * len(weights), **f32)
+
+
+@torch.library.custom_op("te_dynamo::linears_bwd", mutates_args=())
+def linears_bwd(
+    grads: list[Tensor],
+    x8: Tensor | None,
+    weights: list[Tensor],
+    used: Tensor,
+    grad_scale: Tensor | None,
+    g: int,
+    merged: bool,
+    interleave: int,
+    need_x: bool,
+    need_weights: list[bool],
+    need_biases: list[bool],
+    x_dtype: torch.dtype,
+) -> tuple[list[Tensor], Tensor]:
+    """grads [..., N] of each GEMM -> (the wanted ones of dx [..., K], each dw, each db f32, in this order; amax [n])."""
+    layout = _layout(weights, merged, interleave)
+    needs = Needs(need_x, tuple(need_weights), tuple(need_biases))
+    dx, dws, dbs, amax = linears.backward(
+        NATIVE_CPU, [_rows(t) for t in grads], x8, weights, used, grad_scale, g, layout, needs, x_dtype, first=True
+    )
+    if dx is not None:
+        dx = dx.reshape(*grads[0].shape[:-1], dx.shape[-1])
+    return [t for t in (dx, *dws, *dbs) if t is not None], amax
+
+
+@linears_bwd.register_fake
+def _(grads, x8, weights, used, grad_scale, g, merged, interleave, need_x, need_weights, need_biases, x_dtype):
+    new = grads[0].new_empty
+    out = [new(*grads[0].shape[:-1], weights[0].shape[1], dtype=x_dtype)] if need_x else []
+    out += [new(w.shape, dtype=w.dtype) for w, needed in zip(weights, need_weights, strict=True) if needed]
+    out += [new(w.shape[0], dtype=torch.float32) for w, needed in zip(weights, need_biases, strict=True) if needed]
+    return out, new(len(weights), dtype=torch.float32)
+
+
+@torch.library.custom_op("te_dynamo::linears_inference", mutates_args=())
+def linears_inference(
+    x: Tensor,
+    w8s: list[Tensor],
+    w_invs: list[Tensor],
+    biases: list[Tensor | None],
+    scale: Tensor | None,
+    f: int,
+    sizes: list[int],
+    merged: bool,
+    interleave: int,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """x [..., K], the FP8 weight [N, K] and scale_inv of each GEMM -> the output [..., N] of each GEMM."""
+    layout = Layout(tuple(sizes), merged, interleave)
+    ys = linears.inference(NATIVE_CPU, _rows(x), w8s, w_invs, biases, scale, f, layout, out_dtype, first=True)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+@linears_inference.register_fake
+def _(x, w8s, w_invs, biases, scale, f, sizes, merged, interleave, out_dtype):
+    return [x.new_empty(*x.shape[:-1], w8.shape[0], dtype=out_dtype) for w8 in w8s]
+
+
+def spread(present: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:
+    """Puts the tensors that there are back where the mask says (a list that an operator returns cannot hold None)."""
+    source = iter(present)
+    return [next(source) if there else None for there in mask]
+
+
+def _size(shape: Sequence[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+@register_flop_formula(torch.ops.te_dynamo.linears_fwd)
+def _(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+    return sum(2 * _size(x_shape) * w[0] for w in weight_shapes)
+
+
+@register_flop_formula(torch.ops.te_dynamo.linears_inference)
+def _(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+    return sum(2 * _size(x_shape) * w[0] for w in weight_shapes)
+
+
+@register_flop_formula(torch.ops.te_dynamo.linears_bwd)
+def _(grad_shapes, x8, weight_shapes, used, grad_scale, g, merged, interleave, need_x, need_weights, *args, out_shape=None, **kwargs) -> int:
+    tokens = _size(grad_shapes[0][:-1])
+    return sum(2 * tokens * _size(w) * (need_x + needed) for w, needed in zip(weight_shapes, need_weights, strict=True))

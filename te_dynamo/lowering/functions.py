@@ -1,0 +1,124 @@
+"""What stands in a lowered graph: plain Python functions over tensors that AOTAutograd traces through.
+
+They hold the autograd of each operation once, whatever the provider, and carry the gradients' amaxes: a site takes a
+piece of `sink`, a tensor that requires grad and is used for nothing, and the piece's "gradient" is what backward
+measured. `collect` gathers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from te_dynamo.lowering.linears import Layout, Needs
+from te_dynamo.lowering.providers import provider_named
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sink: Tensor, grad_amax: Tensor, sizes: Sequence[int], keep_infinite: bool) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.grad_amax, ctx.keep_infinite = grad_amax, keep_infinite
+        return torch.split(sink, sizes)
+
+    @staticmethod
+    def backward(ctx, *amaxes: Tensor):  # type: ignore[override]
+        ctx.grad_amax.copy_(torch.maximum(ctx.grad_amax, usable(torch.cat(amaxes), ctx.keep_infinite)))
+        return None, None, None, None
+
+
+def usable(amax: Tensor, keep_infinite: bool) -> Tensor:
+    """What of an amax may enter a history: an infinite one would freeze its scale until it rolls out."""
+    return amax if keep_infinite else torch.where(torch.isfinite(amax), amax, torch.zeros_like(amax))
+
+
+def collect(sink: Tensor, grad_amax: Tensor, sizes: Sequence[int], keep_infinite: bool) -> tuple[Tensor, ...]:
+    """Splits `sink` [G] into a piece for each site; in backward the pieces' amaxes are max-written into `grad_amax` [G].
+
+    One packed write, in the backward graph itself: it happens under `backward()`, `autograd.grad` and
+    `backward(inputs=...)` alike.
+    """
+    return _Collect.apply(sink, grad_amax, sizes, keep_infinite)
+
+
+def record(amaxes: Sequence[Tensor], keep_infinite: bool) -> Tensor:
+    """The forward amaxes of a graph as one tensor [F], outside of autograd."""
+    return usable(torch.cat([torch.detach(a) for a in amaxes]), keep_infinite)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, grad_scale, sink, provider, f, g, layout, out_dtype, first, *weights_and_biases):  # type: ignore[override]
+        n = len(layout.sizes)
+        weights, biases = weights_and_biases[:n], weights_and_biases[n:]
+        ys, x8, used, amax = provider_named(provider).linears_forward(x, weights, biases, scale, f, layout, out_dtype, first)
+        wanted = ctx.needs_input_grad[-2 * n :]
+        ctx.needs = Needs(ctx.needs_input_grad[0], tuple(wanted[:n]), tuple(wanted[n:]))
+        ctx.save_for_backward(x8 if any(ctx.needs.weights) else None, used, grad_scale, *weights)
+        ctx.attributes = (provider, g, layout, first, x.dtype, [None if b is None else b.dtype for b in biases])
+        ctx.mark_non_differentiable(amax)
+        return (*ys, amax)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[override]
+        provider, g, layout, first, x_dtype, bias_dtypes = ctx.attributes
+        x8, used, grad_scale, *weights = ctx.saved_tensors
+        dx, dws, dbs, amax = provider_named(provider).linears_backward(
+            grads[:-1], x8, weights, used, grad_scale, g, layout, ctx.needs, x_dtype, first
+        )
+        dbs = [None if db is None else db.to(dtype) for db, dtype in zip(dbs, bias_dtypes, strict=True)]
+        return (dx, None, None, amax, *[None] * 6, *dws, *dbs)
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    grad_scale: Tensor | None,
+    sink: Tensor | None,
+    *,
+    provider: str,
+    f: int,
+    g: int,
+    merged: bool,
+    interleave: int,
+    out_dtype: torch.dtype,
+    first: bool,
+) -> list[Tensor]:
+    """FP8 training linears of one input: `[*outputs, amax]`.
+
+    x: [..., K]; weights: [N_i, K]; biases: [N_i] or None; scale: f32 [F] or None; grad_scale: f32 [G] or None;
+    sink: f32 [n], the piece of the sink, or None. The outputs are [..., N_i], or [..., heads, interleave]; amax is f32
+    [2n]. first: a slot whose scale is 0 takes it from its own tensor.
+    """
+    layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
+    *ys, amax = _Linears.apply(
+        x, scale, grad_scale, sink, provider, f, g, layout, out_dtype, first, *weights, *biases
+    )
+    return [*(layout.split(ys[0]) if merged else ys), amax]
+
+
+def linears_inference(
+    x: Tensor,
+    w8s: Sequence[Tensor],
+    w_invs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    *,
+    provider: str,
+    f: int,
+    sizes: Sequence[int],
+    merged: bool,
+    interleave: int,
+    out_dtype: torch.dtype,
+    first: bool,
+) -> list[Tensor]:
+    """FP8 linears of one input with weights that are quantised already, without gradients.
+
+    x: [..., K]; w8s, w_invs: the FP8 weight [N, K] and its f32 scale_inv for each GEMM; the rest as in `linears`.
+    """
+    layout = Layout(tuple(sizes), merged, interleave)
+    ys = provider_named(provider).linears_inference(x, w8s, w_invs, biases, scale, f, layout, out_dtype, first)
+    return list(layout.split(ys[0])) if merged else list(ys)

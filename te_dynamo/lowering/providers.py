@@ -1,0 +1,219 @@
+"""The providers: who computes a semantic operation in FP8, where each is available, and which one a site gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from te_dynamo.lowering import cpu_ops, linears
+from te_dynamo.lowering.linears import Gemm, Layout, Needs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT_ON_GPU = 16  # FP8 GEMM on NVIDIA: K and N; the token count is padded inside
+
+
+class Provider(Protocol):
+    """What a provider is: a name, where it is available, what it supports, and its kernels.
+
+    `unavailable` and `unsupported` answer None, or the reason as a clause for a report. opaque: its kernels decide on
+    unset scales by themselves, so that one graph serves the first step and all others.
+    """
+
+    name: str
+    opaque: bool
+
+    def unavailable(self, device: torch.device) -> str | None: ...
+
+    def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None: ...
+
+    def linears_forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        scale: Tensor | None,
+        f: int,
+        layout: Layout,
+        out_dtype: torch.dtype,
+        first: bool,
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]: ...
+
+    def linears_backward(
+        self,
+        grads: Sequence[Tensor],
+        x8: Tensor | None,
+        weights: Sequence[Tensor],
+        used: Tensor,
+        grad_scale: Tensor | None,
+        g: int,
+        layout: Layout,
+        needs: Needs,
+        x_dtype: torch.dtype,
+        first: bool,
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor]: ...
+
+    def linears_inference(
+        self,
+        x: Tensor,
+        w8s: Sequence[Tensor],
+        w_invs: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        scale: Tensor | None,
+        f: int,
+        layout: Layout,
+        out_dtype: torch.dtype,
+        first: bool,
+    ) -> list[Tensor]: ...
+
+
+class Generated:
+    """Quantization as plain torch, left to Inductor to fuse with its neighbours, around a provider's GEMM."""
+
+    opaque = False
+
+    def __init__(self, name: str, gemm: Gemm) -> None:
+        self.name, self.gemm = name, gemm
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
+        return unsupported_dtype(dtype)
+
+    def linears_forward(self, x, weights, biases, scale, f, layout, out_dtype, first):
+        rows = x.reshape(-1, x.shape[-1])
+        ys, x8, used, amax = linears.forward(
+            self.gemm, rows, weights, biases, scale, f, layout, out_dtype, first
+        )
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys], x8, used, amax
+
+    def linears_backward(self, grads, x8, weights, used, grad_scale, g, layout, needs, x_dtype, first):
+        lead = grads[0].shape[:-1]
+        rows = [t.reshape(-1, t.shape[-1]) for t in grads]
+        dx, dws, dbs, amax = linears.backward(
+            self.gemm, rows, x8, weights, used, grad_scale, g, layout, needs, x_dtype, first
+        )
+        return (None if dx is None else dx.reshape(*lead, dx.shape[-1])), dws, dbs, amax
+
+    def linears_inference(self, x, w8s, w_invs, biases, scale, f, layout, out_dtype, first):
+        rows = x.reshape(-1, x.shape[-1])
+        ys = linears.inference(self.gemm, rows, w8s, w_invs, biases, scale, f, layout, out_dtype, first)
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+class NativeOnGPU(Generated):
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"this form of it is for CUDA devices, not {device.type}"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            return f"FP8 GEMMs need compute capability 8.9 (Ada, Hopper, Blackwell), this device has {capability[0]}.{capability[1]}"
+        return None
+
+    def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
+        for name, size in (("in_features", k), ("out_features", n)):
+            if size % ALIGNMENT_ON_GPU:
+                return f"{name} {size} is not a multiple of {ALIGNMENT_ON_GPU}, which FP8 GEMMs on a GPU need"
+        return unsupported_dtype(dtype)
+
+
+class NativeOnCPU:
+    """One opaque operator a site and direction (see `cpu_ops`)."""
+
+    name = "native"
+    opaque = True
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"this form of it is for the CPU, not {device.type}"
+
+    def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
+        return unsupported_dtype(dtype)
+
+    def linears_forward(self, x, weights, biases, scale, f, layout, out_dtype, first):
+        return torch.ops.te_dynamo.linears_fwd(
+            x, list(weights), list(biases), scale, f, layout.merged, layout.interleave, out_dtype
+        )
+
+    def linears_backward(self, grads, x8, weights, used, grad_scale, g, layout, needs, x_dtype, first):
+        present, amax = torch.ops.te_dynamo.linears_bwd(
+            list(grads),
+            x8,
+            list(weights),
+            used,
+            grad_scale,
+            g,
+            layout.merged,
+            layout.interleave,
+            needs.x,
+            list(needs.weights),
+            list(needs.biases),
+            x_dtype,
+        )
+        mask = [needs.x, *needs.weights, *needs.biases]
+        dx, *rest = cpu_ops.spread(present, mask)
+        return dx, rest[: len(weights)], rest[len(weights) :], amax
+
+    def linears_inference(self, x, w8s, w_invs, biases, scale, f, layout, out_dtype, first):
+        return torch.ops.te_dynamo.linears_inference(
+            x,
+            list(w8s),
+            list(w_invs),
+            list(biases),
+            scale,
+            f,
+            list(layout.sizes),
+            layout.merged,
+            layout.interleave,
+            out_dtype,
+        )
+
+
+class TransformerEngine:
+    """The place of the Transformer Engine provider; its kernels are not there yet."""
+
+    name = "te"
+    opaque = False
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return "the transformer_engine provider is not part of this release"
+
+
+def unsupported_dtype(dtype: torch.dtype) -> str | None:
+    return None if dtype in DTYPES else f"dtype {str(dtype).removeprefix('torch.')} has no FP8 path (float32, bfloat16, float16 do)"
+
+
+REFERENCE = Generated("reference", linears.REFERENCE)
+NATIVE = {"cpu": NativeOnCPU(), "cuda": NativeOnGPU("native", linears.NATIVE_CUDA)}
+
+
+@cache
+def provider_named(key: str) -> Any:
+    """The provider of a key as stored in a graph: "reference", "native:cpu", "native:cuda"."""
+    name, _, device = key.partition(":")
+    if name == "reference":
+        return REFERENCE
+    if name == "native" and device in NATIVE:
+        return NATIVE[device]
+    raise KeyError(f"no provider is called {key!r}")
+
+
+def choose(requested: str, device: torch.device) -> tuple[str | None, str | None]:
+    """The key of the provider for a device, or None and the reason.
+
+    Raises RuntimeError where a provider that was asked for by name is not available.
+    """
+    if requested == "te":
+        raise RuntimeError(f"te_fp8: provider='te' is not available: {TransformerEngine().unavailable(device)}. Remedy: provider='auto'.")
+    if requested == "reference":
+        return "reference", None
+    native = NATIVE.get(device.type)
+    reason = f"no FP8 provider for device {device.type}" if native is None else native.unavailable(device)
+    if reason is None:
+        return f"native:{device.type}", None
+    if requested == "native":
+        raise RuntimeError(f"te_fp8: provider='native' is not available: {reason}. Remedy: provider='auto' or 'reference'.")
+    return None, reason
