@@ -1,0 +1,412 @@
+"""FP8 attention: its numbers against high precision and against Transformer Engine's emulation, its two operations, its tracing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from te_dynamo.lowering import fp8, fp8_attention
+from te_dynamo.lowering.fp8 import E4M3, E5M2
+from te_dynamo.lowering.fp8_attention import attention, unsupported
+
+OPS = torch.ops.te_dynamo
+B, H, S, D = 2, 4, 512, 64
+
+
+def sqnr(reference: torch.Tensor, x: torch.Tensor) -> float:
+    reference, x = reference.detach().double(), x.detach().double()
+    return 10 * math.log10(reference.square().sum() / (reference - x).square().sum())
+
+
+def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def qkv(b=B, h=H, h_kv=None, s=S, s_kv=None, d=D, d_v=None, dtype=torch.float32) -> list[torch.Tensor]:
+    h_kv, s_kv, d_v = h_kv or h, s_kv or s, d_v or d
+    return [
+        gaussian(b, h, s, d, dtype=dtype, seed=0),
+        gaussian(b, h_kv, s_kv, d, dtype=dtype, seed=1),
+        gaussian(b, h_kv, s_kv, d_v, dtype=dtype, seed=2),
+    ]
+
+
+def gradients(fn, tensors, do):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = fn(*leaves)
+    return out.detach(), torch.autograd.grad(out, leaves, do.to(out.dtype))
+
+
+def high_precision(tensors, do, attn_mask=None, **kwargs):
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.double()
+    with sdpa_kernel(SDPBackend.MATH):  # the CPU's flash attention loses a row whose scores are all the lowest float
+        return gradients(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask, **kwargs), [x.double() for x in tensors], do)
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(("quantize_output", "expected"), [(False, 25.4), (True, 24.4)])
+def test_output_has_the_error_that_four_or_five_e4m3_roundings_give(quantize_output, expected):
+    # Rounding a Gaussian to E4M3 is noise 31.5 dB below it. O gathers that of V, of S, and of Q and K (by way of the
+    # scores, whose absolute error is a relative one of S): 31.5 - 10 log10(4) = 25.5; with O rounded too, a fifth: 24.5.
+    q, k, v = qkv()
+    o, _ = attention(q, k, v, quantize_output=quantize_output)
+    assert abs(sqnr(F.scaled_dot_product_attention(q.double(), k.double(), v.double()), o) - expected) < 0.5
+
+
+@pytest.mark.parametrize(("quantize_gradients", "expected"), [(False, (20.7, 20.7, 23.1)), (True, (19.5, 19.5, 21.1))])
+@pytest.mark.parametrize("quantize_output", [False, True])
+def test_gradients_have_the_error_of_their_roundings(quantize_output, quantize_gradients, expected):
+    # E5M2's noise is 25.5 dB down, four times E4M3's. In units of E4M3's, 31.5 dB down: dQ and dK gather q and k (2, by
+    # way of S), v (1), dO (4), dP (4), and k or q once more (1): 12, or 20.7 dB. dV: q, k (2), S (1), dO (4): 7, or 23.1 dB.
+    # What the gradient's own rounding (4) adds makes 16, or 19.5 dB, and 11, or 21.1 dB.
+    tensors, do = qkv(), gaussian(B, H, S, D, seed=3)
+    _, reference = high_precision(tensors, do)
+    _, found = gradients(
+        lambda q, k, v: attention(q, k, v, quantize_output=quantize_output, quantize_gradients=quantize_gradients)[0], tensors, do
+    )
+    for want, got, level in zip(reference, found, expected, strict=True):
+        assert abs(sqnr(want, got) - level) < 0.5
+
+
+class Emulated(torch.autograd.Function):
+    """A tensor rounded through FP8 in forward, its gradient in backward; either left out by None. scale: None is by its own amax."""
+
+    @staticmethod
+    def forward(ctx, x, dtype, gradient_dtype, gradient_scale=None):
+        ctx.gradient_dtype, ctx.gradient_scale = gradient_dtype, gradient_scale
+        return Emulated.rounded(x, dtype, None)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Emulated.rounded(grad, ctx.gradient_dtype, ctx.gradient_scale), None, None, None
+
+    @staticmethod
+    def rounded(x, dtype, scale):
+        if dtype is None:
+            return x
+        scale = fp8.scale_of(x.abs().max().float(), dtype) if scale is None else scale
+        return fp8.quantize(x, scale, dtype).double() / scale.double()
+
+
+class FusedSoftmax(torch.autograd.Function):
+    """A softmax whose backward sums what a fused kernel sums, dO * O: the rounded S times dS."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        probabilities = scores.softmax(-1)
+        ctx.save_for_backward(probabilities)
+        return probabilities
+
+    @staticmethod
+    def backward(ctx, ds):
+        (probabilities,) = ctx.saved_tensors
+        return probabilities * (ds - (Emulated.rounded(probabilities, E4M3, None) * ds).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("softmax", "closeness"), [(FusedSoftmax.apply, 70), (lambda x: x.softmax(-1), 28)])
+def test_is_what_transformer_engine_emulates(causal, softmax, closeness):
+    # UnfusedDotProductAttention with FP8 emulation: QKV, S, dO and dP are rounded, P, O, dS and dQKV are not. Its softmax is
+    # torch's, which in backward sums the S that is not rounded: many a dP falls to the other side of the edge between two
+    # E5M2 numbers, 12% to 25% apart (and were dP's scale its own amax's, they would all be rounded another way).
+    tensors, do = qkv(s=128), gaussian(B, H, 128, D, seed=3)
+    scale = torch.tensor([0.0] * 6 + [4096.0, 0.0])
+
+    def emulation(q, k, v):
+        q, k, v = (Emulated.apply(x, E4M3, None) for x in (q, k, v))
+        scores = Emulated.apply(q @ k.mT / D**0.5, None, E5M2, scale[6])
+        if causal:
+            scores = scores.masked_fill(torch.ones(128, 128, dtype=torch.bool).triu(1), -torch.inf)
+        probabilities = Emulated.apply(softmax(scores), E4M3, None)
+        return Emulated.apply(probabilities @ v, None, E5M2)
+
+    want, want_gradients = gradients(emulation, [x.double() for x in tensors], do)
+    got, got_gradients = gradients(lambda q, k, v: attention(q, k, v, None, scale, g=5, causal=causal)[0], tensors, do)
+    dq, dk, dv = (sqnr(*x) for x in zip(want_gradients, got_gradients, strict=True))
+    assert min(sqnr(want, got), dv) > 70
+    assert min(dq, dk) > closeness
+
+
+def test_definition_shares_torch_s_meaning_of_every_argument():
+    q, k, v = qkv(h=4, h_kv=2, s=48, s_kv=80, d=32, d_v=16)
+    do = gaussian(B, 4, 48, 16, seed=3)
+    lower = torch.ones(48, 80, dtype=torch.bool).tril()
+    boolean = gaussian(B, 1, 48, 80, seed=4) > -0.5
+    for kwargs in (
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": lower},
+        {"attn_mask": boolean},
+        {"attn_mask": gaussian(1, 4, 48, 80, seed=5)},
+    ):
+        want, want_gradients = high_precision([q, k, v], do, enable_gqa=True, **kwargs)
+        ours = {"causal": kwargs.get("is_causal", False), "softmax_scale": kwargs.get("scale"), "mask": kwargs.get("attn_mask")}
+        got, got_gradients = gradients(lambda *x, ours=ours: attention(*x, enable_gqa=True, **ours)[0], [q, k, v], do)
+        assert sqnr(want, got) > 23, kwargs
+        for pair in zip(want_gradients, got_gradients, strict=True):
+            assert sqnr(*pair) > 18, kwargs
+
+
+@pytest.mark.parametrize("never", [-torch.inf, torch.finfo(torch.float32).min])
+def test_rows_in_which_nothing_may_be_seen(never):
+    # With -inf torch gives such a row zeros; with the lowest float, as HF builds its masks, it becomes uniform.
+    q, k, v = qkv(s=32)
+    do = gaussian(B, H, 32, D, seed=3)
+    mask = torch.zeros(32, 32)
+    mask[3], mask[:, 20:] = never, never
+    want, want_gradients = high_precision([q, k, v], do, attn_mask=mask)
+    got, got_gradients = gradients(lambda *x: attention(*x, mask)[0], [q, k, v], do)
+    assert sqnr(want, got) > 24
+    for pair in zip(want_gradients, got_gradients, strict=True):
+        assert sqnr(*pair) > 18
+
+
+def test_result_is_in_the_callers_dtype():
+    for dtype in (torch.bfloat16, torch.float16):
+        tensors, do = qkv(s=64, dtype=dtype), gaussian(B, H, 64, D, seed=3)
+        o, (dq, dk, dv) = gradients(lambda q, k, v: attention(q, k, v)[0], tensors, do)
+        assert {x.dtype for x in (o, dq, dk, dv)} == {dtype}
+        assert sqnr(high_precision(tensors, do)[0], o) > 24.5
+
+
+def test_autocast_does_not_reach_the_definition():
+    q, k, v = qkv(s=64)
+    with torch.amp.autocast("cpu", torch.bfloat16):
+        inside, _ = attention(q, k, v)
+    torch.testing.assert_close(inside, attention(q, k, v)[0], rtol=0, atol=0)
+
+
+def test_nan_reaches_the_output_and_no_amax():
+    q, k, v = qkv(s=32)
+    v[0, 0, 3, 0] = torch.nan
+    o, amax = attention(q, k, v)
+    assert o[0, 0, :, 0].isnan().all()
+    assert not o[1].isnan().any()
+    assert amax.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [{"b": 0}, {"s": 0}, {"s": 1, "s_kv": 7}, {"h": 1, "s": 1}])
+def test_odd_sizes(shape):
+    tensors = [
+        x[:, :, :0] if shape.get("s") == 0 and i == 0 else x for i, x in enumerate(qkv(**{"s": 5, **{k: v for k, v in shape.items() if v}}))
+    ]
+    if "b" in shape:
+        tensors = [x[:0] for x in tensors]
+    o, grads = gradients(lambda q, k, v: attention(q, k, v)[0], tensors, torch.ones_like(tensors[0]))
+    assert o.shape == tensors[0].shape
+    assert all(g.isfinite().all() for g in grads)
+
+
+# --- scales
+
+
+def test_slots_give_the_scales_and_unset_ones_take_their_own_amax():
+    q, k, v = qkv(s=64)
+    scale = torch.zeros(20)
+    own = OPS.attention_fwd(q, k, v, None, None, 0, False, 0.125, True, "bshd")
+    for a, b in zip(own, OPS.attention_fwd(q, k, v, None, scale, 7, False, 0.125, True, "bshd"), strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0)
+    torch.testing.assert_close(own[7], torch.stack([*(x.abs().max() for x in (q, k, v)), own[7][3], own[7][4]]))
+    probabilities = ((q / 8) @ k.mT).softmax(-1)
+    torch.testing.assert_close(own[7][3], probabilities.max(), rtol=0.2, atol=0)
+
+    scale[7:12] = torch.tensor([8.0, torch.nan, 16.0, 448.0, 32.0])
+    given = OPS.attention_fwd(q, k, v, None, scale, 7, False, 0.125, True, "bshd")
+    scale_inv = given[5]
+    torch.testing.assert_close(scale_inv[[0, 2, 3, 4]], 1 / scale[[7, 9, 10, 11]])
+    assert scale_inv[1] == own[5][1]
+    torch.testing.assert_close(given[2].float(), (q * 8).to(E4M3).float(), rtol=0, atol=0)
+    torch.testing.assert_close(own[7][:3], given[7][:3])
+
+
+def test_gradient_slots_and_their_amaxes_through_the_sink():
+    tensors, do = qkv(s=64), gaussian(B, H, 64, D, seed=3)
+    leaves = [x.requires_grad_() for x in tensors]
+    for given in (None, torch.zeros(9), torch.tensor([0.0] * 5 + [0.0, 1024.0, 4096.0, 512.0])):
+        sink = torch.zeros(3, requires_grad=True)
+        o, amax = attention(*leaves, scale=given, sink=sink, g=6, quantize_gradients=True)
+        assert not amax.requires_grad
+        *grads, gradient_amax = torch.autograd.grad(o, [*leaves, sink], do)
+        assert gradient_amax[0] == do.abs().max()
+        scale = fp8.scale_of(gradient_amax[2], E5M2) if given is None or not given.any() else given[8]
+        for x in grads:
+            torch.testing.assert_close(x, fp8.quantize(x, scale, E5M2).float() / scale)
+    for x in grads:
+        assert x.abs().max() <= gradient_amax[2] * (1 + 2**-3)
+
+
+def test_second_derivative_is_an_error():
+    leaves = [x.requires_grad_() for x in qkv(s=16)]
+    (dq,) = torch.autograd.grad(attention(*leaves)[0].square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+# --- memory
+
+
+def test_blocks_change_nothing(monkeypatch):
+    tensors, do = qkv(b=3, h=3, s=40, s_kv=24), gaussian(3, 3, 40, D, seed=3)
+    mask = gaussian(3, 1, 40, 24, seed=4)
+    whole, grads = gradients(lambda q, k, v: attention(q, k, v, mask)[0], tensors, do)
+    for block in (24, 24 * 16, 24 * 40, 24 * 40 * 2, 24 * 40 * 3 * 2):
+        monkeypatch.setattr(fp8_attention, "BLOCK", block)
+        again, grads_again = gradients(lambda q, k, v: attention(q, k, v, mask)[0], tensors, do)
+        for a, b in zip([whole, *grads], [again, *grads_again], strict=True):
+            assert sqnr(a, b) > 45  # a value at the edge between two FP8 numbers may fall to the other side
+
+
+def test_no_tensor_holds_all_scores_of_a_long_sequence():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    q, k, v = qkv(b=1, h=2, s=3000, d=8)
+    scale_inv, lse = torch.ones(5), torch.zeros(1, 2, 3000)
+    with Largest() as largest:
+        fp8_attention.forward(q, k, v, None, None, 0, True, 0.3, False, "bshd")
+        fp8_attention.backward(q, q, q.to(E4M3), k.to(E4M3), v.to(E4M3), None, scale_inv, lse, None, 0, True, 0.3, False, "bshd")
+    assert 2 * 3000 * 3000 > fp8_attention.BLOCK >= largest.numel
+
+
+@pytest.mark.parametrize("quantize_output", [False, True])
+def test_saves_fp8_for_backward(quantize_output):
+    saved = []
+    leaves = [x.requires_grad_() for x in qkv(s=64, dtype=torch.bfloat16)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        attention(*leaves, quantize_output=quantize_output)
+    big = [x.dtype for x in saved if x.numel() == B * H * 64 * D]
+    assert big == ([E4M3] * 4 if quantize_output else [torch.bfloat16] + [E4M3] * 3)
+
+
+# --- the operations
+
+
+def op_samples():
+    q, k, v = qkv(h=4, h_kv=2, s=6, s_kv=5, d=8, d_v=16)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    mask = gaussian(2, 1, 6, 5, seed=4)
+    for tensors, m, scale, causal, quantized, form in (
+        ([q, k, v], None, None, True, False, "bhsd"),
+        (strided, mask, torch.rand(16) * 100, False, True, "bshd"),
+        (strided, mask > 0, torch.zeros(16), False, True, "sbhd"),
+    ):
+        yield (*tensors, m, scale, 3, causal, 0.3, quantized, form)
+
+
+def backward_sample(sample):
+    mask, scale, _, causal, softmax_scale, quantized, form = sample[3:]
+    o, o8, q8, k8, v8, scale_inv, lse, _ = OPS.attention_fwd(*sample)
+    do = torch.randn_like(o)
+    return (do, o8 if quantized else o, q8, k8, v8, mask, scale_inv, lse, scale, 9, causal, softmax_scale, quantized, form)
+
+
+@pytest.mark.parametrize("sample", list(op_samples()))
+def test_opcheck(sample, monkeypatch):
+    # opcheck compares an operation's arguments before and after it; torch.allclose cannot compare FP8
+    allclose = torch.allclose
+    bits = {E4M3: torch.uint8, E5M2: torch.uint8}
+    monkeypatch.setattr(
+        torch, "allclose", lambda a, b, **k: allclose(a.view(bits.get(a.dtype, a.dtype)), b.view(bits.get(b.dtype, b.dtype)), **k)
+    )
+    torch.library.opcheck(OPS.attention_fwd.default, sample)
+    torch.library.opcheck(OPS.attention_bwd.default, backward_sample(sample))
+
+
+@pytest.mark.parametrize(("form", "order"), [("bhsd", "bhsd"), ("bshd", "bshd"), ("sbhd", "sbhd")])
+def test_memory_format(form, order):
+    q, k, v = qkv(s=6, d=8)
+    out = OPS.attention_fwd(q, k, v, None, None, 0, False, 0.3, True, form)
+    again = OPS.attention_bwd(*backward_sample((q, k, v, None, None, 0, False, 0.3, True, form)))
+    for x in (*out[:5], *again[:3]):
+        assert x.permute(["bhsd".index(c) for c in order]).is_contiguous()
+
+
+def test_flops_are_registered():
+    q, k, v = qkv(s=32, s_kv=48, d_v=16)
+    with FlopCounterMode(display=False) as ours:
+        o, _ = attention(*(x.requires_grad_() for x in (q, k, v)))
+        o.backward(torch.ones_like(o))
+    size = 2 * B * H * 32 * 48
+    assert ours.get_total_flops() == size * (D + 16) + size * (3 * D + 2 * 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"q": torch.zeros(2, 3, 4)}, "dimensions"),
+        ({"k": torch.zeros(2, 4, 8, 16, dtype=torch.float64)}, "dtype"),
+        ({"mask": torch.zeros(8, 8, requires_grad=True)}, "bias"),
+        ({"k": torch.zeros(2, 2, 8, 16), "v": torch.zeros(2, 2, 8, 16)}, "broadcast"),
+        ({"k": torch.zeros(2, 3, 8, 16), "v": torch.zeros(2, 3, 8, 16), "enable_gqa": True}, "broadcast"),
+        ({"k": torch.zeros(1, 4, 8, 16), "v": torch.zeros(1, 4, 8, 16)}, "broadcast"),
+    ],
+)
+def test_says_why_not(change, reason):
+    x = torch.zeros(2, 4, 8, 16)
+    arguments = {"q": x, "k": x, "v": x, "mask": None, **change}
+    assert reason in unsupported(**arguments)
+    with pytest.raises(ValueError, match=reason):
+        attention(**arguments)
+
+
+# --- traced, as a node of Dynamo's graph and as a function that Dynamo looks into
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_traced_by_aot_autograd_with_dynamic_shapes(backend, opaque):
+    torch._dynamo.reset()
+    function = torch._dynamo.allow_in_graph(lambda *a, **k: attention(*a, **k)) if opaque else attention
+    linear = torch.nn.Linear(64, 3 * 64)
+
+    def model(x, scale, sink):
+        q, k, v = (y.unflatten(-1, (4, 16)).transpose(1, 2) for y in linear(x).chunk(3, -1))
+        o, amax = function(q, k, v, None, scale, sink, f=2, g=7, causal=True, quantize_output=True)
+        return o.transpose(1, 2).flatten(2) * 2, amax.detach()
+
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    scale = torch.cat([torch.zeros(2), torch.full((8,), 32.0)])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for s in (12, 20, 33):
+            x = gaussian(2, s, 64, seed=s)
+            results = []
+            for run in (model, compiled):
+                leaf, sink = x.clone().requires_grad_(), torch.zeros(3, requires_grad=True)
+                o, amax = run(leaf, scale, sink)
+                results.append([o.detach(), amax, *torch.autograd.grad(o.square().sum(), [leaf, sink, *linear.parameters()])])
+            for eager, traced in zip(*results, strict=True):
+                torch.testing.assert_close(eager, traced)
+
+
+def test_without_gradients_only_the_forward_operation_is_in_the_graph():
+    graphs = []
+
+    def backend(gm, inputs):
+        from torch._dynamo.backends.common import aot_autograd
+
+        return aot_autograd(fw_compiler=lambda g, _: graphs.append(g) or g.forward)(gm, inputs)
+
+    torch._dynamo.reset()
+    q, k, v = qkv(s=16)
+    with torch.no_grad():
+        torch.compile(lambda *x: attention(*x)[0], backend=backend, fullgraph=True)(q, k, v)
+    (graph,) = graphs
+    assert [n.target for n in graph.graph.nodes if str(n.target).startswith("te_dynamo")] == [OPS.attention_fwd.default]
