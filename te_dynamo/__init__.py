@@ -1,0 +1,28 @@
+"""FP8 training and inference of unmodified PyTorch models: `torch.compile(model, backend="te_fp8")`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from te_dynamo.config import Options, set_options
+
+if TYPE_CHECKING:
+    from te_dynamo.report.explain import explain
+    from te_dynamo.state import weights_changed
+
+__all__ = ["Options", "__version__", "explain", "set_options", "weights_changed"]
+__version__ = "0.1.0"
+
+# Imported at first use: setting options must not cost the import of the compiler.
+_LAZY = {"explain": "te_dynamo.report.explain", "weights_changed": "te_dynamo.state"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
