@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +36,15 @@ GRADIENT_SLOTS = ("do", "dp", "dqkv")
 # The dimensions of a [B, H, S, D] tensor in the order in which they lie in memory.
 FORMATS = {"bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3), "bhsd": (0, 1, 2, 3)}
 
-BLOCK = 1 << 22  # scores in one block: 16 MB in float32
+BLOCK = 1 << 20  # scores in one block: 4 MB in float32
 FLOOR = -(2.0**14)
 
-Block = tuple[slice, slice, slice]
+
+class Block(NamedTuple):
+    """A part of the scores: slices of [B, H, S] and [B, H, S_kv]."""
+
+    queries: tuple[slice, slice, slice]
+    keys: tuple[slice, slice, slice]
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: float = 0.0, enable_gqa: bool = False) -> str | None:
@@ -58,23 +63,26 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout
     return None
 
 
-def _blocks(b: int, h: int, s: int, s_kv: int) -> Iterator[Block]:
-    """Slices of [B, H, S] whose scores fit in `BLOCK`: rows first, then as many heads and batches as there is room for."""
-    rows = max(1, min(s, BLOCK // max(1, s_kv)))
-    heads = max(1, min(h, BLOCK // (rows * max(1, s_kv))))
-    batches = max(1, min(b, BLOCK // (heads * rows * max(1, s_kv))))
+def _blocks(b: int, h: int, s: int, s_kv: int, causal: bool) -> Iterator[Block]:
+    """Whole rows, less the future, up to `BLOCK` scores in a block: of one head, of more or of batches where there is room."""
+    row = max(1, s_kv)
+    rows = max(1, min(s, BLOCK // row))
+    heads = max(1, min(h, BLOCK // (rows * row)))
+    batches = max(1, min(b, BLOCK // (heads * rows * row)))
     for i in range(0, b, batches):
         for j in range(0, h, heads):
             for r in range(0, s, rows):
-                yield slice(i, i + batches), slice(j, j + heads), slice(r, min(r + rows, s))
+                stop = min(r + rows, s)
+                part = slice(i, i + batches), slice(j, j + heads)
+                yield Block((*part, slice(r, stop)), (*part, slice(0, min(stop, s_kv) if causal else s_kv)))
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, block: Block, factor: Tensor, causal: bool) -> Tensor:
-    """The masked scores of a block of query rows, float32. q, k: FP8 data as float32; factor: what a product is worth."""
-    b, h, rows = block
-    scores = (q[block] @ k[b, h].mT) * factor
+    """The masked scores of a block, float32. q, k: FP8 data as float32; factor: what a product is worth."""
+    rows, columns = block.queries[2], block.keys[2]
+    scores = (q[block.queries] @ k[block.keys].mT) * factor
     if mask is not None:
-        part = mask.expand(*q.shape[:3], k.shape[2])[block]
+        part = mask.expand(*q.shape[:3], k.shape[2])[block.queries + (columns,)]
         if part.dtype == torch.bool:
             scores = scores.masked_fill(~part, -torch.inf)
         else:
@@ -84,7 +92,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, block: Block, factor: Ten
             scores = torch.where(scores == -torch.inf, scores, scores.clamp(min=FLOOR))
     if causal:
         row = torch.arange(rows.start, rows.stop, device=q.device)
-        future = torch.arange(k.shape[2], device=q.device) > row[:, None]
+        future = torch.arange(columns.stop, device=q.device) > row[:, None]
         scores = scores.masked_fill(future, -torch.inf)
     return scores
 
@@ -142,7 +150,7 @@ def forward(
     inv_q, inv_k, inv_v = (c.reciprocal() for c in scales)
     qf, kf, vf = q8.float(), _per_head(k8, h), _per_head(v8, h)
     factor = inv_q * inv_k * softmax_scale
-    blocks = list(_blocks(b, h, s, k.shape[2]))
+    blocks = list(_blocks(b, h, s, k.shape[2], causal))
 
     @lru_cache(maxsize=1)  # where there is one block, its scores are kept between the two passes
     def scores(i: int) -> Tensor:
@@ -152,15 +160,15 @@ def forward(
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     peak_s = q.new_zeros((), dtype=torch.float32)
     for i, block in enumerate(blocks):
-        lse[block] = torch.logsumexp(scores(i), -1)
-        peak_s = torch.maximum(peak_s, fp8.amax(_softmax(scores(i).amax(-1, keepdim=True), lse[block])))
+        lse[block.queries] = torch.logsumexp(scores(i), -1)
+        peak_s = torch.maximum(peak_s, fp8.amax(_softmax(scores(i).amax(-1, keepdim=True), lse[block.queries])))
     scale_s = _scale(scale, f + 3, peak_s, E4M3)
     inv_s = scale_s.reciprocal()
 
     out = q.new_empty((b, h, s, v.shape[3]), dtype=torch.float32)
     for i, block in enumerate(blocks):
-        s8 = fp8.quantize(_softmax(scores(i), lse[block]), scale_s, E4M3)
-        out[block] = (s8.float() @ vf[block[:2]]) * (inv_s * inv_v)
+        s8 = fp8.quantize(_softmax(scores(i), lse[block.queries]), scale_s, E4M3)
+        out[block.queries] = (s8.float() @ vf[block.keys]) * (inv_s * inv_v)
 
     peak_o = fp8.amax(out)
     scale_o = _scale(scale, f + 4, peak_o, E4M3)
@@ -207,14 +215,14 @@ def backward(
     qf, kf, vf = q8.float(), _per_head(k8, h), _per_head(v8, h)
     delta = (dof * o.float()).sum(-1, keepdim=True) * (inv_do * inv_o if o.dtype == E4M3 else inv_do)
     factor = inv_q * inv_k * softmax_scale
-    blocks = list(_blocks(b, h, s, s_kv))
+    blocks = list(_blocks(b, h, s, s_kv, causal))
 
     @lru_cache(maxsize=1)
     def softmax_and_gradient(i: int) -> tuple[Tensor, Tensor]:
         block = blocks[i]
-        probabilities = _softmax(_scores(qf, kf, mask, block, factor, causal), lse[block])
-        ds = (dof[block] @ vf[block[:2]].mT) * (inv_do * inv_v)
-        return probabilities, probabilities * (ds - delta[block])
+        probabilities = _softmax(_scores(qf, kf, mask, block, factor, causal), lse[block.queries])
+        ds = (dof[block.queries] @ vf[block.keys].mT) * (inv_do * inv_v)
+        return probabilities, probabilities * (ds - delta[block.queries])
 
     peak_dp = do.new_zeros((), dtype=torch.float32)
     for i in range(len(blocks)):
@@ -227,9 +235,9 @@ def backward(
         probabilities, dp = softmax_and_gradient(i)
         s8 = fp8.quantize(probabilities, inv_s.reciprocal(), E4M3).float()
         dp8 = fp8.quantize(dp, scale_dp, E5M2).float()
-        dq[block] = dp8 @ kf[block[:2]]
-        dk[block[:2]] += dp8.mT @ qf[block]
-        dv[block[:2]] += s8.mT @ dof[block]
+        dq[block.queries] = dp8 @ kf[block.keys]
+        dk[block.keys] += dp8.mT @ qf[block.queries]
+        dv[block.keys] += s8.mT @ dof[block.queries]
     dq *= inv_dp * inv_k * softmax_scale
     dk *= inv_dp * inv_q * softmax_scale
     dv *= inv_s * inv_do
