@@ -40,9 +40,11 @@ def linears(
     x: [..., K]; weights: [N_i, K]; biases: [N_i] or None. Returns one [..., N_i] for each weight.
     merged: one GEMM for all of them; what it returns are views of one buffer.
     interleave: 0, or the size of a head: the rows of the merged GEMM are then ordered head by head (q, k and v of a
-        head side by side: the BSH3D layout) instead of one linear after the other (BS3HD). All N_i must be equal.
+        head side by side: the BSH3D layout) instead of one linear after the other (BS3HD), and what is returned is
+        [..., N_i / interleave, interleave]. All N_i must be equal.
     """
-    return [linear(x, w, b, out_dtype=out_dtype) for w, b in zip(weights, biases, strict=True)]
+    ys = [linear(x, w, b, out_dtype=out_dtype) for w, b in zip(weights, biases, strict=True)]
+    return [y.unflatten(-1, (-1, interleave)) for y in ys] if interleave else ys
 
 
 def norm(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering.linears import Layout, Needs
+from te_dynamo.lowering.linears import quantize_weights as _quantize_weights
 from te_dynamo.lowering.providers import provider_named
 
 
@@ -122,3 +123,8 @@ def linears_inference(
     layout = Layout(tuple(sizes), merged, interleave)
     ys = provider_named(provider).linears_inference(x, w8s, w_invs, biases, scale, f, layout, out_dtype, first)
     return list(layout.split(ys[0])) if merged else list(ys)
+
+
+def quantize_weights(weights: Sequence[Tensor], merged: bool, interleave: int) -> list[tuple[Tensor, Tensor]]:
+    """(FP8 weight [N, K], f32 scale_inv) for each GEMM of linears with these weights [N_i, K]."""
+    return _quantize_weights(weights, Layout(tuple(w.shape[0] for w in weights), merged, interleave))

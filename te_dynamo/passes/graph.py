@@ -74,3 +74,42 @@ def erase_if_dead(graph: Graph, nodes: Sequence[Node]) -> None:
     for node in sorted((n for n in set(nodes) if n in order), key=order.__getitem__, reverse=True):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
+
+
+def copy_graph_module(gm: GraphModule) -> GraphModule:
+    """A copy whose graph, and whose sub-graphs, may be changed without touching `gm`; parameters and metadata are shared."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    old_output = next(n for n in gm.graph.nodes if n.op == "output")
+    new_output = graph.output(output)
+    new_output.meta = dict(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if old.op == "placeholder":
+            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for key, value in gm.__dict__.items():
+        if key not in copy.__dict__ and not key.startswith("__"):
+            copy.__dict__[key] = value
+    for name, sub in {name: sub for _, name, sub in submodules(gm)}.items():
+        child = copy_graph_module(sub)
+        child.__name__ = getattr(sub, "__name__", name)  # type: ignore[assignment]
+        setattr(copy, name, child)
+    return copy
+
+
+def units(gm: GraphModule) -> Iterator[GraphModule]:
+    """`gm` and every sub-graph in it, each once, innermost first."""
+    seen: set[int] = set()
+
+    def visit(module: GraphModule) -> Iterator[GraphModule]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        for _, _, sub in submodules(module):
+            yield from visit(sub)
+        yield module
+
+    yield from visit(gm)

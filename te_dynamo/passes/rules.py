@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from te_dynamo.passes.effects import written_between
 from te_dynamo.passes.graph import EXAMPLE, erase_if_dead
 from te_dynamo.report.sites import Sites
 
+ORIGIN = "te_origin"  # the name of the node that a semantic op stands for
 log = logging.getLogger(__name__)
 
 
@@ -58,18 +59,21 @@ class Rule(ABC):
         """The replacement of `match.output`, built with `emit` at the graph's insertion point (before the output)."""
 
 
-def apply(rules: Sequence[Rule], gm: GraphModule, sites: Sites) -> None:
-    """Applies each rule wherever it matches, in the graph's order; the first rule that matches a node wins."""
+def apply(rules: Sequence[Rule], gm: GraphModule, sites: Sites, excluded: Mapping[str, str] | None = None) -> None:
+    """Applies each rule wherever it matches, in the graph's order; the first rule that matches a node wins.
+
+    excluded: the names of pattern outputs to leave as they are, each with the reason.
+    """
     graph = gm.graph
     for node in list(graph.nodes):
         if node.op != "call_function" or node._erased:
             continue
         for rule in rules:
-            if node.target in rule.ends_at and _try(rule, graph, node, sites):
+            if node.target in rule.ends_at and _try(rule, graph, node, sites, excluded or {}):
                 break
 
 
-def _try(rule: Rule, graph: Graph, node: Node, sites: Sites) -> bool:
+def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, excluded: Mapping[str, str]) -> bool:
     before = set(graph.nodes)
     try:
         match = rule.match(node)
@@ -78,6 +82,9 @@ def _try(rule: Rule, graph: Graph, node: Node, sites: Sites) -> bool:
         if isinstance(match, Declined):
             sites.declined(node, rule.kind, match.reason)
             return False
+        if match.output.name in excluded:
+            sites.declined(node, rule.kind, excluded[match.output.name])
+            return True
         writer = written_between(graph, match.nodes)
         if writer is not None:
             sites.declined(node, rule.kind, f"{writer.name} ({writer.target}) writes in place to memory that the pattern is using")
@@ -94,6 +101,7 @@ def _try(rule: Rule, graph: Graph, node: Node, sites: Sites) -> bool:
         return False
     # Later views in the graph alias the old output's fake value: the new node takes it over.
     new.meta[EXAMPLE] = match.output.meta.get(EXAMPLE, new.meta.get(EXAMPLE))
+    new.meta[ORIGIN] = match.output.name
     match.output.replace_all_uses_with(new)
     erase_if_dead(graph, match.nodes)
     return True

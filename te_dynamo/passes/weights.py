@@ -26,7 +26,7 @@ VIEWS: tuple[Callable[..., Any], ...] = (
     torch.transpose,
     torch.unsqueeze,
 )
-METHOD_VIEWS = ("to", "contiguous", "detach", "narrow", "select", "unbind", "unflatten")
+METHOD_VIEWS = ("to", "type", "contiguous", "detach", "narrow", "select", "unbind", "unflatten")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +60,7 @@ class Sites:
         self.strict = strict
         self.all: list[Site] = []
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Site]:
         return iter(self.all)
 
     def add(self, site: Site) -> Site:
@@ -70,6 +72,17 @@ class Sites:
         if not any(s.node == node.name and s.kind == kind for s in self.all):
             self.add(Site(kind=kind, path=module_path(node), node=node.name, reason=reason))
 
-    def taken_over(self, node: Node) -> None:
-        """Forgets what was declined at a node that another rule has taken after all."""
-        self.all = [s for s in self.all if s.node != node.name or s.provider is not None]
+    def taken(self) -> list[Site]:
+        return [s for s in self.all if s.provider is not None]
+
+    def clear(self) -> None:
+        self.all.clear()
+
+    def whole_graph_left(self, reason: str) -> None:
+        """Records that nothing was looked at."""
+        self.add(Site(kind="graph", path="", node="", reason=reason))
+
+    def commonest_reasons(self, most: int = 3) -> str:
+        """The commonest reasons for which sites were left, as a sentence."""
+        counted = Counter(s.reason for s in self.all if s.reason)
+        return "; ".join(f"{reason} ({count} sites)" if count > 1 else str(reason) for reason, count in counted.most_common(most)) + "."

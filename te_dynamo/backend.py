@@ -1,0 +1,188 @@
+"""`torch.compile(model, backend="te_fp8")`: Dynamo's graph in, a compiled callable out.
+
+    1 canonicalize   one spelling for each operation
+    2 raise          torch IR -> semantic ops: linear, norm, attention
+    3 fuse           one quantization for what shares an input, Q/K/V into one GEMM, norm + linears
+    4 plan           per site: recipe, provider, attention layout
+    5 state          scale state becomes graph inputs
+    6 lower          semantic ops -> a provider's operations
+    7 Inductor       compiles all of it, in one graph
+
+Dynamo's own graph is never touched, and what no stage takes stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from te_dynamo.config import Options
+from te_dynamo.lowering.providers import choose, provider_named
+from te_dynamo.passes.attach import attach
+from te_dynamo.passes.canonicalize import canonicalize
+from te_dynamo.passes.fuse import fuse
+from te_dynamo.passes.graph import EXAMPLE, copy_graph_module
+from te_dynamo.passes.higher_order import mark_parameters, rewritable_units
+from te_dynamo.passes.lower import lower
+from te_dynamo.passes.masks import simplify_masks
+from te_dynamo.passes.plan import plan
+from te_dynamo.passes.raise_attention import ATTENTION_RULES
+from te_dynamo.passes.raise_linear import LINEAR_RULES
+from te_dynamo.passes.raise_norm import NORM_RULES
+from te_dynamo.passes.rules import apply
+from te_dynamo.passes.select import linear_sizes, select, unmatched_absolute_patterns
+from te_dynamo.report.sites import Sites
+from te_dynamo.report.stages import Stages
+from te_dynamo.runtime import CompiledGraph, Variant, compile_inductor, compile_without_codegen
+
+Callback = Callable[[GraphModule, Sites, Options], None]
+observers: list[Callback] = []  # told of each compiled graph: (Dynamo's graph, its sites, the options)
+
+
+def te_fp8(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | Options | None = None, **_: Any
+) -> Callable[..., Any]:
+    """The backend. `mode` and `options` are what the user gave `torch.compile`; keywords that a newer torch adds are accepted.
+
+    Raises ValueError for an option that is unknown or not allowed, RuntimeError for a provider that was asked for by name
+    and is not available, or where nothing could be taken and `strict` is set.
+    """
+    chosen = Options.from_user(options, mode)
+    sites = Sites(strict=chosen.strict)
+    grad_enabled = torch.is_grad_enabled() and _wants_gradients(gm)
+    device = _device(gm)
+    provider, reason = choose(chosen.provider, device)
+    if provider is None:
+        sites.whole_graph_left(reason or "")
+        return _left_to_inductor(gm, example_inputs, sites, chosen)
+    stages = Stages(chosen, example_inputs)
+
+    fused = _raise_and_fuse(gm, sites, chosen, provider, device, grad_enabled, stages)
+    if not sites.taken():
+        return _left_to_inductor(gm, example_inputs, sites, chosen)
+    attached = attach(fused, trains=grad_enabled, keep_infinite=chosen.like_te)
+    stages.done("state", fused)
+
+    def variant(first: bool) -> Variant:
+        graph = copy_graph_module(fused)
+        lowered = lower(graph, first=first, keep_infinite=chosen.like_te)
+        stages.done("lower" if not first else "lower_first", graph)
+        inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
+        compiler = compile_without_codegen if first and grad_enabled else compile_inductor
+        return Variant(compiler(graph, inputs, chosen), lowered)
+
+    opaque = provider_named(provider).opaque
+    needs_first = not opaque and bool(attached.keys)
+    # With opaque operators one graph serves all: they look at the scales themselves.
+    steady = variant(first=opaque or not attached.keys)
+    _warn_about_skip(chosen, sites)
+    for observer in observers:
+        observer(gm, sites, chosen)
+    return CompiledGraph(steady, variant(first=True) if needs_first else None, attached, device, chosen, trains=grad_enabled)
+
+
+def _raise_and_fuse(
+    gm: GraphModule, sites: Sites, options: Options, provider: str, device: torch.device, grad_enabled: bool, stages: Stages
+) -> GraphModule:
+    """Stages 1 to 4. Raising is done again without the sites that turn out not to be taken, which so stay as they were."""
+    canonical = copy_graph_module(gm)
+    mark_parameters(canonical)
+    stages.start(canonical)
+    for unit in rewritable_units(canonical):
+        canonicalize(unit)
+    stages.done("canonicalize", canonical)
+
+    rules = [*(ATTENTION_RULES if options.attention != "off" else ()), *LINEAR_RULES, *NORM_RULES]
+    kernels = provider_named(provider)
+
+    def unsupported(node: Any) -> str | None:
+        k, n = linear_sizes(node)
+        return kernels.unsupported_linear(device, k, n, node.kwargs["out_dtype"])
+
+    excluded: dict[str, str] = {}
+    while True:
+        sites.clear()
+        raised = copy_graph_module(canonical)
+        for unit in rewritable_units(raised):
+            _raise(unit, rules, sites, excluded)
+        found: dict[str, str] = {}
+        for unit in rewritable_units(raised):
+            found |= select(unit, options, unsupported, grad_enabled).excluded
+        if not found.keys() - excluded.keys():
+            break
+        excluded |= found
+    for unit in rewritable_units(raised):
+        simplify_masks(unit, sites)
+    stages.done("raise", raised)
+
+    fused = copy_graph_module(raised)
+    for unit in rewritable_units(fused):
+        fuse(unit, grad_enabled=grad_enabled, short_sequence=options.short_sequence, merge=not options.like_te)
+    stages.done("fuse", fused)
+    for unit in rewritable_units(fused):
+        plan(unit, sites, options, provider, grad_enabled=grad_enabled)
+    stages.done("plan", fused)
+    return fused
+
+
+def _raise(unit: GraphModule, rules: Sequence[Any], sites: Sites, excluded: Mapping[str, str]) -> None:
+    """Attention first: it expands what holds linears. Then linears, then norms."""
+    apply(rules, unit, sites, excluded)
+    unit.graph.lint()
+    unit.recompile()
+
+
+def _wants_gradients(gm: GraphModule) -> bool:
+    values = (n.meta.get(EXAMPLE) for n in gm.graph.nodes if n.op == "placeholder")
+    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+
+
+def _device(gm: GraphModule) -> torch.device:
+    """Where the graph's parameters are: the commonest device of its floating-point inputs."""
+    values = [n.meta.get(EXAMPLE) for n in gm.graph.nodes if n.op == "placeholder"]
+    devices = Counter(v.device for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return devices.most_common(1)[0][0] if devices else torch.device("cpu")
+
+
+def _added_inputs(graph: GraphModule, given: int) -> list[Any]:
+    return [n.meta[EXAMPLE] for n in graph.graph.nodes if n.op == "placeholder"][given:]
+
+
+def _left_to_inductor(gm: GraphModule, example_inputs: Sequence[Any], sites: Sites, options: Options) -> Callable[..., Any]:
+    """Nothing was taken: the graph is Inductor's, exactly as Dynamo gave it. FP8 asked for is never silently bf16."""
+    asked_for = any(p != "*" for p in options.skip) or not options.skip
+    if asked_for and sites.all:
+        message = f"te_fp8: nothing in this graph could be computed in FP8. {sites.commonest_reasons()}"
+        if options.strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
+    for observer in observers:
+        observer(gm, sites, options)
+    return compile_inductor(gm, list(example_inputs), options)
+
+
+def _warn_about_skip(options: Options, sites: Sites) -> None:
+    for pattern, path in unmatched_absolute_patterns(options.skip, [s.path for s in sites]):
+        warnings.warn(
+            f"te_fp8: the skip pattern {pattern!r} matches no site of a graph whose paths look like {path!r}: they are relative to the "
+            "module that was compiled, and one graph may serve several modules. Remedy: compile those layers with their own options.",
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def observing(callback: Callback):
+    """While it is open, `callback` is told of each graph that te_fp8 compiles."""
+    observers.append(callback)
+    try:
+        yield
+    finally:
+        observers.remove(callback)
+
+

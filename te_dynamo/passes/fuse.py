@@ -1,0 +1,207 @@
+"""Stage 3: what shares an input is quantised once, and what can be one GEMM becomes one.
+
+Every linear becomes a group: the linears that read the same value in the same region. The q, k and v of an attention
+become one GEMM that writes the attention's layout. A norm and the group that reads it become one operation. All of this
+still runs in high precision and gives the same result.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from te_dynamo import ops
+from te_dynamo.passes.effects import written_between
+from te_dynamo.passes.graph import EXAMPLE, emit, is_call, tensor
+from te_dynamo.passes.layout import Layout as AttentionLayout
+from te_dynamo.passes.layout import attention_shape, choose_layout, qkv_linears
+from te_dynamo.passes.regions import regions
+
+LAYOUT = "te_layout"
+MEMBERS = "te_members"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the q, k and v of an attention are one GEMM: interleave is the head size where q, k and v of a head lie side by side."""
+
+    interleave: int
+
+
+def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int, merge: bool) -> None:
+    """Groups the linears of `gm`, in place. merge: whether linears may share a GEMM, and so a scale."""
+    choose_layouts(gm, short_sequence)
+    where = regions(gm.graph, grad_enabled)
+    merges = _merges(gm.graph) if merge else {}
+    for group in _groups(gm.graph, where):
+        _group(gm.graph, group, merges)
+    _fuse_norms(gm.graph, regions(gm.graph, grad_enabled))
+    gm.graph.lint()
+    gm.recompile()
+
+
+def choose_layouts(gm: GraphModule, short_sequence: int) -> None:
+    """Gives each attention its layout, in `meta["te_layout"]`."""
+    for node in gm.graph.nodes:
+        if is_call(node, ops.attention):
+            node.meta[LAYOUT] = choose_layout(attention_shape(node), short_sequence)
+
+
+def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
+    """The q, k, v linears that become one GEMM, by attention."""
+    result = {}
+    for node in graph.nodes:
+        trio = qkv_linears(node) if is_call(node, ops.attention) else None
+        if trio is None or len(set(trio)) != 3 or len({(n.args[0], n.kwargs["out_dtype"]) for n in trio}) != 1:
+            continue
+        layout: AttentionLayout = node.meta[LAYOUT]
+        head = tensor(node.args[0]).shape[-1]  # type: ignore[union-attr]
+        interleaved = _is_interleaved(layout) and all(_heads_only(n, head) for n in trio)
+        equal = len({tensor(n).shape[-1] for n in trio}) == 1  # type: ignore[union-attr]
+        result[trio] = Merge(int(head) if interleaved and equal else 0)
+    return result
+
+
+def _is_interleaved(layout: AttentionLayout) -> bool:
+    return layout.name.endswith("h3d")
+
+
+def _heads_only(linear: Node, head: Any) -> bool:
+    """Whether every user of a linear looks at it as [..., heads, head size]: then its heads may lie apart in memory."""
+    return bool(linear.users) and all(_splits_heads(user, linear, head) for user in linear.users)
+
+
+def _splits_heads(user: Node, linear: Node, head: Any) -> bool:
+    shape, out = tensor(linear), tensor(user)
+    if not is_call(user, torch.reshape) or user.args[0] is not linear or shape is None or out is None:
+        return False
+    return out.dim() == shape.dim() + 1 and out.shape[-1] == head and tuple(out.shape[:-2]) == tuple(shape.shape[:-1])
+
+
+def _groups(graph: Graph, where: dict[Node, tuple[int, bool]]) -> list[list[Node]]:
+    """The linears of each input, output dtype and region, in the graph's order."""
+    found: dict[Any, list[Node]] = {}
+    for node in graph.nodes:
+        if is_call(node, ops.linear):
+            found.setdefault((node.args[0], node.kwargs["out_dtype"], where[node]), []).append(node)
+    return list(found.values())
+
+
+def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge]) -> None:
+    """Turns the linears of one input into groups: first the q, k, v of each attention, then what is left."""
+    for trio, merge in merges.items():
+        if all(n in members for n in trio) and _movable(graph, list(trio)):
+            _emit_group(graph, list(trio), merged=True, interleave=merge.interleave)
+            members = [n for n in members if n not in trio]
+    if len(members) > 1 and not _movable(graph, members):
+        for member in members:
+            _emit_group(graph, [member])
+    elif members:
+        _emit_group(graph, members)
+
+
+def _movable(graph: Graph, members: list[Node]) -> bool:
+    """Whether the members may all be computed where the first result is needed."""
+    if written_between(graph, members) is not None:
+        return False
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    place = _first_use(members, order)
+    return all(_can_precede(dependency, order, place) for m in members for dependency in m.all_input_nodes)
+
+
+def _first_use(members: Iterable[Node], order: dict[Node, int]) -> int:
+    """Where a group goes: before the first use of any member, and no later than its last member, so in their region."""
+    last = max(order[m] for m in members)
+    return min([last, *(order[user] for m in members for user in m.users)])
+
+
+def _can_precede(node: Node, order: dict[Node, int], place: int) -> bool:
+    """Whether a node stands before `place`, or depends only on what does and can be moved there (views of weights)."""
+    if order[node] < place:
+        return True
+    return node.op in ("call_function", "call_method") and all(_can_precede(n, order, place) for n in node.all_input_nodes)
+
+
+def _emit_group(graph: Graph, members: list[Node], *, merged: bool = False, interleave: int = 0) -> None:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    nodes = list(graph.nodes)
+    place = nodes[_first_use(members, order)]
+    for member in members:
+        for dependency in member.all_input_nodes:
+            _hoist(dependency, place, order)
+    x, dtype = members[0].args[0], members[0].kwargs["out_dtype"]
+    weights, biases = [m.args[1] for m in members], [m.args[2] if len(m.args) > 2 else None for m in members]
+    with graph.inserting_before(place):
+        kwargs = {"out_dtype": dtype, "merged": merged, "interleave": interleave}
+        group = emit(graph, ops.linears, (x, weights, biases), kwargs, like=members[0])
+        outputs = [emit(graph, operator.getitem, (group, i), like=m) for i, m in enumerate(members)]
+    group.meta[MEMBERS] = [_site_meta(m) for m in members]
+    for member, output in zip(members, outputs, strict=True):
+        _replace(graph, member, output, interleave)
+
+
+def _site_meta(member: Node) -> dict[str, Any]:
+    return {k: v for k, v in member.meta.items() if k.startswith("te_")}
+
+
+def _replace(graph: Graph, member: Node, output: Node, interleave: int) -> None:
+    if interleave:  # the output already has its heads: its users' reshapes are done
+        for user in list(member.users):
+            user.replace_all_uses_with(output)
+            graph.erase_node(user)
+    else:
+        output.meta[EXAMPLE] = member.meta[EXAMPLE]
+        member.replace_all_uses_with(output)
+    graph.erase_node(member)
+
+
+def _hoist(node: Node, place: Node, order: dict[Node, int]) -> None:
+    if order[node] > order[place]:
+        for dependency in node.all_input_nodes:
+            _hoist(dependency, place, order)
+        place.prepend(node)
+
+
+def _fuse_norms(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
+    """A norm over the last dimension whose first reader is a group of linears becomes one operation with it."""
+    for group in [n for n in graph.nodes if is_call(n, ops.linears)]:
+        norm = group.args[0]
+        if not is_call(norm, ops.norm) or norm.kwargs.get("dims", 1) != 1:
+            continue
+        others = [user for user in norm.users if user is not group]
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        if any(order[user] < order[group] for user in others) or written_between(graph, [norm, group]) is not None:
+            continue
+        if where[norm] != where[group]:
+            continue
+        _emit_norm_linears(graph, norm, group)
+
+
+def _emit_norm_linears(graph: Graph, norm: Node, group: Node) -> None:
+    x, weight, bias = (*norm.args, None, None)[:3]
+    attributes = dict(norm.kwargs)
+    attributes.pop("dims", None)
+    kwargs = {
+        "norm_dtype": attributes.pop("out_dtype"),
+        "zero_centered": attributes.pop("zero_centered", False),
+        "round_before_weight": attributes.pop("round_before_weight", None),
+        **attributes,
+        **group.kwargs,
+    }
+    with graph.inserting_before(group):
+        fused = emit(graph, ops.norm_linears, (x, weight, bias, group.args[1], group.args[2]), kwargs, like=group)
+        h = emit(graph, operator.getitem, (fused, 0), like=norm)
+    fused.meta[MEMBERS] = group.meta[MEMBERS]
+    h.meta[EXAMPLE] = norm.meta[EXAMPLE]
+    for output in list(group.users):  # all are getitem
+        output.args = (fused, output.args[1] + 1)
+    graph.erase_node(group)
+    norm.replace_all_uses_with(h, delete_user_cb=lambda user: user is not fused)
+    graph.erase_node(norm)
+
+

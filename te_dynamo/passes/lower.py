@@ -1,0 +1,216 @@
+"""Stage 6: semantic operations become a provider's.
+
+Every site that records puts its amaxes among the graph's last outputs; a sub-graph returns its own as a last output. In
+inference the weights of the outermost graph come in quantised: they are inputs, made once by the caller.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from te_dynamo import ops
+from te_dynamo.lowering import functions
+from te_dynamo.lowering.fp8_attention import attention as fp8_attention
+from te_dynamo.lowering.linears import Layout
+from te_dynamo.passes.attach import SLOTS, Slots
+from te_dynamo.passes.canonicalize import SDPA
+from te_dynamo.passes.graph import EXAMPLE, emit, erase_if_dead, is_call, tensor
+from te_dynamo.passes.higher_order import calls
+from te_dynamo.passes.plan import PLAN
+from te_dynamo.passes.weights import WeightRef, weight_of
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """Weights that a graph takes in FP8: where they are among the inputs, how each is viewed, and how they are joined."""
+
+    arguments: tuple[int, ...]
+    views: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+    layout: Layout
+
+
+@dataclass
+class Lowered:
+    """Of the outermost graph: the quantised weights it takes, and whether its last output is the recorded amaxes."""
+
+    weights: list[QuantizedWeights] = field(default_factory=list)
+    records: bool = False
+
+
+def lower(gm: GraphModule, *, first: bool, keep_infinite: bool) -> Lowered:
+    """Rewrites `gm` and its sub-graphs in place. first: unset scales are taken from the tensor itself, in the graph."""
+    lowered = Lowered()
+    _lower(gm, {}, lowered, first=first, keep_infinite=keep_infinite, top=True)
+    gm.recompile()
+    return lowered
+
+
+def _lower(gm: GraphModule, done: dict[int, bool], lowered: Lowered, *, first: bool, keep_infinite: bool, top: bool) -> bool:
+    """Whether the graph returns recorded amaxes as its last output."""
+    graph = gm.graph
+    bodies = {call.node: call.body for call in calls(gm)}
+    amaxes: list[Node] = []
+    for node in list(graph.nodes):
+        if node in bodies:
+            body = bodies[node]
+            if id(body) not in done:
+                done[id(body)] = _lower(body, done, lowered, first=first, keep_infinite=keep_infinite, top=False)
+                body.recompile()
+            if done[id(body)]:
+                with graph.inserting_before(node.next):
+                    amaxes.append(_output_of_call(graph, node, body))
+        elif is_call(node, ops.linears, ops.norm_linears):
+            amaxes += _lower_linears(gm, node, lowered, first, top)
+        elif is_call(node, ops.attention):
+            amaxes += _lower_attention(gm, node)
+        elif is_call(node, ops.linear):
+            raise AssertionError("a linear outside of a group reached the lowering")
+    if amaxes:
+        _return_amaxes(gm, amaxes, keep_infinite, top)
+    lowered.records = bool(amaxes)
+    graph.lint()
+    return bool(amaxes)
+
+
+def _output_of_call(graph: Any, call: Node, body: GraphModule) -> Node:
+    outputs = next(n for n in body.graph.nodes if n.op == "output").args[0]
+    node = graph.call_function(operator.getitem, (call, len(outputs) - 1))
+    node.meta[EXAMPLE] = tensor(outputs[-1])
+    if isinstance(call.meta.get(EXAMPLE), (tuple, list)):
+        call.meta[EXAMPLE] = (*call.meta[EXAMPLE], node.meta[EXAMPLE])
+    return node
+
+
+def _return_amaxes(gm: GraphModule, amaxes: Sequence[Node], keep_infinite: bool, top: bool) -> None:
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    results = output.args[0]
+    if not isinstance(results, (tuple, list)):
+        raise NotImplementedError("a graph that returns a single value, not a tuple")
+    with gm.graph.inserting_before(output):
+        packed = emit(gm.graph, functions.record, (list(amaxes), keep_infinite), like=amaxes[-1])
+    output.args = ((*results, packed),)
+
+
+def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, top: bool) -> list[Node]:
+    graph, plan, slots = gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
+    if node.target is ops.norm_linears:
+        return _lower_norm_linears(gm, node, lowered, first, top)
+    x, weights, biases = node.args
+    refs = [weight_of(w) for w in weights]  # type: ignore[union-attr]
+    attributes = {"provider": plan.provider, "merged": node.kwargs["merged"], "interleave": node.kwargs["interleave"]}
+    attributes |= {"out_dtype": node.kwargs["out_dtype"], "first": first, "f": slots.f if slots else 0}
+    scale, grad_scale, sink = _state_nodes(gm, slots)
+    with graph.inserting_before(node):
+        if not plan.trains and top and all(_replayable(r) for r in refs):
+            layout = Layout(tuple(int(tensor(w).shape[0]) for w in weights), attributes["merged"], attributes["interleave"])  # type: ignore[union-attr]
+            w8s, inverses = _weight_inputs(gm, refs, layout, lowered)  # type: ignore[arg-type]
+            args = (x, w8s, inverses, biases, scale)
+            new = emit(graph, functions.linears_inference, args, attributes | {"sizes": list(layout.sizes)}, like=node)
+            amax = None
+        else:
+            args = (x, weights, biases, scale, grad_scale, sink)
+            new = emit(graph, functions.linears, args, attributes | {"g": slots.g if slots else 0}, like=node)
+            amax = emit(graph, operator.getitem, (new, len(refs)), like=node) if slots and plan.trains else None
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    erase_if_dead(graph, [n for r in refs if r is not None for n in r.chain])
+    return [] if amax is None else [amax]
+
+
+def _state_nodes(gm: GraphModule, slots: Slots | None) -> tuple[Node | None, Node | None, Node | None]:
+    """The packed scales, the gradients' packed scales and the piece of the sink of a site."""
+    if slots is None:
+        return None, None, None
+    by_name = {n.name: n for n in gm.graph.nodes}
+    return by_name[slots.scale], by_name.get(slots.grad_scale or ""), by_name.get(slots.sink or "")
+
+
+def _lower_norm_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, top: bool) -> list[Node]:
+    """These providers have no kernel of their own for it: a norm, left to Inductor, and the linears."""
+    graph, k = gm.graph, node.kwargs
+    x, norm_weight, norm_bias, weights, biases = node.args
+    norm_attributes = {name: k[name] for name in ("kind", "eps", "zero_centered", "round_before_weight")} | {"out_dtype": k["norm_dtype"]}
+    with graph.inserting_before(node):
+        h = emit(graph, ops.norm, (x, norm_weight, norm_bias), norm_attributes, like=node)
+        group_attributes = {name: k[name] for name in ("out_dtype", "merged", "interleave")}
+        group = emit(graph, ops.linears, (h, weights, biases), group_attributes, like=node)
+    for key in (PLAN, SLOTS):
+        if key in node.meta:
+            group.meta[key] = node.meta[key]
+    for output in list(node.users):  # all are getitem
+        if output.args[1] == 0:
+            output.replace_all_uses_with(h)
+            graph.erase_node(output)
+        else:
+            output.args = (group, output.args[1] - 1)
+    graph.erase_node(node)
+    return _lower_linears(gm, group, lowered, first, top)
+
+
+def _lower_attention(gm: GraphModule, node: Node) -> list[Node]:
+    """High-precision attention stays what it is, on the layout that its producers write; FP8 attention has its own kernels."""
+    graph, plan, slots = gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
+    q, k, v, mask = (*node.args, None)[:4]
+    if plan.recipe is None:
+        given = node.kwargs
+        args = (q, k, v, mask, given.get("dropout_p", 0.0), given.get("causal", False))
+        node.target, node.args = SDPA, args
+        node.kwargs = {"scale": given.get("scale"), "enable_gqa": given.get("enable_gqa", False)}
+        return []
+    scale, _, sink = _state_nodes(gm, slots)
+    args = (q, k, v, mask, scale, sink)
+    attributes = {"causal": node.kwargs.get("causal", False), "softmax_scale": node.kwargs.get("scale")}
+    attributes |= {"enable_gqa": node.kwargs.get("enable_gqa", False), "f": slots.f if slots else 0, "g": slots.g if slots else 0}
+    with graph.inserting_before(node):
+        both = emit(graph, fp8_attention, args, attributes, like=node)
+        out = emit(graph, operator.getitem, (both, 0), like=node)
+        amax = emit(graph, operator.getitem, (both, 1), like=node) if slots and plan.trains else None
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+    return [] if amax is None else [amax]
+
+
+def _replayable(ref: WeightRef | None) -> bool:
+    """Whether the view of a weight can be made outside of the graph: it depends on nothing but the weight."""
+    return ref is not None and all(n.all_input_nodes == [p] for n, p in zip(ref.chain, (ref.root, *ref.chain), strict=False))
+
+
+def _replay(ref: WeightRef) -> Callable[[torch.Tensor], torch.Tensor]:
+    steps = [(n.op, n.target, n.args[1:], dict(n.kwargs)) for n in ref.chain]
+
+    def view(t: Any) -> torch.Tensor:
+        for op, target, rest, kwargs in steps:
+            t = target(t, *rest, **kwargs) if op == "call_function" else getattr(t, target)(*rest, **kwargs)
+        return t
+
+    return view
+
+
+def _weight_inputs(gm: GraphModule, refs: Sequence[WeightRef], layout: Layout, lowered: Lowered) -> tuple[list[Node], list[Node]]:
+    """New last inputs of the graph: the FP8 weight and scale_inv of each GEMM."""
+    graph = gm.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    position = {n: i for i, n in enumerate(placeholders)}
+    lowered.weights.append(QuantizedWeights(tuple(position[r.root] for r in refs), tuple(_replay(r) for r in refs), layout))
+    views = [r.chain[-1] if r.chain else r.root for r in refs]
+    pairs = emit(graph, functions.quantize_weights, (views, layout.merged, layout.interleave), like=placeholders[-1])
+    w8s, inverses = [], []
+    for i, pair in enumerate(pairs.meta[EXAMPLE]):
+        for name, value, into in (("te_w8", pair[0], w8s), ("te_w_inv", pair[1], inverses)):
+            with graph.inserting_after(placeholders[-1]):
+                node = graph.placeholder(f"{name}_{len(lowered.weights)}_{i}")
+            node._dynamo_source = None  # type: ignore[attr-defined]
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            node.meta[EXAMPLE] = value
+            placeholders.append(node)
+            into.append(node)
+    graph.erase_node(pairs)
+    return w8s, inverses
+
+

@@ -1,0 +1,92 @@
+"""Stage 4: who computes each site, by which recipe, in which layout; and the record of it for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import GraphModule, Node
+
+from te_dynamo import ops
+from te_dynamo.config import Options
+from te_dynamo.lowering.cost import flops_of_linear
+from te_dynamo.lowering.fp8_attention import unsupported as unsupported_attention
+from te_dynamo.passes.fuse import LAYOUT, MEMBERS
+from te_dynamo.passes.graph import is_call, tensor
+from te_dynamo.passes.regions import regions
+from te_dynamo.passes.select import site_path
+from te_dynamo.report.sites import Site, Sites, module_path
+
+PLAN = "te_plan"
+SITE = "te_site"
+Recipe = Literal["delayed", "current"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """provider: its key (see `lowering.providers`); recipe: None for what stays in high precision; trains: whether the site
+    has gradients, and so records its amaxes."""
+
+    provider: str
+    recipe: Recipe | None
+    trains: bool
+
+
+def plan(gm: GraphModule, sites: Sites, options: Options, provider: str, *, grad_enabled: bool) -> None:
+    """Puts a `Plan` and its `Site` on every semantic node of `gm`."""
+    where = regions(gm.graph, grad_enabled)
+    recipe: Recipe = "current" if options.recipe == "current" else "delayed"
+    for node in gm.graph.nodes:
+        if is_call(node, ops.linears, ops.norm_linears):
+            node.meta[PLAN] = Plan(provider, recipe, where[node][1])
+            node.meta[SITE] = _linear_sites(node, sites, provider, recipe)
+        elif is_call(node, ops.attention):
+            node.meta[PLAN], node.meta[SITE] = _attention(node, sites, options, provider, recipe, where[node][1])
+        elif is_call(node, ops.norm):
+            node.meta[PLAN] = Plan(provider, None, where[node][1])
+            node.meta[SITE] = Site("norm", module_path(node), node.name, provider=provider.partition(":")[0])
+
+
+def _linear_sites(node: Node, sites: Sites, provider: str, recipe: str) -> Site:
+    fused = node.target is ops.norm_linears
+    x, weights = node.args[0], node.args[3 if fused else 1]
+    taken = []
+    for weight, member in zip(weights, node.meta[MEMBERS], strict=True):  # type: ignore[arg-type]
+        site = Site(
+            kind="norm_linear" if fused else "linear",
+            path=member.get("te_path", ""),
+            node=member.get("te_origin", node.name),
+            provider=provider.partition(":")[0],
+            recipe=recipe,
+            flops=flops_of_linear(tensor(x), tensor(weight)),  # type: ignore[arg-type]
+        )
+        if node.kwargs["merged"]:
+            site.detail["merged"] = len(node.meta[MEMBERS])
+        taken.append(sites.add(site))
+    return taken[0]
+
+
+def _attention(node: Node, sites: Sites, options: Options, provider: str, recipe: Recipe, trains: bool) -> tuple[Plan, Site]:
+    q, k, v = (tensor(a) for a in node.args[:3])
+    layout = node.meta[LAYOUT].name
+    site = Site("attention", site_path(node), node.meta.get("te_origin", node.name), provider=provider.partition(":")[0], layout=layout)
+    precision: Recipe | None = None
+    if options.attention == "fp8":
+        mask = tensor(node.args[3]) if len(node.args) > 3 else None
+        kwargs = {key: node.kwargs.get(key, default) for key, default in (("dropout_p", 0.0), ("enable_gqa", False))}
+        reason = unsupported_attention(q, k, v, mask, **kwargs)  # type: ignore[arg-type]
+        if reason is None:
+            precision = site.recipe = recipe  # type: ignore[assignment]
+        else:
+            site.detail["fp8"] = reason
+    site.detail["precision"] = "fp8" if precision else "high"
+    site.flops = _attention_flops(node)
+    sites.add(site)
+    return Plan(provider, precision, trains), site
+
+
+def _attention_flops(node: Node) -> int:
+    q, k, v = (tensor(a) for a in node.args[:3])
+    sizes = [s if isinstance(s, int) else int(s.node.hint or 1) for s in (*q.shape, k.shape[-2], v.shape[-1])]  # type: ignore[union-attr]
+    b, h, s, d, s_kv, d_v = sizes
+    return 2 * b * h * s * s_kv * (d + d_v)

@@ -1,0 +1,88 @@
+"""Which of the raised sites are taken: what the user skips, the logits, what no provider can do, what would not pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch.fx import GraphModule, Node
+
+from te_dynamo import ops
+from te_dynamo.config import Options
+from te_dynamo.lowering.cost import not_worth_it
+from te_dynamo.passes.graph import is_call, tensor
+from te_dynamo.passes.logits import find_logits
+from te_dynamo.passes.rules import ORIGIN
+from te_dynamo.report.sites import module_path
+
+UnsupportedLinear = Callable[[Node], "str | None"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Why raised nodes are not taken, by the name of the node that each stands for."""
+
+    excluded: dict[str, str]
+
+
+def site_path(node: Node) -> str:
+    """The path of a semantic node's site: its weight's owner, else the module in whose forward it stands."""
+    return node.meta.get("te_path") or module_path(node)
+
+
+def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
+    """The first pattern that matches a site's path."""
+    return next((p for p in patterns if fnmatchcase(path, p)), None)
+
+
+def select(gm: GraphModule, options: Options, unsupported: UnsupportedLinear, grad_enabled: bool) -> Selection:
+    """Looks at the raised graph `gm`, and changes nothing."""
+    logits = set() if options.include_logits else find_logits(gm)
+    excluded: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        reason = None
+        if is_call(node, ops.linear):
+            reason = _linear_reason(node, node in logits, options, unsupported, grad_enabled)
+        elif is_call(node, ops.attention):
+            reason = _skip_reason(node, options) or ("attention='off'" if options.attention == "off" else None)
+        if reason is not None:
+            excluded[node.meta[ORIGIN]] = reason
+    taken = {n for n in gm.graph.nodes if is_call(n, ops.linear) and n.meta[ORIGIN] not in excluded}
+    for node in gm.graph.nodes:
+        if is_call(node, ops.norm) and not any(user in taken for user in node.users):
+            excluded[node.meta[ORIGIN]] = "no FP8 linear reads it"
+    return Selection(excluded)
+
+
+def _skip_reason(node: Node, options: Options) -> str | None:
+    pattern = skipped(site_path(node), options.skip)
+    return None if pattern is None else f"skip pattern {pattern!r}"
+
+
+def _linear_reason(node: Node, is_logits: bool, options: Options, unsupported: UnsupportedLinear, grad_enabled: bool) -> str | None:
+    if is_logits:
+        return "the logits stay in high precision (include_logits=False)"
+    return _skip_reason(node, options) or unsupported(node) or not_worth_it(node, training=grad_enabled)
+
+
+def linear_sizes(node: Node) -> tuple[int, int]:
+    """(K, N) of a linear, as numbers: weights have static sizes."""
+    weight = tensor(node.args[1])
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[1]), int(weight.shape[0])
+
+
+def unmatched_absolute_patterns(patterns: tuple[str, ...], paths: list[str]) -> list[tuple[str, str]]:
+    """The patterns that match no path, although their end does, each with that path: they were meant for another root."""
+    found = []
+    for pattern in patterns:
+        if any(fnmatchcase(path, pattern) for path in paths):
+            continue
+        parts = pattern.split(".")
+        ends = [".".join(parts[i:]) for i in range(1, len(parts))]
+        path = next((p for p in paths for end in ends if end.strip("*.") and fnmatchcase(p, end)), None)
+        if path is not None:
+            found.append((pattern, path))
+    return found

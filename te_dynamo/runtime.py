@@ -1,0 +1,193 @@
+"""What runs at every call: the scale state of the weights that are passed in goes into the compiled graph, and back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from te_dynamo.cache_key import SOURCES_HASH
+from te_dynamo.config import Options
+from te_dynamo.lowering.linears import quantize_weights
+from te_dynamo.passes.attach import Attached
+from te_dynamo.passes.lower import Lowered, QuantizedWeights
+from te_dynamo.state import FORWARD, GRADIENT, STATE, Group, is_fake
+
+CACHEABLE = (
+    "te_dynamo.lowering.functions.collect",
+    "te_dynamo.lowering.functions.record",
+    "te_dynamo.lowering.functions.linears",
+    "te_dynamo.lowering.functions.linears_inference",
+    "te_dynamo.lowering.functions.quantize_weights",
+    "te_dynamo.lowering.fp8_attention.attention",
+    "te_dynamo.ops.norm",
+)
+
+
+def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Inductor, with the user's mode and settings."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    # A custom operator is keyed by its name only: what our sources and options are must be part of the caches' key.
+    marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(CACHEABLE, f"{SOURCES_HASH} {options.cache_key()}")
+    with ExitStack() as stack:
+        stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
+        return compile_fx(gm, list(inputs), config_patches=options.inductor_config())
+
+
+def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """AOTAutograd alone: for the graph of the first step, which is run once or twice."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.compilers import nop
+
+    return aot_autograd(fw_compiler=nop, bw_compiler=nop)(gm, list(inputs))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a graph."""
+
+    run: Callable[..., Any]
+    lowered: Lowered
+
+
+class CompiledGraph:
+    """The callable that Dynamo gets: takes the graph's inputs, adds the state's, and takes the recorded amaxes off.
+
+    `first` is the form for calls that meet a scale which was never set; None where `steady` serves those too.
+    """
+
+    def __init__(
+        self, steady: Variant, first: Variant | None, attached: Attached, device: torch.device, options: Options, *, trains: bool
+    ) -> None:
+        self.steady, self.first, self.attached = steady, first, attached
+        self.device, self.options, self.trains = device, options, trains
+        self.weight_positions = tuple(dict.fromkeys(k.argument for k in attached.keys))
+        self.groups: dict[tuple[int, ...], tuple[int, Group | None]] = {}
+        self.complete: set[int] = set()  # ids of groups all of whose scales are set
+        self.weights = WeightCache()
+
+    def __call__(self, *args: Any) -> Any:
+        group = self._group(args) if self.attached.keys else None
+        recording = self.trains and group is not None and torch.is_grad_enabled() and not group.fake and group.training()
+        if recording:
+            STATE.visit(group)  # type: ignore[arg-type]
+        variant = self._variant(group)
+        state = self._state_inputs(group, args, recording)
+        outputs = variant.run(*args, *state, *self.weights.inputs(variant.lowered.weights, args))
+        if not variant.lowered.records:
+            return outputs
+        *outputs, amax = outputs
+        if recording:
+            group.record(amax)  # type: ignore[union-attr]
+            STATE.watch_backward(outputs)
+        return outputs
+
+    def _group(self, args: Sequence[Any]) -> Group | None:
+        key = tuple([id(args[i]) for i in self.weight_positions])
+        entry = self.groups.get(key)
+        # Without slots of its own yet (inference), what is found depends on what other graphs have made since.
+        if entry is not None and (self.trains or entry[0] == STATE.version):
+            return entry[1]
+        group = self._new_group(args)
+        if entry is None:
+            for i in self.weight_positions:
+                if not is_fake(args[i]):
+                    STATE.watch(args[i], self.groups, key)
+        self.groups[key] = (STATE.version, group)
+        return group
+
+    def _new_group(self, args: Sequence[Any]) -> Group | None:
+        if any(is_fake(args[i]) for i in self.weight_positions):
+            return Group.of_fake(args[self.weight_positions[0]], self.attached.forward, self.attached.gradient)
+        group = STATE.group(self.attached.keys, args, self.device, create=self.trains)
+        if group is not None and self.trains and self.options.like_te:
+            group.start_at_one()
+        return group
+
+    def _variant(self, group: Group | None) -> Variant:
+        if self.first is None or (group is not None and (group.fake or id(group) in self.complete)):
+            return self.steady
+        if group is not None and group.all_set(gradients=self.trains):
+            self.complete.add(id(group))
+            return self.steady
+        return self.first
+
+    def _state_inputs(self, group: Group | None, args: Sequence[Any], recording: bool) -> list[Tensor]:
+        if not self.attached.keys:
+            return []
+        if group is None:
+            return [torch.zeros(self.attached.forward, device=self.device)]
+        inputs = [group.scales(FORWARD, snapshot=self.trains)]
+        if self.trains and self.attached.gradient:
+            inputs += [group.scales(GRADIENT, snapshot=True), group.grad_amax(recording), group.sink]
+        return inputs
+
+
+class WeightCache:
+    """FP8 copies of weights that did not change: by identity, version counter and address.
+
+    A write through `.data` leaves no trace: `te_dynamo.weights_changed(model)` tells of it. A tensor without a version
+    counter (made in inference mode) is quantised at every call.
+    """
+
+    everyone: weakref.WeakSet[WeightCache] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[int, tuple[int, ...]], tuple[tuple[Any, ...], list[Tensor]]] = {}
+        WeightCache.everyone.add(self)
+
+    def inputs(self, wanted: Sequence[QuantizedWeights], args: Sequence[Any]) -> list[Tensor]:
+        """The FP8 weight and scale_inv of each GEMM, in the order of the graph's inputs."""
+        return [t for number, weights in enumerate(wanted) for t in self._one(number, weights, args)]
+
+    def _one(self, number: int, wanted: QuantizedWeights, args: Sequence[Any]) -> list[Tensor]:
+        tensors = [args[i] for i in wanted.arguments]
+        key = (number, tuple([id(t) for t in tensors]))
+        state = _fingerprint(tensors)
+        entry = self.entries.get(key)
+        if entry is not None and state is not None and entry[0] == state:
+            return entry[1]
+        made = self._quantize(wanted, tensors)
+        if state is not None:
+            if entry is None:
+                for t in tensors:
+                    STATE.watch(t, self.entries, key)
+            self.entries[key] = (state, made)
+        return made
+
+    @staticmethod
+    @torch.no_grad()
+    def _quantize(wanted: QuantizedWeights, tensors: Sequence[Tensor]) -> list[Tensor]:
+        views = [view(t.detach()) for view, t in zip(wanted.views, tensors, strict=True)]
+        return [part for pair in quantize_weights(views, wanted.layout) for part in pair]
+
+    def forget(self, tensors: set[int]) -> None:
+        """Drops what was made of any of these tensors, by id."""
+        for key in [k for k in self.entries if not tensors.isdisjoint(k[1])]:
+            del self.entries[key]
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """Changes whenever a tensor is written in the ways that autograd sees; None where that cannot be told."""
+    try:
+        return tuple([(t._version, t.data_ptr()) for t in tensors])
+    except RuntimeError:  # an inference tensor, or a fake one
+        return None
+
+
+def weights_changed(model: torch.nn.Module) -> None:
+    """Tells te_dynamo that parameters of `model` were written in a way that leaves no trace (through `.data`, or by foreign
+    code): their FP8 copies are made again at the next call."""
+    tensors = {id(p) for p in model.parameters()}
+    for cache in list(WeightCache.everyone):
+        cache.forget(tensors)
+
+
