@@ -119,6 +119,7 @@ SPELLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "view": lambda x: F.linear(x, w_dhk.view(D, D)),
     "non-contiguous input": lambda x: F.linear(x.transpose(0, 1), w_nk, bias),
     "cast": lambda x: F.linear(x.bfloat16(), w_nk.to(torch.bfloat16), bias.bfloat16()),
+    "cast by type": lambda x: F.linear(x.type(torch.bfloat16), w_nk.type(torch.bfloat16)),
     "cast between transpose and use": lambda x: x.bfloat16() @ w_nk.T.bfloat16(),
 }
 
