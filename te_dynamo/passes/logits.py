@@ -41,9 +41,9 @@ INDEX_MOVES: tuple[Callable[..., Any], ...] = (
     torch.unsqueeze,
     torch.where,
 )
-INDEX_MOVE_METHODS = tuple(
-    "clamp_min clamp_max clone contiguous expand int long masked_fill_ new_full new_zeros repeat roll to type unfold".split()
-)
+INDEX_MOVE_METHODS = ("clamp_min", "clamp_max", "clone", "contiguous", "expand", "int", "long", "masked_fill_") + (
+    "new_full", "new_zeros", "repeat", "roll", "to", "type", "unfold",
+)  # fmt: skip
 # Where a hidden state goes on through the model; logits reach none of these.
 HIDDEN_STATE_OPS: frozenset[Any] = ops.SEMANTIC_OPS | {
     torch._C._nn.linear,
