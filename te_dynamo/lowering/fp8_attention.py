@@ -334,6 +334,7 @@ class Attention(torch.autograd.Function):
         mask: Tensor | None,
         scale: Tensor | None,
         sink: Tensor | None,
+        grad_scale: Tensor | None,
         f: int,
         g: int,
         causal: bool,
@@ -345,7 +346,7 @@ class Attention(torch.autograd.Function):
         o, o8, q8, k8, v8, scale_inv, lse, amax = torch.ops.te_dynamo.attention_fwd(
             q, k, v, mask, scale, f, causal, softmax_scale, quantize_output, form
         )
-        ctx.save_for_backward(o8 if quantize_output else o, q8, k8, v8, mask, scale_inv, lse, scale)
+        ctx.save_for_backward(o8 if quantize_output else o, q8, k8, v8, mask, scale_inv, lse, grad_scale)
         ctx.attributes = (g, causal, softmax_scale, quantize_gradients, form)
         ctx.has_sink = sink is not None
         ctx.mark_non_differentiable(amax)
@@ -355,7 +356,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor, _: None) -> tuple[Tensor | None, ...]:
         dq, dk, dv, amax = torch.ops.te_dynamo.attention_bwd(do, *ctx.saved_tensors, *ctx.attributes)
-        return dq, dk, dv, None, None, amax if ctx.has_sink else None, *[None] * 7
+        return dq, dk, dv, None, None, amax if ctx.has_sink else None, *[None] * 8
 
 
 def attention(
@@ -365,6 +366,7 @@ def attention(
     mask: Tensor | None = None,
     scale: Tensor | None = None,
     sink: Tensor | None = None,
+    grad_scale: Tensor | None = None,
     *,
     f: int = 0,
     g: int = 0,
@@ -378,7 +380,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """`scaled_dot_product_attention` in FP8: what a lowered graph calls.
 
-    q, k, v, mask, scale, f, form: as in `forward`; g: the first of the gradient slots; sink: None, or float32 [3] that
+    q, k, v, mask, scale, f, form: as in `forward`; g: the first of the gradient slots, in `grad_scale` or, where that is None, in
+    `scale`; sink: None, or float32 [3] that
     requires grad: the "gradient" it gets is the amax of (do, dp, dqkv), which travels that way out of the backward.
     softmax_scale: None is 1/sqrt(D). Returns (o, amax): o [B, H, S, D_v]; amax float32 [5], not differentiable.
     Raises ValueError with the reason that `unsupported` gives.
@@ -388,6 +391,6 @@ def attention(
         raise ValueError(reason)
     softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return Attention.apply(q, k, v, mask, scale, sink, f, g, causal, softmax_scale, quantize_output, quantize_gradients, form)
+        return Attention.apply(q, k, v, mask, scale, sink, scale if grad_scale is None else grad_scale, f, g, causal, softmax_scale, quantize_output, quantize_gradients, form)
     o, *_, amax = torch.ops.te_dynamo.attention_fwd(q, k, v, mask, scale, f, causal, softmax_scale, quantize_output, form)
     return o, amax
