@@ -346,7 +346,7 @@ class Attention(torch.autograd.Function):
         o, o8, q8, k8, v8, scale_inv, lse, amax = torch.ops.te_dynamo.attention_fwd(
             q, k, v, mask, scale, f, causal, softmax_scale, quantize_output, form
         )
-        ctx.save_for_backward(o8 if quantize_output else o, q8, k8, v8, mask, scale_inv, lse, grad_scale)
+        ctx.save_for_backward(o8 if quantize_output else o, q8, k8, v8, mask, scale_inv, lse, scale if grad_scale is None else grad_scale)
         ctx.attributes = (g, causal, softmax_scale, quantize_gradients, form)
         ctx.has_sink = sink is not None
         ctx.mark_non_differentiable(amax)
@@ -391,6 +391,7 @@ def attention(
         raise ValueError(reason)
     softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return Attention.apply(q, k, v, mask, scale, sink, scale if grad_scale is None else grad_scale, f, g, causal, softmax_scale, quantize_output, quantize_gradients, form)
+        tensors = (q, k, v, mask, scale, sink, grad_scale)
+        return Attention.apply(*tensors, f, g, causal, softmax_scale, quantize_output, quantize_gradients, form)
     o, *_, amax = torch.ops.te_dynamo.attention_fwd(q, k, v, mask, scale, f, causal, softmax_scale, quantize_output, form)
     return o, amax
