@@ -19,9 +19,11 @@ from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, QuantizedWeights
 from te_dynamo.state import FORWARD, GRADIENT, STATE, Group, is_fake
 
+GRAD_AMAX = 2  # its place among the state's inputs
 CACHEABLE = (
     "te_dynamo.lowering.functions.collect",
     "te_dynamo.lowering.functions.record",
+    "te_dynamo.lowering.functions.unpack",
     "te_dynamo.lowering.functions.linears",
     "te_dynamo.lowering.functions.linears_inference",
     "te_dynamo.lowering.functions.quantize_weights",
@@ -87,7 +89,8 @@ class CompiledGraph:
         *outputs, amax = outputs
         if recording:
             group.record(amax)  # type: ignore[union-attr]
-            STATE.watch_backward(outputs)
+        if self.trains and self.attached.gradient and not group.fake:  # type: ignore[union-attr]
+            STATE.watch_backward(outputs, state[GRAD_AMAX], recording)
         return outputs
 
     def _group(self, args: Sequence[Any]) -> Group | None:

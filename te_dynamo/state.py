@@ -270,14 +270,20 @@ class ScaleState:
         self.visited.clear()
         self.backward_seen = False
 
-    def saw_backward(self, *_: Any) -> None:
-        self.backward_seen = True
+    def watch_backward(self, outputs: Sequence[Any], grad_amax: Tensor, recording: bool) -> None:
+        """Notes when a backward reaches these outputs, in whichever form it is asked for.
 
-    def watch_backward(self, outputs: Sequence[Any]) -> None:
-        """Notes when a backward reaches these outputs, in whichever form it is asked for."""
-        functions = {o.grad_fn for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None}
-        for function in functions:
-            function.register_prehook(self.saw_backward)
+        Backward writes `grad_amax`, which autograd keeps as a saved tensor: its version is set back before each backward, so
+        that a second one (`retain_graph=True`) is not taken for a use after a write.
+        """
+        version = (grad_amax._version,)
+
+        def before_backward(*_: Any) -> None:
+            self.backward_seen = self.backward_seen or recording
+            torch._C._autograd._unsafe_set_version_counter((grad_amax,), version)
+
+        for function in {o.grad_fn for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None}:
+            function.register_prehook(before_backward)
 
 
 STATE = ScaleState()
