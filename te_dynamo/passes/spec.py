@@ -1,0 +1,475 @@
+"""What may stand in the graph after each stage: which targets, with which arguments and which metadata.
+
+A spec is a table. `check` reads a graph against it and gives every violation as a sentence that names the node, its
+target, what is wrong and the remedy. The tests check each stage's output, and so does the option `verify`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from te_dynamo import ops
+from te_dynamo.passes import canonicalize as canonical
+from te_dynamo.passes.attach import SLOTS, Slots
+from te_dynamo.passes.fuse import LAYOUT, MEMBERS
+from te_dynamo.passes.graph import EXAMPLE, example, is_call, is_method, tensor
+from te_dynamo.passes.higher_order import rewritable_units
+from te_dynamo.passes.layout import Layout
+from te_dynamo.passes.plan import PLAN, SITE, Plan
+from te_dynamo.passes.regions import AUTOCAST
+from te_dynamo.report.sites import Site
+
+
+class SpecError(AssertionError):
+    """A graph is not what a stage must leave: a mistake in te_dynamo. `.violations` has one sentence for each."""
+
+    def __init__(self, stage: str, violations: Sequence[str]) -> None:
+        self.violations = list(violations)
+        shown = "\n".join(f"  {v}" for v in self.violations[:20])
+        more = f"\n  and {len(self.violations) - 20} more" if len(self.violations) > 20 else ""
+        super().__init__(f"te_fp8: the graph after stage {stage!r} breaks its spec:\n{shown}{more}")
+
+
+class Ban(NamedTuple):
+    """A target that may not stand, where `when` holds for the node, and what to write instead."""
+
+    remedy: str
+    when: Callable[[Node], bool] = lambda node: True
+
+
+class Shape(NamedTuple):
+    """What must hold between the fake values of a semantic op: `holds` is given its arguments by name, and `out`."""
+
+    says: str
+    holds: Callable[[types.SimpleNamespace], bool]
+
+
+class Problem(NamedTuple):
+    wrong: str
+    remedy: str
+
+
+Check = Callable[[Node], Iterable[Problem]]
+GraphCheck = Callable[[GraphModule], Iterable[tuple[Node, Problem]]]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a stage's output must be.
+
+    semantic: the semantic ops that may stand in it, and why the others may not; functions, methods: targets that may
+    not stand; metadata: for each target, the keys its nodes must carry and the type of each; node_checks,
+    graph_checks: what a table cannot say.
+    """
+
+    name: str
+    semantic: frozenset[Callable[..., Any]] = frozenset()
+    no_other_semantic: str = ""
+    functions: Mapping[Callable[..., Any], Ban] = field(default_factory=dict)
+    methods: Mapping[str, Ban] = field(default_factory=dict)
+    metadata: Mapping[Callable[..., Any], Mapping[str, type]] = field(default_factory=dict)
+    node_checks: tuple[Check, ...] = ()
+    graph_checks: tuple[GraphCheck, ...] = ()
+
+
+def check(gm: GraphModule, spec: Spec) -> list[str]:
+    """The violations of `spec` in `gm` and in its sub-graphs that are rewritten; empty where there are none."""
+    return [
+        f"{node.name} ({target_name(node)}): {problem.wrong}. Remedy: {problem.remedy}."
+        for unit in rewritable_units(gm)
+        for node, problem in _problems(unit, spec)
+    ]
+
+
+def require(gm: GraphModule, spec: Spec) -> None:
+    """Raises SpecError where `gm` violates `spec`."""
+    violations = check(gm, spec)
+    if violations:
+        raise SpecError(spec.name, violations)
+
+
+def _problems(gm: GraphModule, spec: Spec) -> Iterator[tuple[Node, Problem]]:
+    for node in gm.graph.nodes:
+        for node_check in (*TABLE_CHECKS, *(_unbound(c) for c in spec.node_checks)):
+            for problem in node_check(spec, node):
+                yield node, problem
+    for graph_check in spec.graph_checks:
+        yield from graph_check(gm)
+
+
+def _unbound(node_check: Check) -> Callable[[Spec, Node], Iterable[Problem]]:
+    return lambda spec, node: node_check(node)
+
+
+def target_name(node: Node) -> str:
+    """A node's target as a person would write it."""
+    if not callable(node.target):
+        return f".{node.target}" if node.op == "call_method" else f"{node.op} {node.target}"
+    return torch.fx.node._get_qualified_name(node.target) if node.op == "call_function" else str(node.target)
+
+
+# ---- what the tables say
+
+
+def _semantic(spec: Spec, node: Node) -> Iterator[Problem]:
+    if is_call(node, *ops.SEMANTIC_OPS):
+        if node.target not in spec.semantic:
+            yield Problem("this semantic op may not stand here", spec.no_other_semantic)
+        else:
+            yield from _arguments(node)
+
+
+def _forbidden(spec: Spec, node: Node) -> Iterator[Problem]:
+    table: Mapping[Any, Ban] = {"call_function": spec.functions, "call_method": spec.methods}.get(node.op, {})
+    ban = table.get(node.target)
+    if ban is not None and ban.when(node):
+        yield Problem("not the canonical spelling", ban.remedy)
+
+
+def _metadata(spec: Spec, node: Node) -> Iterator[Problem]:
+    if node.op != "call_function":
+        return
+    for key, kind in spec.metadata.get(node.target, {}).items():  # type: ignore[arg-type]
+        if not isinstance(node.meta.get(key), kind):
+            found = type(node.meta[key]).__name__ if key in node.meta else "nothing"
+            yield Problem(f"meta[{key!r}] is {found}, not a {kind.__name__}", "the stage that makes the node puts it there")
+
+
+TABLE_CHECKS = (_semantic, _forbidden, _metadata)
+
+
+# ---- the arguments of semantic ops, read off their signatures
+
+
+@cache
+def _parameters(op: Callable[..., Any]) -> tuple[dict[str, tuple[inspect.Parameter, Any]], dict[str, tuple[inspect.Parameter, Any]]]:
+    """(tensors, attributes) of an op: name -> (parameter, type)."""
+    hints = get_type_hints(op)
+    tensors, attributes = {}, {}
+    for name, parameter in inspect.signature(op).parameters.items():
+        table = attributes if parameter.kind is inspect.Parameter.KEYWORD_ONLY else tensors
+        table[name] = (parameter, hints[name])
+    return tensors, attributes
+
+
+def _arguments(node: Node) -> Iterator[Problem]:
+    tensors, attributes = _parameters(node.target)  # type: ignore[arg-type]
+    required = [name for name, (p, _) in tensors.items() if p.default is p.empty]
+    if not len(required) <= len(node.args) <= len(tensors):
+        yield Problem(f"{len(node.args)} positional arguments", f"tensors go by position: {', '.join(tensors)}")
+        return
+    for name in node.kwargs.keys() - attributes.keys():
+        yield Problem(f"the keyword {name!r}", f"attributes go by keyword: {', '.join(attributes)}; tensors by position")
+    for name, (parameter, _) in attributes.items():
+        if parameter.default is parameter.empty and name not in node.kwargs:
+            yield Problem(f"the attribute {name!r} is missing", f"give {name}= in the rule that makes the node")
+    table = {**{n: (a, tensors[n][1]) for n, a in zip(tensors, node.args, strict=False)}}
+    table |= {n: (node.kwargs[n], hint) for n, (_, hint) in attributes.items() if n in node.kwargs}
+    misfits = [(name, value, hint) for name, (value, hint) in table.items() if not fits(value, hint)]
+    for name, value, hint in misfits:
+        yield Problem(f"{name}={value!r} is not {_spelled(hint)}", "see the docstring of the op")
+    if not misfits:
+        yield from _shapes(node, {n: p.default for n, (p, _) in {**tensors, **attributes}.items()} | {n: v for n, (v, _) in table.items()})
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether an argument of a node is of a parameter's type; numbers may be symbolic."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, h) for h in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is not None:  # Sequence[...]
+        return isinstance(value, (list, tuple)) and all(fits(v, inner[0]) for v in value)
+    if hint is Tensor:
+        return tensor(value) is not None
+    found = example(value)
+    if hint is float:
+        return isinstance(found, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(found, bool)
+    if hint is int:
+        return isinstance(found, (int, torch.SymInt)) and not isinstance(found, bool)
+    return found is None if hint is type(None) else isinstance(found, hint)
+
+
+def _spelled(hint: Any) -> str:
+    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("torch._tensor.", "")  # type: ignore[return-value]
+
+
+def hint(size: Any) -> int | None:
+    """A size's number without a guard on it; None for one that depends on data."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Whether sizes are equal, as far as their hints tell."""
+    a, b = [hint(s) for s in a], [hint(s) for s in b]
+    return len(a) == len(b) and all(x == y or x is None or y is None for x, y in zip(a, b, strict=True))
+
+
+def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.dim() == 2 and same(x.shape[-1:], weight.shape[1:]) and (bias is None or same(bias.shape, weight.shape[:1]))
+
+
+def _outputs(out: Any, x: Tensor, weights: Sequence[Tensor], interleave: int, dtype: torch.dtype) -> bool:
+    """Whether `out` is what linears of these weights return."""
+
+    def last(w: Tensor) -> tuple[Any, ...]:
+        return (w.shape[0] // interleave, interleave) if interleave else (w.shape[0],)
+
+    return len(out) == len(weights) and all(
+        y.dtype == dtype and same(y.shape, (*x.shape[:-1], *last(w))) for y, w in zip(out, weights, strict=True)
+    )
+
+
+MEMBER_SHAPES = Shape(
+    "each weight is [N_i, K] with K the last size of x, each bias [N_i]",
+    lambda a: len(a.weights) == len(a.biases) and all(_linear_shape(a.x, w, b) for w, b in zip(a.weights, a.biases, strict=True)),
+)
+SHAPES: dict[Callable[..., Any], tuple[Shape, ...]] = {
+    ops.linear: (
+        Shape("weight is [N, K] with K the last size of x, bias [N]", lambda a: _linear_shape(a.x, a.weight, a.bias)),
+        Shape("the result is [..., N] in out_dtype", lambda a: _outputs([a.out], a.x, [a.weight], 0, a.out_dtype)),
+    ),
+    ops.linears: (
+        MEMBER_SHAPES,
+        Shape("the results are [..., N_i] in out_dtype", lambda a: _outputs(a.out, a.x, a.weights, a.interleave, a.out_dtype)),
+    ),
+    ops.norm: (
+        Shape(
+            "weight and bias are the last `dims` sizes of x",
+            lambda a: all(w is None or same(w.shape, a.x.shape[a.x.dim() - a.dims :]) for w in (a.weight, a.bias)),
+        ),
+        Shape("the result is like x in out_dtype", lambda a: same(a.out.shape, a.x.shape) and a.out.dtype == a.out_dtype),
+    ),
+    ops.norm_linears: (
+        MEMBER_SHAPES,
+        Shape(
+            "norm_weight and norm_bias are [K]",
+            lambda a: all(w is None or same(w.shape, a.x.shape[-1:]) for w in (a.norm_weight, a.norm_bias)),
+        ),
+        Shape(
+            "the results are the norm, like x in norm_dtype, and [..., N_i] in out_dtype",
+            lambda a: (
+                same(a.out[0].shape, a.x.shape)
+                and a.out[0].dtype == a.norm_dtype
+                and _outputs(a.out[1:], a.x, a.weights, a.interleave, a.out_dtype)
+            ),
+        ),
+    ),
+    ops.attention: (
+        Shape("q is [B, H, S, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v]", lambda a: _attention_shape(a.q, a.k, a.v)),
+        Shape(
+            "the heads of k are those of q, or divide them with enable_gqa", lambda a: _heads(a.q.shape[-3], a.k.shape[-3], a.enable_gqa)
+        ),
+        Shape("a mask is bool or float", lambda a: a.mask is None or a.mask.dtype == torch.bool or a.mask.is_floating_point()),
+        Shape("the result is [B, H, S, D_v]", lambda a: same(a.out.shape, (*a.q.shape[:-1], a.v.shape[-1]))),
+    ),
+}
+
+
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return q.dim() == k.dim() == v.dim() == 4 and same(q.shape[-1:], k.shape[-1:]) and same(k.shape[:-1], v.shape[:-1])
+
+
+def _heads(q: Any, k: Any, gqa: bool) -> bool:
+    q, k = hint(q), hint(k)
+    return q is None or k is None or q == k or (gqa and q % k == 0)
+
+
+def _shapes(node: Node, arguments: dict[str, Any]) -> Iterator[Problem]:
+    values = torch.fx.node.map_arg(arguments, example)
+    out = example(node)
+    if out is None:
+        return  # told by `_has_value`
+    for shape in SHAPES[node.target]:  # type: ignore[index]
+        if not shape.holds(types.SimpleNamespace(**values, out=out)):
+            yield Problem(f"not so: {shape.says}", "the rule that makes the node must see to it, or decline")
+
+
+# ---- what tables cannot say
+
+
+def _has_value(node: Node) -> Iterator[Problem]:
+    """Every value that something reads has its fake value."""
+    silent = node.op in ("output", "get_attr") or not node.users or is_call(node, *AUTOCAST)
+    if EXAMPLE not in node.meta and not silent:
+        yield Problem(f"no meta[{EXAMPLE!r}]", "make nodes with passes.graph.emit")
+
+
+def _canonical_arguments(node: Node) -> Iterator[Problem]:
+    signature = canonical.SIGNATURES.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    if signature is not None and len(node.args) != len(signature):
+        yield Problem(f"{len(node.args)} positional arguments", f"all by position: {', '.join(name for name, _ in signature)}")
+    expected = canonical.KEYWORD_DEFAULTS.get(node.target, {}).keys() if signature is not None else ()
+    if missing := [key for key in expected if key not in node.kwargs]:
+        yield Problem(f"the keywords {', '.join(missing)} are missing", "give them")
+
+
+def _canonical_cast(node: Node) -> Iterator[Problem]:
+    if not is_method(node, "to", "type_as", *canonical.CASTS):
+        return
+    before, after = tensor(node.args[0]), tensor(node)
+    if before is None or after is None or before.device != after.device or node.kwargs.get("copy") or node.kwargs.get("memory_format"):
+        return
+    if any(a is True for a in node.args[1:]):  # non_blocking or copy by position
+        return
+    if node.target != "to" or node.args[1:] != (after.dtype,) or node.kwargs:
+        yield Problem("a cast that is not spelled as one", "call_method 'to' (x, dtype)")
+    elif before.dtype == after.dtype:
+        yield Problem("a cast to the dtype at hand", "use its input itself")
+
+
+def _state_inputs_last(gm: GraphModule) -> Iterator[tuple[Node, Problem]]:
+    """The state's inputs come after the user's, in their order, and are what AOTAutograd and Dynamo want to see."""
+    reached = -1
+    for node in (n for n in gm.graph.nodes if n.op == "placeholder"):
+        rank = _rank(node)
+        if rank < reached:
+            yield node, Problem("stands after an input of the state", f"the inputs go last, in the order {', '.join(STATE_INPUTS)}")
+        reached = max(rank, reached)
+        if rank >= 0:
+            yield from ((node, problem) for problem in _state_input(node))
+
+
+STATE_INPUTS = ("te_scale", "te_grad_scale", "te_grad_amax", "te_sink", "te_w")
+
+
+def _rank(node: Node) -> int:
+    """The place of a placeholder among the state's inputs, -1 for one of the user's."""
+    if getattr(node, "_dynamo_source", None) is not None or not str(node.target).startswith("te_"):
+        return -1
+    return next((i for i, name in reversed(list(enumerate(STATE_INPUTS))) if str(node.target).startswith(name)), -1)
+
+
+def _state_input(node: Node) -> Iterator[Problem]:
+    value, name = tensor(node), str(node.target)
+    if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") != "unguarded":
+        yield Problem("not marked as a static input", 'meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}')
+    if value is None:
+        yield Problem("no fake tensor", f"meta[{EXAMPLE!r}], a tensor made in the graph's fake mode")
+    elif not name.startswith("te_w"):
+        if value.dtype != torch.float32 or value.dim() != 1 or not isinstance(value.shape[0], int):
+            yield Problem(f"{value.dtype}{list(value.shape)}", "the state is one float32 vector of a fixed size")
+        if value.requires_grad != name.startswith("te_sink"):
+            yield Problem(f"requires_grad is {value.requires_grad}", "only the sink, which carries the gradients' amaxes, has a gradient")
+
+
+def _slots_exist(gm: GraphModule) -> Iterator[tuple[Node, Problem]]:
+    names = {n.name for n in gm.graph.nodes}
+    for node in gm.graph.nodes:
+        slots = node.meta.get(SLOTS)
+        if slots is None:
+            continue
+        if not isinstance(slots, Slots):
+            yield node, Problem(f"meta[{SLOTS!r}] is a {type(slots).__name__}", "it is a Slots")
+            continue
+        for name in (slots.scale, slots.grad_scale, slots.sink):
+            if name is not None and name not in names:
+                yield node, Problem(f"its slots are in {name!r}, which is not in the graph", "a copy of the graph must keep names")
+
+
+def _members(node: Node) -> Iterator[Problem]:
+    if is_call(node, ops.linears, ops.norm_linears) and isinstance(node.meta.get(MEMBERS), list):
+        weights = node.args[3 if node.target is ops.norm_linears else 1]
+        if len(node.meta[MEMBERS]) != len(weights):  # type: ignore[arg-type]
+            yield Problem(f"{len(node.meta[MEMBERS])} members for {len(weights)} weights", "one for each weight, in order")  # type: ignore[arg-type]
+
+
+def _recipe_has_slots(node: Node) -> Iterator[Problem]:
+    """A delayed site that was given no slots runs on its own amax; lowering copes, but its scale would be lost."""
+    plan = node.meta.get(PLAN)
+    if is_call(node, *ops.SEMANTIC_OPS) and isinstance(plan, Plan) and plan.recipe == "current" and SLOTS in node.meta:
+        yield Problem("current scaling with slots", "only delayed scaling has state")
+
+
+def _lowered_target(node: Node) -> Iterator[Problem]:
+    if node.op == "call_module":
+        yield Problem("a call of a module", "Dynamo inlines modules; a pass must not add one")
+    module = getattr(node.target, "__module__", None) or ""
+    if node.op != "call_function" or not module.startswith("te_dynamo.") or module.startswith("te_dynamo.lowering"):
+        return
+    if node.target not in LOWERED.semantic:
+        yield Problem(f"a function of {module}", "after lowering only te_dynamo.lowering and torch compute")
+
+
+def _first_is_tensor(node: Node) -> bool:
+    return bool(node.args) and tensor(node.args[0]) is not None
+
+
+def _both(first: Callable[[Node], bool], second: Callable[[Node], bool]) -> Callable[[Node], bool]:
+    return lambda node: first(node) and second(node)
+
+
+def _reshapes(node: Node) -> bool:
+    """Whether a `view` changes the shape; one with a dtype reinterprets bits, and has no other spelling."""
+    return not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+
+
+def _name(target: Any) -> str:
+    return torch.fx.node._get_qualified_name(target)
+
+
+# ---- the specs, one a stage
+
+CANONICAL = Spec(
+    name="canonicalize",
+    no_other_semantic="semantic ops are made by the stage `raise`",
+    functions={
+        **{t: Ban(f"{_name(new)}", _both(_first_is_tensor, lambda n: len(n.args) == 2)) for t, new in canonical.BINARY.items()},
+        **{t: Ban(f"{_name(new)}", _first_is_tensor) for t, new in canonical.UNARY.items()},
+        **{t: Ban(f"{_name(new)}") for t, new in canonical.ALIASES.items() if t is not new},
+        F.softmax: Ban("torch.softmax(x, dim)", lambda n: (n.args[1:2] or (n.kwargs.get("dim"),))[0] is not None),
+    },
+    methods={
+        **{m: Ban(f"torch.{m}", _first_is_tensor) for m in canonical.METHODS},
+        "view": Ban("torch.reshape(x, shape)", _both(_first_is_tensor, _reshapes)),
+        "reshape": Ban("torch.reshape(x, shape)", _first_is_tensor),
+        "permute": Ban("torch.permute(x, dims)", _first_is_tensor),
+    },
+    node_checks=(_has_value, _canonical_arguments, _canonical_cast),
+)
+RAISED = replace(
+    CANONICAL,
+    name="raise",
+    semantic=frozenset({ops.linear, ops.norm, ops.attention}),
+    no_other_semantic="groups are made by the stage `fuse`",
+    node_checks=(_has_value, _canonical_arguments),
+)
+FUSED = replace(
+    RAISED,
+    name="fuse",
+    semantic=frozenset({ops.linears, ops.norm, ops.norm_linears, ops.attention}),
+    no_other_semantic="every linear is a group, if only of one",
+    metadata={ops.linears: {MEMBERS: list}, ops.norm_linears: {MEMBERS: list}, ops.attention: {LAYOUT: Layout}},
+    node_checks=(*RAISED.node_checks, _members),
+)
+PLANNED = replace(
+    FUSED,
+    name="plan",
+    metadata={op: {**FUSED.metadata.get(op, {}), SITE: Site, PLAN: Plan} for op in FUSED.semantic},
+)
+STATEFUL = replace(
+    PLANNED,
+    name="state",
+    node_checks=(*PLANNED.node_checks, _recipe_has_slots),
+    graph_checks=(_state_inputs_last, _slots_exist),
+)
+LOWERED = Spec(
+    name="lower",
+    semantic=frozenset({ops.norm}),  # its definition is its lowering: Inductor fuses it
+    no_other_semantic="the provider's lowering replaces it",
+    node_checks=(_has_value, _lowered_target),
+    graph_checks=(_state_inputs_last,),
+)
+SPECS: dict[str, Spec] = {spec.name: spec for spec in (CANONICAL, RAISED, FUSED, PLANNED, STATEFUL, LOWERED)}
