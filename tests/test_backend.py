@@ -1,0 +1,367 @@
+"""The backend as a user meets it: one graph, right results, what is left is Inductor's."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from te_dynamo.backend import observing, te_fp8
+from te_dynamo.config import Options
+from te_dynamo.lowering import cpu_ops
+from te_dynamo.report.sites import Site
+from tests.numerics import sqnr
+
+
+class MLP(nn.Module):
+    def __init__(self, size: int = 64, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(size, 2 * size, bias=bias)
+        self.down = nn.Linear(2 * size, size, bias=bias)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MLP() for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend=te_fp8, fullgraph=True, options=options or None)
+
+
+def sites_of(model, *args, **options) -> list[Site]:
+    found: list[Site] = []
+    with observing(lambda gm, sites, options: found.extend(sites)):
+        compiled(model, **options)(*args)
+    return found
+
+
+@pytest.mark.parametrize("provider", ["native", "reference"])
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_trains_as_the_eager_model_to_fp8_error(provider, recipe, dtype):
+    model = Stack().to(dtype)
+    reference = copy.deepcopy(model)
+    fp8 = compiled(model, provider=provider, recipe=recipe)
+    for _ in range(3):
+        x = torch.randn(4, 16, 64, dtype=dtype, requires_grad=True)
+        x_ref = x.detach().clone().requires_grad_()
+        model.zero_grad(), reference.zero_grad()
+        y, y_ref = fp8(x), reference(x_ref)
+        y.float().square().mean().backward()
+        y_ref.float().square().mean().backward()
+        assert y.dtype == dtype
+        assert 25 < sqnr(y_ref, y) < 60
+        assert 18 < sqnr(x_ref.grad, x.grad) < 60
+        for p, p_ref in zip(model.parameters(), reference.parameters(), strict=True):
+            assert p.grad.dtype == p.dtype
+            assert 15 < sqnr(p_ref.grad, p.grad) < 80
+
+
+class SeeFP8(TorchDispatchMode):
+    """Notes the FP8 tensors and GEMMs that really run, inside our operators too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # or Dynamo would not enter its compiled code while the mode is on
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func._schema.name)
+        body = getattr(cpu_ops, func._schema.name.split("::")[1], None) if func.namespace == "te_dynamo" else None
+        if body is not None:  # look inside: the operator's own body, with the mode on
+            with self:
+                out = body._init_fn(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
+        self.dtypes |= {t.dtype for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)}
+        return out
+
+
+def test_fp8_is_in_the_gemms_of_all_three_directions():
+    model = MLP().bfloat16()
+    fp8 = compiled(model, provider="native")
+    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    fp8(x).sum().backward()  # compile first: Dynamo skips frames while a mode is on
+    with SeeFP8() as forward:
+        y = fp8(x)
+    with SeeFP8() as backward:
+        y.sum().backward()
+    assert forward.ops.count("aten::_scaled_mm") == 2
+    assert torch.float8_e4m3fn in forward.dtypes
+    assert backward.ops.count("aten::_scaled_mm") == 4  # dgrad and wgrad of both
+    assert torch.float8_e5m2 in backward.dtypes
+    assert not {"aten::mm", "aten::addmm", "aten::bmm"} & {*forward.ops, *backward.ops}
+
+
+def test_what_is_left_is_bit_identical_to_inductor():
+    model = Stack().bfloat16()
+    x = torch.randn(8, 64, dtype=torch.bfloat16, requires_grad=True)
+    y = compiled(model, skip=["*"])(x)
+    y.sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch._dynamo.reset()
+    y_inductor = torch.compile(model, fullgraph=True)(x)
+    y_inductor.sum().backward()
+    assert torch.equal(y, y_inductor)
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, model.parameters(), strict=True))
+
+
+def test_skip_leaves_what_its_patterns_match_and_says_so():
+    sites = sites_of(Stack(), torch.randn(8, 64), skip=["layers.0.*", "*.down"])
+    taken = {s.path for s in sites if s.provider}
+    assert taken == {"layers.1.up"}
+    assert {s.path: s.reason for s in sites if not s.provider} == {
+        "layers.0.up": "skip pattern 'layers.0.*'",
+        "layers.0.down": "skip pattern 'layers.0.*'",
+        "layers.1.down": "skip pattern '*.down'",
+    }
+
+
+def test_an_absolute_pattern_for_a_layer_that_was_compiled_alone_gets_a_warning():
+    model = Stack()
+    with pytest.warns(UserWarning, match=r"layers\.0\.up.*compile those layers with their own options"):
+        torch.compile(model.layers[0], backend=te_fp8, options={"skip": ["layers.0.up"]})(torch.randn(8, 64))
+
+
+def test_nothing_taken_is_said_in_one_warning_and_strict_raises():
+    model = MLP().double()
+    x = torch.randn(8, 64, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="nothing in this graph could be computed in FP8.*float64") as seen:
+        y = compiled(model)(x)
+    assert len([w for w in seen if "te_fp8" in str(w.message)]) == 1
+    torch.testing.assert_close(y, model(x))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="nothing in this graph could be computed in FP8"):
+        compiled(model, strict=True)(x)
+
+
+def test_dynamo_s_graph_is_left_as_it_was():
+    before, after = [], []
+
+    def backend(gm, inputs):
+        before.append((gm.print_readable(print_output=False), [dict(n.meta) for n in gm.graph.nodes]))
+        result = te_fp8(gm, inputs)
+        after.append((gm.print_readable(print_output=False), [dict(n.meta) for n in gm.graph.nodes]))
+        return result
+
+    torch.compile(Stack(), backend=backend)(torch.randn(8, 64))
+    assert before[0][0] == after[0][0]
+    assert [sorted(m) for m in before[0][1]] == [sorted(m) for m in after[0][1]]
+
+
+def test_state_dict_and_modules_are_untouched():
+    model = Stack()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modules = {name: type(m) for name, m in model.named_modules()}
+    compiled(model)(torch.randn(8, 64)).sum().backward()
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert {name: type(m) for name, m in model.named_modules()} == modules
+
+
+def test_lengths_that_change_every_step_recompile_once_more_at_most():
+    def graphs(backend) -> int:
+        torch._dynamo.reset()
+        model, count = Stack(), []
+
+        def counting(gm, inputs):
+            count.append(1)
+            return backend(gm, inputs)
+
+        run = torch.compile(model, backend=counting)
+        for length in (5, 9, 17, 24, 33, 40):
+            run(torch.randn(length, 64)).sum().backward()
+        return len(count)
+
+    from torch._inductor.compile_fx import compile_fx
+
+    assert graphs(te_fp8) <= graphs(compile_fx) + 1
+
+
+def test_autocast_gives_the_dtype_of_autocast():
+    class Out(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = MLP()
+
+        def forward(self, x):
+            return self.mlp.up(x)
+
+    model = Out()
+    run = compiled(model)
+    x = torch.randn(8, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(x)
+        expected = model(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert 25 < sqnr(expected, y) < 32
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert model.mlp.up.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(0, 64), torch.randn(64, 8).t(), torch.randn(8, 128)[:, ::2], torch.randn(1, 64).expand(8, 64), torch.randn(64)],
+    ids=["empty", "transposed", "strided", "expanded", "one row"],
+)
+def test_odd_inputs(x):
+    model = nn.Sequential(MLP())
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x)
+
+    holder = Holder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an empty batch is left to Inductor with a warning
+        y = torch.compile(holder, backend=te_fp8, dynamic=False)(x)
+    expected = holder(x)
+    assert y.shape == expected.shape
+    if x.numel():
+        assert sqnr(expected, y) > 25
+
+
+def test_raw_parameters_and_closed_over_modules():
+    weight = nn.Parameter(torch.randn(32, 64) * 0.1)
+    layer = nn.Linear(64, 64)
+    run = torch.compile(lambda x: F.linear(layer(x), weight), backend=te_fp8, fullgraph=True)
+    x = torch.randn(8, 64)
+    for _ in range(2):
+        y = run(x)
+        y.sum().backward()
+    assert 22 < sqnr(F.linear(layer(x), weight), y) < 40
+    assert weight.grad is not None and layer.weight.grad is not None
+
+
+def test_frozen_weights_and_inputs_get_no_gradient():
+    model = MLP()
+    model.up.weight.requires_grad_(False)
+    run = compiled(model)
+    x = torch.randn(8, 64)
+    run(x).sum().backward()
+    assert model.up.weight.grad is None
+    assert model.down.weight.grad is not None and model.up.bias.grad is not None
+
+
+def test_inference_quantises_weights_once_and_again_after_they_change():
+    model = MLP().eval()
+    run = compiled(model)
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        run(x)
+        with SeeFP8() as again:
+            y = run(x)
+        casts = [op for op in again.ops if op == "aten::_to_copy"]
+        assert len([op for op in again.ops if op == "te_dynamo::linears_inference"]) == 2
+        assert 25 < sqnr(model(x), y)
+        model.up.weight.mul_(3)
+        with SeeFP8() as changed:
+            y = run(x)
+        assert len([op for op in changed.ops if op == "aten::_to_copy"]) > len(casts)
+        assert 25 < sqnr(model(x), y)
+
+
+def test_weights_written_through_data_are_seen_after_weights_changed():
+    from te_dynamo.runtime import weights_changed
+
+    model = MLP().eval()
+    run = compiled(model)
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        run(x)
+        model.up.weight.data.mul_(-2)
+        weights_changed(model)
+        assert 25 < sqnr(model(x), run(x))
+
+
+def test_inference_mode():
+    model = MLP().eval()
+    run = compiled(model)
+    x = torch.randn(8, 64)
+    with torch.inference_mode():
+        assert 25 < sqnr(model(x), run(x))
+        assert 25 < sqnr(model(x), run(x))
+
+
+def test_a_region_without_grad_records_nothing_and_gives_no_gradient():
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher, self.student = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            with torch.no_grad():
+                target = self.teacher(x)
+            return self.student(x) - target
+
+    model = Teacher()
+    x = torch.randn(8, 64)
+    run = compiled(model)
+    for _ in range(2):
+        y = run(x)
+        y.square().mean().backward()
+    assert model.teacher.weight.grad is None and model.student.weight.grad is not None
+    assert 20 < sqnr(model(x), y)
+
+
+def test_in_place_writes_between_are_respected():
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            x = x * 1.0
+            first = self.a(x)
+            x.mul_(2)
+            return first + self.b(x)
+
+    model = Writes()
+    x = torch.randn(8, 64)
+    assert 25 < sqnr(model(x), compiled(model)(x))
+
+
+def test_options_dataclass_and_mode():
+    model = MLP()
+    x = torch.randn(8, 64)
+    torch.compile(model, backend=te_fp8, options=vars(Options(recipe="current")))(x)
+    torch._dynamo.reset()
+    torch.compile(model, backend=te_fp8, mode="reduce-overhead")(x)
+    with pytest.raises(Exception, match=r"provider.*transformer_engine|transformer_engine"):
+        torch._dynamo.reset()
+        torch.compile(model, backend=te_fp8, options={"provider": "te"})(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="Did you mean 'recipe'"):
+        torch.compile(model, backend=te_fp8, options={"receipe": "current"})(x)
