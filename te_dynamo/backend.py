@@ -39,10 +39,10 @@ from te_dynamo.passes.rules import apply
 from te_dynamo.passes.select import linear_sizes, select, unmatched_absolute_patterns
 from te_dynamo.report.sites import Sites
 from te_dynamo.report.stages import Stages
-from te_dynamo.runtime import CompiledGraph, Variant, compile_inductor, compile_without_codegen
+from te_dynamo.runtime import CompiledGraph, Compiler, Variant, compile_inductor, compile_without_codegen
 
 Callback = Callable[[GraphModule, Sites, Options], None]
-observers: list[Callback] = []  # told of each compiled graph: (Dynamo's graph, its sites, the options)
+observers: list[Callback] = []  # told of each compiled graph: (the graph as planned, or as it was left, its sites, the options)
 
 
 def te_fp8(
@@ -69,22 +69,23 @@ def te_fp8(
     attached = attach(fused, trains=grad_enabled, keep_infinite=chosen.like_te)
     stages.done("state", fused)
 
-    def variant(first: bool) -> Variant:
+    def variant(first: bool, compiler: Compiler = compile_inductor) -> Variant:
         graph = copy_graph_module(fused)
         lowered = lower(graph, first=first, keep_infinite=chosen.like_te)
         stages.done("lower" if not first else "lower_first", graph)
         inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
-        compiler = compile_without_codegen if first and grad_enabled else compile_inductor
         return Variant(compiler(graph, inputs, chosen), lowered)
 
     opaque = provider_named(provider).opaque
     needs_first = not opaque and bool(attached.keys)
     # With opaque operators one graph serves all: they look at the scales themselves.
     steady = variant(first=opaque or not attached.keys)
+    # The first step's graph is run once or twice: it is not worth generating code for. In inference it may stay in use.
+    first = variant(first=True, compiler=compile_without_codegen if grad_enabled else compile_inductor) if needs_first else None
     _warn_about_skip(chosen, sites)
     for observer in observers:
-        observer(gm, sites, chosen)
-    return CompiledGraph(steady, variant(first=True) if needs_first else None, attached, device, chosen, trains=grad_enabled)
+        observer(fused, sites, chosen)
+    return CompiledGraph(steady, first, attached, device, chosen, trains=grad_enabled)
 
 
 def _raise_and_fuse(

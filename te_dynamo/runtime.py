@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from te_dynamo.cache_key import SOURCES_HASH
 from te_dynamo.config import Options
 from te_dynamo.lowering.linears import quantize_weights
+from te_dynamo.lowering.partition import OneMeasurement
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, QuantizedWeights
 from te_dynamo.state import FORWARD, GRADIENT, STATE, Group, is_fake
@@ -32,15 +33,21 @@ CACHEABLE = (
 )
 
 
+Compiler = Callable[[GraphModule, Sequence[Any], Options], Callable[..., Any]]
+
+
 def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Inductor, with the user's mode and settings."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
     # A custom operator is keyed by its name only: what our sources and options are must be part of the caches' key.
     marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(CACHEABLE, f"{SOURCES_HASH} {options.cache_key()}")
     with ExitStack() as stack:
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
+        passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), OneMeasurement(SOURCES_HASH)]
+        stack.enter_context(config.patch(joint_custom_pre_pass=passes))
         return compile_fx(gm, list(inputs), config_patches=options.inductor_config())
 
 
@@ -192,5 +199,3 @@ def weights_changed(model: torch.nn.Module) -> None:
     tensors = {id(p) for p in model.parameters()}
     for cache in list(WeightCache.everyone):
         cache.forget(tensors)
-
-

@@ -1,0 +1,80 @@
+"""torch's compile caches serve te_dynamo's graphs in a second process, and never a stale one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import te_dynamo
+
+PACKAGE = Path(te_dynamo.__file__).parent
+SCRIPT = """
+import json, sys
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from te_dynamo.backend import te_fp8
+
+torch.manual_seed(0)
+model = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+def run(x):
+    return model[1](torch.relu(model[0](x)))
+x = torch.randn(8, 64, requires_grad=True)
+y = torch.compile(run, backend=te_fp8, options=json.loads(sys.argv[1]))(x)
+y.sum().backward()
+print(json.dumps({
+    "aot_hit": counters["aot_autograd"]["autograd_cache_hit"], "aot_miss": counters["aot_autograd"]["autograd_cache_miss"],
+    "bypass": counters["aot_autograd"]["autograd_cache_bypass"] + counters["inductor"]["fxgraph_cache_bypass"],
+    "fx_miss": counters["inductor"]["fxgraph_cache_miss"], "grad": x.grad.norm().item(), "sum": x.grad.sum().item(),
+}))
+"""
+
+
+def run(cache: Path, package_root: Path, options: dict | None = None) -> dict:
+    env = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(package_root),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(options or {})], env=env, cwd=cache, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return folder
+
+
+def test_a_second_process_hits_and_other_options_miss(cache):
+    first = run(cache, PACKAGE.parent)
+    assert (first["aot_hit"], first["bypass"]) == (0, 0) and first["aot_miss"] == 1
+    second = run(cache, PACKAGE.parent)
+    assert (second["aot_hit"], second["aot_miss"], second["bypass"], second["fx_miss"]) == (1, 0, 0, 0)
+    assert second["grad"] == first["grad"]
+    other = run(cache, PACKAGE.parent, {"include_logits": True})
+    assert (other["aot_hit"], other["aot_miss"]) == (0, 1)
+
+
+def test_a_changed_backward_is_not_served_stale(cache, tmp_path):
+    first = run(cache, PACKAGE.parent)
+    root = tmp_path / "changed"
+    shutil.copytree(PACKAGE, root / "te_dynamo", ignore=shutil.ignore_patterns("__pycache__"))
+    source = root / "te_dynamo" / "lowering" / "functions.py"
+    text = source.read_text()
+    assert text.count("return (dx, ") == 1
+    source.write_text(text.replace("return (dx, ", "return (2 * dx, "))
+    changed = run(cache, root)
+    assert changed["aot_hit"] == 0
+    assert changed["sum"] == pytest.approx(4 * first["sum"], rel=0.2)  # twice for each of the two layers
