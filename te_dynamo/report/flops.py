@@ -1,0 +1,251 @@
+"""Which GEMMs ran, and which of them in FP8: read off the planned graphs, and observed where no graph is.
+
+A weight GEMM multiplies an activation with a parameter, or with what is computed from parameters only. Its backward is one
+GEMM of the same size for each operand that a gradient goes to. Outer products (nothing is summed over), convolutions,
+products of parameters among themselves and recomputation under activation checkpointing do not count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from te_dynamo import ops
+from te_dynamo.lowering.cost import flops_of_linear
+from te_dynamo.passes.graph import example, fake_mode_of, is_call, submodules, tensor
+from te_dynamo.passes.plan import PLAN
+from te_dynamo.passes.regions import regions
+from te_dynamo.passes.weights import is_parameter, source_of
+from te_dynamo.report.isolation import Memory
+from te_dynamo.report.sites import module_path
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+# Where the two matrices stand among the arguments.
+GEMMS = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.linear: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
+# Functions of several tensors that are no product of matrices: not worth a try.
+ELEMENTWISE = frozenset({torch.add, torch.sub, torch.mul, torch.div, torch.where, torch.cat, torch.stack})
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """node: its name in the graph; path: of the module it stands in; weight: whether it is a weight GEMM, else both operands
+    are activations; forward, backward: FLOPs of one call; fp8: whether it is computed in FP8."""
+
+    node: str
+    path: str
+    weight: bool
+    forward: int
+    backward: int
+    fp8: bool
+
+
+class Origin(Enum):
+    """What a value is computed from: parameters (and constants) only, constants (and buffers) only, or activations."""
+
+    WEIGHT = "weight"
+    CONSTANT = "constant"
+    ACTIVATION = "activation"
+
+
+@dataclass(frozen=True)
+class Value:
+    origin: Origin
+    learns: bool  # whether a gradient goes to it
+
+
+def gemms_of(gm: GraphModule, grad_enabled: bool) -> Iterator[Gemm]:
+    """Every GEMM of a planned graph (or of one that was left as Dynamo made it), those of sub-graphs at each of their calls."""
+    return _walk(gm, None, grad_enabled)
+
+
+def _walk(gm: GraphModule, arguments: Sequence[Value] | None, grad_enabled: bool) -> Iterator[Gemm]:
+    where = regions(gm.graph, grad_enabled)
+    bodies = {node: body for node, _, body in submodules(gm)}
+    values: dict[Node, Value] = {}
+    placeholders = 0
+    for node in gm.graph.nodes:
+        grad = where[node][1]
+        if node.op == "placeholder":
+            values[node] = arguments[placeholders] if arguments and placeholders < len(arguments) else _input(node)
+            placeholders += 1
+            continue
+        values[node] = _computed(node, [values[n] for n in node.all_input_nodes], grad)
+        for body in (bodies[n] for n in node.all_input_nodes if n in bodies):
+            operands = [values[n] for n in node.all_input_nodes if n not in bodies]
+            count = sum(n.op == "placeholder" for n in body.graph.nodes)
+            yield from _walk(body, operands[-count:] if count <= len(operands) else None, grad)
+        yield from _gemms_at(node, values, grad)
+
+
+def _input(placeholder: Node) -> Value:
+    value = tensor(placeholder)
+    if is_parameter(placeholder):
+        origin = Origin.WEIGHT
+    else:
+        origin = Origin.CONSTANT if value is None or "._buffers['" in source_of(placeholder) else Origin.ACTIVATION
+    return Value(origin, value is not None and value.requires_grad)
+
+
+def _computed(node: Node, inputs: Sequence[Value], grad: bool) -> Value:
+    origins = {v.origin for v in inputs}
+    if Origin.ACTIVATION in origins or is_call(node, torch.nn.functional.embedding):
+        origin = Origin.ACTIVATION
+    else:
+        origin = Origin.WEIGHT if Origin.WEIGHT in origins else Origin.CONSTANT
+    value = tensor(node)
+    differentiable = value is None or value.is_floating_point()
+    detached = node.op == "call_method" and node.target == "detach"
+    return Value(origin, grad and differentiable and not detached and any(v.learns for v in inputs))
+
+
+def _gemms_at(node: Node, values: dict[Node, Value], grad: bool) -> Iterator[Gemm]:
+    def gemm(weight: bool, forward: int, learning: int, fp8: bool) -> Gemm:
+        return Gemm(node.name, module_path(node), weight, forward, forward * learning * grad, fp8)
+
+    if is_call(node, ops.linears, ops.norm_linears):
+        fused = node.target is ops.norm_linears
+        weights: Sequence[Node] = node.args[3 if fused else 1]  # type: ignore[assignment]
+        read = [n for n in (node.args[:3] if fused else node.args[:1]) if isinstance(n, Node)]
+        input_learns = any(values[n].learns for n in read)
+        for weight in weights:
+            forward = flops_of_linear(tensor(node.args[0]), tensor(weight))  # type: ignore[arg-type]
+            yield gemm(True, forward, input_learns + values[weight].learns, node.meta[PLAN].recipe is not None)
+    elif _may_multiply(node):
+        inputs = [values[n] for n in node.all_input_nodes]
+        activations, weight_learns = (
+            any(v.learns for v in inputs if (v.origin is Origin.WEIGHT) == is_weight) for is_weight in (False, True)
+        )
+        fp8 = is_call(node, ops.attention) and node.meta[PLAN].recipe is not None
+        for is_weight, forward in _executed(node, values):
+            yield gemm(is_weight, forward, activations + weight_learns if is_weight else 2 * activations, fp8)
+
+
+def _may_multiply(node: Node) -> bool:
+    if node.op not in ("call_function", "call_method") or node.target in ELEMENTWISE or is_call(node, ops.norm):
+        return False
+    floating = [t for n in node.all_input_nodes if (t := tensor(n)) is not None and t.is_floating_point() and t.dim() > 0]
+    return len(floating) > 1 and _first(example(node)) is not None
+
+
+def _first(value: Any) -> Tensor | None:
+    """The first tensor of an operation's result."""
+    return next((t for t in tree_leaves(value) if isinstance(t, Tensor)), None)
+
+
+def _executed(node: Node, values: dict[Node, Value]) -> list[tuple[bool, int]]:
+    """(whether it is a weight's, its FLOPs) of each GEMM in an operation: seen by running it on its fake values."""
+    weights = [t for n in node.all_input_nodes if values[n].origin is Origin.WEIGHT and (t := tensor(n)) is not None]
+    observer = GemmObserver((t, "") for t in weights)
+    args, kwargs = map_arg((node.args, node.kwargs), example)
+    result = _first(example(node))
+    assert result is not None
+    lower = result.dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(result.device.type, result.dtype) if lower else nullcontext()
+    try:
+        with fake_mode_of(node.graph), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), autocast, observer:
+            if node.op == "call_method":
+                getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:  # an operation that cannot run by itself
+        log.warning("te_dynamo.explain: %s was not counted: %s", node.name, error)
+    return [(seen.weight, seen.forward) for seen in observer.seen]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A GEMM that ran: path is what the weight's entry said."""
+
+    path: str
+    weight: bool
+    forward: int
+    backward: int
+
+
+class GemmObserver(TorchDispatchMode):
+    """Notes the GEMMs that run while it is on, and tells `memory` of writes. Compiling goes on under it as usual."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, weights: Iterable[tuple[Tensor, str]], memory: Memory | None = None) -> None:
+        super().__init__()
+        self.seen: list[Seen] = []
+        self.memory = memory
+        self.resting = False
+        self.owned = WeakTensorKeyDictionary()
+        for weight, path in weights:
+            self.owned[weight] = path
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """While open, nothing is noted."""
+        before, self.resting = self.resting, True
+        try:
+            yield
+        finally:
+            self.resting = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.resting or not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
+            return func(*args, **kwargs)
+        operation = func._overloadpacket
+        if operation not in GEMMS:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if self.memory is not None and func._schema.is_mutable:
+            self._tell_writes(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if operation in GEMMS:
+            self._note(operation, args)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if inputs and operation is not aten.embedding and all(t in self.owned for t in inputs):
+            for t in tree_leaves(result):
+                if isinstance(t, Tensor):
+                    self.owned[t] = self.owned[inputs[0]]
+        return result
+
+    def _note(self, operation: Any, args: Any) -> None:
+        first = GEMMS[operation]
+        a, b = args[first : first + 2]
+        weights = [t for t in (a, b) if t in self.owned]
+        if len(weights) == 2 or _number(a.shape[-1]) == 1:
+            return
+        columns = b.shape[:-1] if operation is aten.linear else b.shape[1:] if b.dim() == 2 else b.shape[2:]
+        forward = 2 * prod(_number(s) for s in (*a.shape, *columns))
+        backward = forward * (a.requires_grad + b.requires_grad) * torch.is_grad_enabled()
+        self.seen.append(Seen(self.owned[weights[0]] if weights else "", bool(weights), forward, backward))
+
+    def _tell_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[i] if i < len(args) else kwargs.get(argument.name)
+                for t in tree_leaves(written):
+                    if isinstance(t, Tensor):
+                        self.memory.about_to_write(t)  # type: ignore[union-attr]
+
+
+def _number(size: Any) -> int:
+    """A size as a number, without a guard on it."""
+    return size if isinstance(size, int) else int(size.node.hint or 1)
