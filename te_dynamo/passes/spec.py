@@ -7,7 +7,6 @@ target, what is wrong and the remedy. The tests check each stage's output, and s
 from __future__ import annotations
 
 import inspect
-import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -123,7 +122,7 @@ def target_name(node: Node) -> str:
 
 
 def _semantic(spec: Spec, node: Node) -> Iterator[Problem]:
-    if is_call(node, *ops.SEMANTIC_OPS):
+    if node.target in ops.SEMANTIC_OPS:
         if node.target not in spec.semantic:
             yield Problem("this semantic op may not stand here", spec.no_other_semantic)
         else:
@@ -131,8 +130,8 @@ def _semantic(spec: Spec, node: Node) -> Iterator[Problem]:
 
 
 def _forbidden(spec: Spec, node: Node) -> Iterator[Problem]:
-    table: Mapping[Any, Ban] = {"call_function": spec.functions, "call_method": spec.methods}.get(node.op, {})
-    ban = table.get(node.target)
+    tables: dict[str, Mapping[Any, Ban]] = {"call_function": spec.functions, "call_method": spec.methods}
+    ban = tables.get(node.op, {}).get(node.target)
     if ban is not None and ban.when(node):
         yield Problem("not the canonical spelling", ban.remedy)
 
@@ -156,7 +155,8 @@ TABLE_CHECKS = (_semantic, _forbidden, _metadata)
 def _parameters(op: Callable[..., Any]) -> tuple[dict[str, tuple[inspect.Parameter, Any]], dict[str, tuple[inspect.Parameter, Any]]]:
     """(tensors, attributes) of an op: name -> (parameter, type)."""
     hints = get_type_hints(op)
-    tensors, attributes = {}, {}
+    tensors: dict[str, tuple[inspect.Parameter, Any]] = {}
+    attributes: dict[str, tuple[inspect.Parameter, Any]] = {}
     for name, parameter in inspect.signature(op).parameters.items():
         table = attributes if parameter.kind is inspect.Parameter.KEYWORD_ONLY else tensors
         table[name] = (parameter, hints[name])
@@ -164,7 +164,7 @@ def _parameters(op: Callable[..., Any]) -> tuple[dict[str, tuple[inspect.Paramet
 
 
 def _arguments(node: Node) -> Iterator[Problem]:
-    tensors, attributes = _parameters(node.target)  # type: ignore[arg-type]
+    tensors, attributes = _parameters(node.target)
     required = [name for name, (p, _) in tensors.items() if p.default is p.empty]
     if not len(required) <= len(node.args) <= len(tensors):
         yield Problem(f"{len(node.args)} positional arguments", f"tensors go by position: {', '.join(tensors)}")
@@ -269,9 +269,7 @@ SHAPES: dict[Callable[..., Any], tuple[Shape, ...]] = {
     ),
     ops.attention: (
         Shape("q is [B, H, S, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v]", lambda a: _attention_shape(a.q, a.k, a.v)),
-        Shape(
-            "the heads of k are those of q, or divide them with enable_gqa", lambda a: _heads(a.q.shape[-3], a.k.shape[-3], a.enable_gqa)
-        ),
+        Shape("k has the heads of q; with enable_gqa, a divisor of them", lambda a: _heads(a.q.shape[-3], a.k.shape[-3], a.enable_gqa)),
         Shape("a mask is bool or float", lambda a: a.mask is None or a.mask.dtype == torch.bool or a.mask.is_floating_point()),
         Shape("the result is [B, H, S, D_v]", lambda a: same(a.out.shape, (*a.q.shape[:-1], a.v.shape[-1]))),
     ),
@@ -311,7 +309,8 @@ def _canonical_arguments(node: Node) -> Iterator[Problem]:
     signature = canonical.SIGNATURES.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
     if signature is not None and len(node.args) != len(signature):
         yield Problem(f"{len(node.args)} positional arguments", f"all by position: {', '.join(name for name, _ in signature)}")
-    expected = canonical.KEYWORD_DEFAULTS.get(node.target, {}).keys() if signature is not None else ()
+    defaults: Mapping[Any, Mapping[str, Any]] = canonical.KEYWORD_DEFAULTS
+    expected = defaults.get(node.target, {}) if signature is not None else ()
     if missing := [key for key in expected if key not in node.kwargs]:
         yield Problem(f"the keywords {', '.join(missing)} are missing", "give them")
 
@@ -389,7 +388,7 @@ def _members(node: Node) -> Iterator[Problem]:
 def _recipe_has_slots(node: Node) -> Iterator[Problem]:
     """A delayed site that was given no slots runs on its own amax; lowering copes, but its scale would be lost."""
     plan = node.meta.get(PLAN)
-    if is_call(node, *ops.SEMANTIC_OPS) and isinstance(plan, Plan) and plan.recipe == "current" and SLOTS in node.meta:
+    if node.target in ops.SEMANTIC_OPS and isinstance(plan, Plan) and plan.recipe == "current" and SLOTS in node.meta:
         yield Problem("current scaling with slots", "only delayed scaling has state")
 
 
@@ -416,8 +415,9 @@ def _reshapes(node: Node) -> bool:
     return not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
 
 
-def _name(target: Any) -> str:
-    return torch.fx.node._get_qualified_name(target)
+def _spelled_as(table: Mapping[Any, Any], when: Callable[[Node], bool]) -> dict[Any, Ban]:
+    """The bans of a table of canonicalize: what each function is written as."""
+    return {old: Ban(torch.fx.node._get_qualified_name(new), when) for old, new in table.items()}
 
 
 # ---- the specs, one a stage
@@ -426,9 +426,9 @@ CANONICAL = Spec(
     name="canonicalize",
     no_other_semantic="semantic ops are made by the stage `raise`",
     functions={
-        **{t: Ban(f"{_name(new)}", _both(_first_is_tensor, lambda n: len(n.args) == 2)) for t, new in canonical.BINARY.items()},
-        **{t: Ban(f"{_name(new)}", _first_is_tensor) for t, new in canonical.UNARY.items()},
-        **{t: Ban(f"{_name(new)}") for t, new in canonical.ALIASES.items() if t is not new},
+        **_spelled_as(canonical.BINARY, _both(_first_is_tensor, lambda n: len(n.args) == 2)),
+        **_spelled_as(canonical.UNARY, _first_is_tensor),
+        **_spelled_as({old: new for old, new in canonical.ALIASES.items() if old is not new}, lambda n: True),
         F.softmax: Ban("torch.softmax(x, dim)", lambda n: (n.args[1:2] or (n.kwargs.get("dim"),))[0] is not None),
     },
     methods={
@@ -457,7 +457,10 @@ FUSED = replace(
 PLANNED = replace(
     FUSED,
     name="plan",
-    metadata={op: {**FUSED.metadata.get(op, {}), SITE: Site, PLAN: Plan} for op in FUSED.semantic},
+    metadata={
+        **{op: {SITE: Site, PLAN: Plan} for op in FUSED.semantic},
+        **{op: {**required, SITE: Site, PLAN: Plan} for op, required in FUSED.metadata.items()},
+    },
 )
 STATEFUL = replace(
     PLANNED,

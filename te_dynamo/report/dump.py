@@ -32,7 +32,7 @@ from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.spec import hint
 from te_dynamo.report.sites import Site, module_path
 
-SMALL = 64  # integer tensors of up to so many elements are written out: positions, lengths, counters
+SMALL = 16  # integer tensors of up to so many elements are written out: positions, lengths, counters
 NO_HINT = 16  # the size taken for one that depends on data
 ALREADY_IMPORTED = re.compile(r"torch(\._C\b.*|\.nn\.functional|\.ops)?$|builtins$")
 PRECISE = torch.float64
@@ -338,6 +338,8 @@ def qualified_name(target: Any) -> str:
         return f"torch.ops.higher_order.{target.name()}"
     if isinstance(target, type):
         return f"{target.__module__}.{target.__qualname__}"
+    if getattr(torch, _name(target), None) is target:
+        return f"torch.{_name(target)}"
     try:
         name = torch.fx.node._get_qualified_name(target)
     except (AttributeError, RuntimeError):
@@ -552,7 +554,7 @@ def _rows_looked_up(user: Node, index: Node) -> int | None:
     if user.target in (F.one_hot, "one_hot") and args[0] is index and len(args) > 1 and isinstance(args[1], int):
         return args[1] if args[1] > 0 else None
     if user.target in (torch.gather, torch.index_select, "gather", "index_select", "scatter", "scatter_", "scatter_add_", "index_add_"):
-        given = dict(zip(("input", "dim", "index"), user.args, strict=False)) | dict(user.kwargs)
+        given: dict[str, Any] = dict(zip(("input", "dim", "index"), user.args, strict=False)) | dict(user.kwargs)
         if given.get("index") is index and isinstance(given.get("dim"), int):
             return _size(given["input"], given["dim"])
     if is_call(user, operator.getitem):
