@@ -14,11 +14,24 @@ from torch.utils.flop_counter import register_flop_formula
 
 from te_dynamo.lowering import linears
 from te_dynamo.lowering.fp8 import E4M3
-from te_dynamo.lowering.linears import NATIVE_CPU, Layout, Needs
+from te_dynamo.lowering.linears import NATIVE_CPU, Layout, Needs, Scale
+
+
+def _scales(packed: Tensor | None, start: int, count: int) -> list[Scale] | None:
+    """The scales of a site out of its graph's."""
+    if packed is None:
+        return None
+    own = packed[start : start + count]
+    return [Scale(*pair) for pair in zip(own.unbind(), own.reciprocal().unbind(), strict=True)]
+
+
+def _amax(rows: Sequence[Tensor]) -> Tensor:
+    """One amax for each tensor, out of its amaxes by row."""
+    return torch.stack([r.amax() if r.numel() else r.sum() for r in rows])
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    return t.reshape(-1, t.shape[-1]).contiguous()
 
 
 def _layout(weights: Sequence[Tensor], merged: bool, interleave: int) -> Layout:
@@ -38,10 +51,9 @@ def linears_fwd(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """x [..., K] -> (outputs [..., N] of each GEMM, x8 [T, K], scales used [1 + GEMMs], amax [2n])."""
     layout = _layout(weights, merged, interleave)
-    ys, x8, used, amax = linears.forward(
-        NATIVE_CPU, _rows(x), weights, biases, scale, f, layout, out_dtype, first=True
-    )
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys], x8, used, amax
+    scales = _scales(scale, f, 2 * len(weights))
+    ys, x8, used, amaxes = linears.forward(NATIVE_CPU, _rows(x), weights, biases, scales, layout, out_dtype, first=True)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys], x8, torch.stack([s.value for s in used]), _amax(amaxes)
 
 
 @linears_fwd.register_fake
@@ -71,12 +83,12 @@ def linears_bwd(
     """grads [..., N] of each GEMM -> (the wanted ones of dx [..., K], each dw, each db f32, in this order; amax [n])."""
     layout = _layout(weights, merged, interleave)
     needs = Needs(need_x, tuple(need_weights), tuple(need_biases))
-    dx, dws, dbs, amax = linears.backward(
-        NATIVE_CPU, [_rows(t) for t in grads], x8, weights, used, grad_scale, g, layout, needs, x_dtype, first=True
-    )
+    rows, scales = [_rows(t) for t in grads], _scales(grad_scale, g, len(weights))
+    forward_scales = _scales(used, 0, used.shape[0])
+    dx, dws, dbs, amaxes = linears.backward(NATIVE_CPU, rows, x8, weights, forward_scales, scales, layout, needs, x_dtype, first=True)
     if dx is not None:
         dx = dx.reshape(*grads[0].shape[:-1], dx.shape[-1])
-    return [t for t in (dx, *dws, *dbs) if t is not None], amax
+    return [t for t in (dx, *dws, *dbs) if t is not None], _amax(amaxes)
 
 
 @linears_bwd.register_fake
@@ -103,7 +115,8 @@ def linears_inference(
 ) -> list[Tensor]:
     """x [..., K], the FP8 weight [N, K] and scale_inv of each GEMM -> the output [..., N] of each GEMM."""
     layout = Layout(tuple(sizes), merged, interleave)
-    ys = linears.inference(NATIVE_CPU, _rows(x), w8s, w_invs, biases, scale, f, layout, out_dtype, first=True)
+    scales = _scales(scale, f, 1)
+    ys = linears.inference(NATIVE_CPU, _rows(x), w8s, w_invs, biases, scales, layout, out_dtype, first=True)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -136,6 +149,6 @@ def _(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.te_dynamo.linears_bwd)
-def _(grad_shapes, x8, weight_shapes, used, grad_scale, g, merged, interleave, need_x, need_weights, *args, out_shape=None, **kwargs) -> int:
+def _(grad_shapes, x8, weight_shapes, used, scale, g, merged, interleave, need_x, need_weights, *args, out_shape=None, **kwargs) -> int:
     tokens = _size(grad_shapes[0][:-1])
     return sum(2 * tokens * _size(w) * (need_x + needed) for w, needed in zip(weight_shapes, need_weights, strict=True))

@@ -16,16 +16,22 @@ FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def amax(x: Tensor) -> Tensor:
-    """The largest magnitude in `x`, of any shape, NaN elements apart; a 0-d float32, 0 for an empty tensor.
+def row_amax(x: Tensor) -> Tensor:
+    """The largest magnitude in each row of `x` [..., N], NaN elements apart: float32 [...], 0 for an empty row.
 
-    Spelled row by row so that on a GPU it fuses into the kernel that makes `x`.
+    Row by row it fuses, on a GPU, into the kernel that makes `x` and casts it.
     """
+    if x.shape[-1] == 0:
+        return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
+    magnitude = x.abs()
+    return torch.where(magnitude.isnan(), torch.zeros_like(magnitude), magnitude).amax(-1).float()
+
+
+def amax(x: Tensor) -> Tensor:
+    """The largest magnitude in `x`, of any shape, NaN elements apart; a 0-d float32, 0 for an empty tensor."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=x.device)
-    magnitude = x.abs()
-    magnitude = torch.where(magnitude.isnan(), torch.zeros_like(magnitude), magnitude)
-    return (magnitude.amax(-1).amax() if x.dim() else magnitude).float()
+    return row_amax(x if x.dim() else x.unsqueeze(0)).amax()
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype, margin: int = 0) -> Tensor:
@@ -39,10 +45,19 @@ def scale_of(amax: Tensor, dtype: torch.dtype, margin: int = 0) -> Tensor:
     return torch.where(usable, scale.clamp(max=FLOAT32_MAX), torch.ones_like(amax))
 
 
+def saturated(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x * scale` in float32, within the range of `dtype`."""
+    top = FP8_MAX[dtype]
+    scaled = x.float() * scale
+    if x.device.type == "cuda":
+        # No min and max there: beside them Triton has been seen to corrupt transposed stores of FP8 (its issue 11111).
+        return scaled.masked_fill(scaled > top, top).masked_fill(scaled < -top, -top)
+    return scaled.clamp(-top, top)
+
+
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`x * scale` in FP8, saturating. x: any shape and float dtype; scale: 0-d float32."""
-    top = FP8_MAX[dtype]
-    return (x.float() * scale).clamp(-top, top).to(dtype)
+    return saturated(x, scale, dtype).to(dtype)
 
 
 def dequantize(data: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from te_dynamo.lowering.linears import Layout, Needs
 from te_dynamo.lowering.linears import quantize_weights as _quantize_weights
-from te_dynamo.lowering.providers import provider_named
+from te_dynamo.lowering.providers import Scales, provider_named
 
 
 class _Collect(torch.autograd.Function):
@@ -48,41 +48,45 @@ def record(amaxes: Sequence[Tensor], keep_infinite: bool) -> Tensor:
     return usable(torch.cat([torch.detach(a) for a in amaxes]), keep_infinite)
 
 
+def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The scales [F] of a graph as F 0-d tensors, and their reciprocals."""
+    return torch.ops.te_dynamo.unpack(packed)
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, grad_scale, sink, provider, f, g, layout, out_dtype, first, *weights_and_biases):  # type: ignore[override]
+    def forward(ctx, x, scales, grad_scales, sink, provider, layout, out_dtype, first, *weights_and_biases):  # type: ignore[override]
         n = len(layout.sizes)
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
-        ys, x8, used, amax = provider_named(provider).linears_forward(x, weights, biases, scale, f, layout, out_dtype, first)
+        ys, x8, used, amax = provider_named(provider).linears_forward(x, weights, biases, scales, layout, out_dtype, first)
         wanted = ctx.needs_input_grad[-2 * n :]
         ctx.needs = Needs(ctx.needs_input_grad[0], tuple(wanted[:n]), tuple(wanted[n:]))
-        ctx.save_for_backward(x8 if any(ctx.needs.weights) else None, used, grad_scale, *weights)
-        ctx.attributes = (provider, g, layout, first, x.dtype, [None if b is None else b.dtype for b in biases])
+        ctx.save_for_backward(x8 if any(ctx.needs.weights) else None, *weights, *used)
+        ctx.attributes = (provider, grad_scales, layout, first, x.dtype, [None if b is None else b.dtype for b in biases])
         ctx.mark_non_differentiable(amax)
         return (*ys, amax)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[override]
-        provider, g, layout, first, x_dtype, bias_dtypes = ctx.attributes
-        x8, used, grad_scale, *weights = ctx.saved_tensors
+        provider, grad_scales, layout, first, x_dtype, bias_dtypes = ctx.attributes
+        n = len(layout.sizes)
+        x8, *rest = ctx.saved_tensors
         dx, dws, dbs, amax = provider_named(provider).linears_backward(
-            grads[:-1], x8, weights, used, grad_scale, g, layout, ctx.needs, x_dtype, first
+            grads[:-1], x8, rest[:n], rest[n:], grad_scales, layout, ctx.needs, x_dtype, first
         )
         dbs = [None if db is None else db.to(dtype) for db, dtype in zip(dbs, bias_dtypes, strict=True)]
-        return (dx, None, None, amax, *[None] * 6, *dws, *dbs)
+        return (dx, None, None, amax if ctx.needs_input_grad[3] else None, *[None] * 4, *dws, *dbs)
 
 
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    scale: Tensor | None,
-    grad_scale: Tensor | None,
+    scales: Scales,
+    grad_scales: Scales,
     sink: Tensor | None,
     *,
     provider: str,
-    f: int,
-    g: int,
     merged: bool,
     interleave: int,
     out_dtype: torch.dtype,
@@ -90,14 +94,12 @@ def linears(
 ) -> list[Tensor]:
     """FP8 training linears of one input: `[*outputs, amax]`.
 
-    x: [..., K]; weights: [N_i, K]; biases: [N_i] or None; scale: f32 [F] or None; grad_scale: f32 [G] or None;
-    sink: f32 [n], the piece of the sink, or None. The outputs are [..., N_i], or [..., heads, interleave]; amax is f32
-    [2n]. first: a slot whose scale is 0 takes it from its own tensor.
+    x: [..., K]; weights: [N_i, K]; biases: [N_i] or None; scales: 2n of them, an input's and a weight's in turn;
+    grad_scales: n; sink: f32 [n], the piece of the sink, or None. The outputs are [..., N_i], or [..., heads,
+    interleave]; amax is f32 [2n]. first: a slot whose scale is 0 takes it from its own tensor.
     """
     layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
-    *ys, amax = _Linears.apply(
-        x, scale, grad_scale, sink, provider, f, g, layout, out_dtype, first, *weights, *biases
-    )
+    *ys, amax = _Linears.apply(x, scales, grad_scales, sink, provider, layout, out_dtype, first, *weights, *biases)
     return [*(layout.split(ys[0]) if merged else ys), amax]
 
 
@@ -106,10 +108,9 @@ def linears_inference(
     w8s: Sequence[Tensor],
     w_invs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    scale: Tensor | None,
+    scales: Scales,
     *,
     provider: str,
-    f: int,
     sizes: Sequence[int],
     merged: bool,
     interleave: int,
@@ -121,7 +122,7 @@ def linears_inference(
     x: [..., K]; w8s, w_invs: the FP8 weight [N, K] and its f32 scale_inv for each GEMM; the rest as in `linears`.
     """
     layout = Layout(tuple(sizes), merged, interleave)
-    ys = provider_named(provider).linears_inference(x, w8s, w_invs, biases, scale, f, layout, out_dtype, first)
+    ys = provider_named(provider).linears_inference(x, w8s, w_invs, biases, scales, layout, out_dtype, first)
     return list(layout.split(ys[0])) if merged else list(ys)
 
 

@@ -4,20 +4,32 @@ What a provider brings is a `Gemm`; the order of quantization, what is saved for
 same for all. Saved for backward: the input in FP8, once for all linears that share it. The weights' FP8 copies are made
 again in backward from the weights themselves, with the scales of the forward.
 
-Scales come packed: `scale` [F] holds the forward scales of a graph, linear i of a group has its input's at `f + 2 * i`
-and its weight's at `f + 2 * i + 1`; `grad_scale` [G] holds the gradient's at `g + i`. An element that is 0 is unset:
-that tensor takes its scale from its own amax (`first`). Without a `scale` all do: current scaling.
+`scales` are those of one site: linear i of a group has its input's at `2 * i` and its weight's at `2 * i + 1`, its
+gradient's at `i` of the gradients' scales. With `first`, one that is 0 is unset: that tensor takes its scale from its own
+amax. Without `scales` all do: current scaling. Amaxes are returned a row at a time, [rows] for each tensor, the last step
+being the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering.fp8 import E4M3, E5M2, amax, dequantize, quantize, scale_of
+import te_dynamo.lowering.kernels.transpose  # noqa: F401  (registers its operator)
+from te_dynamo.lowering.fp8 import E4M3, E5M2, amax, dequantize, quantize, row_amax, saturated, scale_of
+from te_dynamo.lowering.partition import kept_for_backward, made_again_in_backward
+
+
+class Scale(NamedTuple):
+    """What a tensor is multiplied by before its cast, and one over it; 0-d float32."""
+
+    value: Tensor
+    inverse: Tensor
+
 
 # gemm(a, b, a_scale_inv, b_scale_inv, out_dtype, bias, fast): a [M, K], b [N, K], both FP8 -> a @ b.T + bias [M, N] in
 # out_dtype; fast: the hardware may accumulate with fewer bits (as TE does in forward, and not in backward).
@@ -39,9 +51,20 @@ class Gemm:
     def __call__(
         self, a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
     ) -> Tensor:
-        if self.contiguous:
-            a, b = a.contiguous(), b.contiguous()
         return self.function(a, b, a_inv, b_inv, out_dtype, bias, fast)
+
+    def operand(self, t: Tensor) -> Tensor:
+        """`t`, which more than one kernel reads, as something that lies in memory: Inductor would else store it for each."""
+        return t.as_strided(t.shape, t.stride()) if self.contiguous else t
+
+    def transposed(self, t: Tensor) -> Tensor:
+        """`t.t()` as an operand, of a `t` that lies in memory."""
+        return torch.ops.te_dynamo.transpose(t) if self.contiguous else t.t()
+
+    def cast_transposed(self, t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`quantize(t).t()` as an operand, in one kernel: only the copy is written."""
+        t8t = quantize(t, scale, dtype).t()
+        return self.operand(t8t.contiguous()) if self.contiguous else t8t
 
 
 @dataclass(frozen=True)
@@ -82,19 +105,20 @@ class Layout:
         return list(y.split(list(self.sizes), -1))
 
 
-def pick(scale: Tensor | None, index: int, own_amax: Callable[[], Tensor], dtype: torch.dtype, first: bool) -> Tensor:
-    """The scale of one tensor: the slot's, or the tensor's own where there is none."""
-    if scale is None:
-        return scale_of(own_amax(), dtype)
-    slot = scale[index]
-    return torch.where(slot > 0, slot, scale_of(own_amax(), dtype)) if first else slot
+def pick(scales: Sequence[Scale] | None, index: int, rows: Tensor, dtype: torch.dtype, first: bool) -> Scale:
+    """The scale of one tensor: the slot's, or the tensor's own where there is none. rows: the tensor's amaxes by row."""
+    if scales is not None and not first:
+        return scales[index]
+    own = scale_of(rows.amax() if rows.numel() else rows.sum(), dtype)
+    if scales is not None:
+        own = torch.where(scales[index].value > 0, scales[index].value, own)
+    return Scale(own, own.reciprocal())
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
     """Zero rows at the end, up to a multiple (no guard on the number of rows)."""
-    if multiple == 1:
-        return x
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % multiple))
+    missing = -x.shape[0] % multiple
+    return x if isinstance(missing, int) and missing == 0 else torch.nn.functional.pad(x, (0, 0, 0, missing))
 
 
 def forward(
@@ -102,29 +126,33 @@ def forward(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    scale: Tensor | None,
-    f: int,
+    scales: Sequence[Scale] | None,
     layout: Layout,
     out_dtype: torch.dtype,
     first: bool,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """x [T, K] -> (outputs [T, N] of each GEMM, x8 [T padded, K], the scales used f32 [1 + GEMMs], amax f32 [2n])."""
+) -> tuple[list[Tensor], Tensor, list[Scale], list[Tensor]]:
+    """x [T, K] -> (outputs [T, N] of each GEMM, x8 [T padded, K], the scales of x and of each GEMM's weight, 2n amaxes by row)."""
     tokens = x.shape[0]
-    x_amax = amax(x)
-    x_scale = pick(scale, f, lambda: x_amax, E4M3, first)
-    x8 = pad_rows(quantize(x, x_scale, E4M3), gemm.multiple)
+    x_amax = row_amax(x)
+    x_scale = pick(scales, 0, x_amax, E4M3, first)
+    scaled = saturated(x, x_scale.value, E4M3)
+    with kept_for_backward():
+        x8 = gemm.operand(pad_rows(scaled.to(E4M3), gemm.multiple))
     ys, used, amaxes = [], [x_scale], [x_amax] * (2 * len(weights))
     for block in layout.blocks():
-        w = layout.join([weights[i] for i in block])
-        w_amax = amax(w)
-        w_scale = pick(scale, f + 2 * block[0] + 1, lambda w_amax=w_amax: w_amax, E4M3, first)  # type: ignore[misc]
+        with made_again_in_backward():
+            w = layout.join([weights[i] for i in block])
+        w_amax = row_amax(w)
+        w_scale = pick(scales, 2 * block[0] + 1, w_amax, E4M3, first)
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)
-        y = gemm(x8, quantize(w, w_scale, E4M3), x_scale.reciprocal(), w_scale.reciprocal(), out_dtype, bias, True)
+        with made_again_in_backward():
+            w8 = quantize(w, w_scale.value, E4M3)
+        y = gemm(x8, w8, x_scale.inverse, w_scale.inverse, out_dtype, bias, True)
         ys.append(y[:tokens] if gemm.multiple > 1 else y)
         used.append(w_scale)
         for i in block:
             amaxes[2 * i + 1] = w_amax
-    return ys, x8, torch.stack(used), torch.stack(amaxes)
+    return ys, x8, used, amaxes
 
 
 def join_biases(
@@ -151,42 +179,64 @@ def backward(
     grads: Sequence[Tensor],
     x8: Tensor | None,
     weights: Sequence[Tensor],
-    used: Tensor,
-    grad_scale: Tensor | None,
-    g: int,
+    used: Sequence[Scale],
+    scales: Sequence[Scale] | None,
     layout: Layout,
     needs: Needs,
     x_dtype: torch.dtype,
     first: bool,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor]:
-    """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, amax f32 [n])."""
-    inverse = used.reciprocal()
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor]]:
+    """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, n amaxes by row)."""
+    x_scale, *w_scales = used
+    with made_again_in_backward():
+        x8t = None if x8 is None else gemm.transposed(x8)
     dws: list[Tensor | None] = [None] * len(weights)
     dbs: list[Tensor | None] = [None] * len(weights)
-    amaxes: list[Tensor] = [used[0]] * len(weights)
-    blocks = layout.blocks()
-    # With several GEMMs into one dx, the sum is kept in float32 until the end.
-    sum_dtype = x_dtype if len(blocks) == 1 else torch.float32
+    amaxes: list[Tensor] = list(grads[:1]) * len(weights)
     dx: Tensor | None = None
-    for number, (block, grad) in enumerate(zip(blocks, grads, strict=True)):
+    for block, grad, w_scale in zip(layout.blocks(), grads, w_scales, strict=True):
         tokens = grad.shape[0]
-        g_amax = amax(grad)
-        g_scale = pick(grad_scale, g + block[0], lambda g_amax=g_amax: g_amax, E5M2, first)  # type: ignore[misc]
-        g_inv = g_scale.reciprocal()
-        g8 = pad_rows(quantize(grad, g_scale, E5M2), gemm.multiple)
+        g_amax = row_amax(grad)
+        g_scale = pick(scales, block[0], g_amax, E5M2, first)
+        g8 = gemm.operand(pad_rows(quantize(grad, g_scale.value, E5M2), gemm.multiple))
         if needs.x:
-            w8 = quantize(layout.join([weights[i] for i in block]), used[1 + number], E4M3)
-            part = gemm(g8, w8.t(), g_inv, inverse[1 + number], sum_dtype)[:tokens]
-            dx = part if dx is None else dx + part
+            with made_again_in_backward():
+                w8t = gemm.cast_transposed(layout.join([weights[i] for i in block]), w_scale.value, E4M3)
+            part = gemm(g8, w8t, g_scale.inverse, w_scale.inverse, x_dtype)[:tokens]
+            dx = part if dx is None else dx.float() + part.float()
+        if any(needs.weights[i] for i in block):
+            assert x8t is not None
+            _wgrads(gemm, layout, block, needs, g8, x8t, (g_scale.inverse, x_scale.inverse), weights, into=dws)
         for member, i in enumerate(block):
             amaxes[i] = g_amax
-            if needs.weights[i]:
-                assert x8 is not None
-                rows = layout.rows(g8.t(), member, len(block))
-                dws[i] = gemm(rows, x8.t(), g_inv, inverse[0], weights[i].dtype)
             if needs.biases[i]:
                 dbs[i] = layout.rows(grad.t(), member, len(block)).sum(-1, dtype=torch.float32)
-    return (None if dx is None else dx.to(x_dtype)), dws, dbs, torch.stack(amaxes)
+    return (None if dx is None else dx.to(x_dtype)), dws, dbs, amaxes
+
+
+def _wgrads(
+    gemm: Gemm,
+    layout: Layout,
+    block: Sequence[int],
+    needs: Needs,
+    g8: Tensor,
+    x8t: Tensor,
+    inverses: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    into: list[Tensor | None],
+) -> None:
+    """The weight gradients of one GEMM's linears: one GEMM where their rows stand together, else one for each."""
+    g8t = gemm.transposed(g8)
+    wanted = [i for i in block if needs.weights[i]]
+    dtypes = {weights[i].dtype for i in block}
+    if gemm.contiguous and not layout.interleave and len(wanted) == len(block) and len(dtypes) == 1:
+        whole = gemm(g8t, x8t, *inverses, dtypes.pop())
+        for member, i in enumerate(block):
+            into[i] = layout.rows(whole, member, len(block))
+        return
+    for i in wanted:
+        rows = layout.rows(g8t, block.index(i), len(block))
+        into[i] = gemm(rows, x8t, *inverses, weights[i].dtype)
 
 
 def inference(
@@ -195,20 +245,19 @@ def inference(
     w8s: Sequence[Tensor],
     w_invs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    scale: Tensor | None,
-    f: int,
+    scales: Sequence[Scale] | None,
     layout: Layout,
     out_dtype: torch.dtype,
     first: bool,
 ) -> list[Tensor]:
     """x [T, K] and, for each GEMM, the FP8 weight [N, K] and its f32 scale_inv -> the output [T, N] of each GEMM."""
     tokens = x.shape[0]
-    x_scale = pick(scale, f, lambda: amax(x), E4M3, first)
-    x8 = pad_rows(quantize(x, x_scale, E4M3), gemm.multiple)
+    x_scale = pick(scales, 0, row_amax(x), E4M3, first)
+    x8 = pad_rows(quantize(x, x_scale.value, E4M3), gemm.multiple)
     ys = []
     for block, w8, w_inv in zip(layout.blocks(), w8s, w_invs, strict=True):
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)
-        ys.append(gemm(x8, w8, x_scale.reciprocal(), w_inv, out_dtype, bias, True)[:tokens])
+        ys.append(gemm(x8, w8, x_scale.inverse, w_inv, out_dtype, bias, True)[:tokens])
     return ys
 
 
@@ -222,9 +271,7 @@ def quantize_weights(weights: Sequence[Tensor], layout: Layout) -> list[tuple[Te
     return result
 
 
-def scaled_mm(
-    a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool
-) -> Tensor:
+def scaled_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
     """torch's FP8 GEMM. A bias goes into its epilogue where the hardware has that (16-bit outputs)."""
     in_epilogue = bias is not None and out_dtype != torch.float32
     y = torch._scaled_mm(
@@ -233,9 +280,7 @@ def scaled_mm(
     return y if bias is None or in_epilogue else y + bias
 
 
-def defined_mm(
-    a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool
-) -> Tensor:
+def defined_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
     """The definition: dequantise, multiply in float32, add the bias, round once."""
     y = dequantize(a, a_inv) @ dequantize(b, b_inv).t()
     return (y if bias is None else y + bias.float()).to(out_dtype)

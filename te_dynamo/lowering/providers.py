@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering import cpu_ops, linears
-from te_dynamo.lowering.linears import Gemm, Layout, Needs
+from te_dynamo.lowering.linears import Gemm, Layout, Needs, Scale
+from te_dynamo.lowering.scalars import largest_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT_ON_GPU = 16  # FP8 GEMM on NVIDIA: K and N; the token count is padded inside
+
+# The scales of a site: None is current scaling. A provider that is `opaque` takes the packed scales [F] of its graph and
+# the index of its first, the others the site's own and their reciprocals, each a 0-d tensor: a kernel that Inductor
+# generates reads a pointer, so repeated layers have the same kernels. All float32.
+Scales = tuple[Tensor, int] | tuple[list[Tensor], list[Tensor]] | None
 
 
 class Provider(Protocol):
@@ -35,21 +41,19 @@ class Provider(Protocol):
         x: Tensor,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        scale: Tensor | None,
-        f: int,
+        scales: Scales,
         layout: Layout,
         out_dtype: torch.dtype,
         first: bool,
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]: ...
+    ) -> tuple[list[Tensor], Tensor, Sequence[Tensor], Tensor]: ...
 
     def linears_backward(
         self,
         grads: Sequence[Tensor],
         x8: Tensor | None,
         weights: Sequence[Tensor],
-        used: Tensor,
-        grad_scale: Tensor | None,
-        g: int,
+        used: Sequence[Tensor],
+        scales: Scales,
         layout: Layout,
         needs: Needs,
         x_dtype: torch.dtype,
@@ -62,8 +66,7 @@ class Provider(Protocol):
         w8s: Sequence[Tensor],
         w_invs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        scale: Tensor | None,
-        f: int,
+        scales: Scales,
         layout: Layout,
         out_dtype: torch.dtype,
         first: bool,
@@ -84,25 +87,27 @@ class Generated:
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(dtype)
 
-    def linears_forward(self, x, weights, biases, scale, f, layout, out_dtype, first):
+    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, first):
         rows = x.reshape(-1, x.shape[-1])
-        ys, x8, used, amax = linears.forward(
-            self.gemm, rows, weights, biases, scale, f, layout, out_dtype, first
-        )
-        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys], x8, used, amax
+        ys, x8, used, amaxes = linears.forward(self.gemm, rows, weights, biases, _pairs(scales), layout, out_dtype, first)
+        ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+        return ys, x8, [t for pair in used for t in pair], largest_of(amaxes)
 
-    def linears_backward(self, grads, x8, weights, used, grad_scale, g, layout, needs, x_dtype, first):
+    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, first):
         lead = grads[0].shape[:-1]
         rows = [t.reshape(-1, t.shape[-1]) for t in grads]
-        dx, dws, dbs, amax = linears.backward(
-            self.gemm, rows, x8, weights, used, grad_scale, g, layout, needs, x_dtype, first
-        )
-        return (None if dx is None else dx.reshape(*lead, dx.shape[-1])), dws, dbs, amax
+        forward_scales = [Scale(*pair) for pair in zip(used[::2], used[1::2], strict=True)]
+        dx, dws, dbs, amaxes = linears.backward(self.gemm, rows, x8, weights, forward_scales, _pairs(scales), layout, needs, x_dtype, first)
+        return (None if dx is None else dx.reshape(*lead, dx.shape[-1])), dws, dbs, largest_of(amaxes)
 
-    def linears_inference(self, x, w8s, w_invs, biases, scale, f, layout, out_dtype, first):
+    def linears_inference(self, x, w8s, w_invs, biases, scales, layout, out_dtype, first):
         rows = x.reshape(-1, x.shape[-1])
-        ys = linears.inference(self.gemm, rows, w8s, w_invs, biases, scale, f, layout, out_dtype, first)
+        ys = linears.inference(self.gemm, rows, w8s, w_invs, biases, _pairs(scales), layout, out_dtype, first)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _pairs(scales: Scales) -> list[Scale] | None:
+    return None if scales is None else [Scale(*pair) for pair in zip(*scales, strict=True)]
 
 
 class NativeOnGPU(Generated):
@@ -133,42 +138,26 @@ class NativeOnCPU:
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(dtype)
 
-    def linears_forward(self, x, weights, biases, scale, f, layout, out_dtype, first):
-        return torch.ops.te_dynamo.linears_fwd(
+    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, first):
+        scale, f = scales or (None, 0)
+        ys, x8, used, amax = torch.ops.te_dynamo.linears_fwd(
             x, list(weights), list(biases), scale, f, layout.merged, layout.interleave, out_dtype
         )
+        return ys, x8, [used], amax
 
-    def linears_backward(self, grads, x8, weights, used, grad_scale, g, layout, needs, x_dtype, first):
+    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, first):
+        grad_scale, g = scales or (None, 0)
+        wanted = (needs.x, list(needs.weights), list(needs.biases))
         present, amax = torch.ops.te_dynamo.linears_bwd(
-            list(grads),
-            x8,
-            list(weights),
-            used,
-            grad_scale,
-            g,
-            layout.merged,
-            layout.interleave,
-            needs.x,
-            list(needs.weights),
-            list(needs.biases),
-            x_dtype,
+            list(grads), x8, list(weights), used[0], grad_scale, g, layout.merged, layout.interleave, *wanted, x_dtype
         )
-        mask = [needs.x, *needs.weights, *needs.biases]
-        dx, *rest = cpu_ops.spread(present, mask)
+        dx, *rest = cpu_ops.spread(present, [needs.x, *needs.weights, *needs.biases])
         return dx, rest[: len(weights)], rest[len(weights) :], amax
 
-    def linears_inference(self, x, w8s, w_invs, biases, scale, f, layout, out_dtype, first):
+    def linears_inference(self, x, w8s, w_invs, biases, scales, layout, out_dtype, first):
+        scale, f = scales or (None, 0)
         return torch.ops.te_dynamo.linears_inference(
-            x,
-            list(w8s),
-            list(w_invs),
-            list(biases),
-            scale,
-            f,
-            list(layout.sizes),
-            layout.merged,
-            layout.interleave,
-            out_dtype,
+            x, list(w8s), list(w_invs), list(biases), scale, f, list(layout.sizes), layout.merged, layout.interleave, out_dtype
         )
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo import ops
 from te_dynamo.lowering import functions
 from te_dynamo.lowering.fp8_attention import attention as fp8_attention
 from te_dynamo.lowering.linears import Layout
+from te_dynamo.lowering.providers import provider_named
 from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.canonicalize import SDPA
 from te_dynamo.passes.graph import EXAMPLE, emit, erase_if_dead, is_call, tensor
@@ -104,18 +106,21 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
     x, weights, biases = node.args
     refs = [weight_of(w) for w in weights]  # type: ignore[union-attr]
     attributes = {"provider": plan.provider, "merged": node.kwargs["merged"], "interleave": node.kwargs["interleave"]}
-    attributes |= {"out_dtype": node.kwargs["out_dtype"], "first": first, "f": slots.f if slots else 0}
+    attributes |= {"out_dtype": node.kwargs["out_dtype"], "first": first}
     scale, grad_scale, sink = _state_nodes(gm, slots)
+    packed = provider_named(plan.provider).opaque
     with graph.inserting_before(node):
+        scales = _scales(scale, slots.f, 2 * len(refs), packed) if slots else None
+        grad_scales = _scales(grad_scale, slots.g, len(refs), packed) if slots else None
         if not plan.trains and top and all(_replayable(r) for r in refs):
             layout = Layout(tuple(int(tensor(w).shape[0]) for w in weights), attributes["merged"], attributes["interleave"])  # type: ignore[union-attr]
             w8s, inverses = _weight_inputs(gm, refs, layout, lowered)  # type: ignore[arg-type]
-            args = (x, w8s, inverses, biases, scale)
+            args = (x, w8s, inverses, biases, scales)
             new = emit(graph, functions.linears_inference, args, attributes | {"sizes": list(layout.sizes)}, like=node)
             amax = None
         else:
-            args = (x, weights, biases, scale, grad_scale, sink)
-            new = emit(graph, functions.linears, args, attributes | {"g": slots.g if slots else 0}, like=node)
+            args = (x, weights, biases, scales, grad_scales, sink)
+            new = emit(graph, functions.linears, args, attributes, like=node)
             amax = emit(graph, operator.getitem, (new, len(refs)), like=node) if slots and plan.trains else None
     node.replace_all_uses_with(new)
     graph.erase_node(node)
@@ -129,6 +134,33 @@ def _state_nodes(gm: GraphModule, slots: Slots | None) -> tuple[Node | None, Nod
         return None, None, None
     by_name = {n.name: n for n in gm.graph.nodes}
     return by_name[slots.scale], by_name.get(slots.grad_scale or ""), by_name.get(slots.sink or "")
+
+
+def _scales(packed_node: Node | None, start: int, count: int, packed: bool) -> Any:
+    """The scales of a site as its provider takes them (see `lowering.providers.Scales`)."""
+    if packed_node is None:
+        return None
+    if packed:
+        return (packed_node, start)
+    lists = _unpacked(packed_node)
+    graph = packed_node.graph
+    return tuple([emit(graph, operator.getitem, (which, i), like=packed_node) for i in range(start, start + count)] for which in lists)
+
+
+def _unpacked(packed: Node) -> tuple[Node, Node]:
+    """The scales of a graph taken apart, once, at its top: the scalars and their reciprocals. Backward does it again."""
+    for user in packed.users:
+        if is_call(user, functions.unpack):
+            values, inverses = list(user.users)
+            return values, inverses
+    graph = packed.graph
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_before(last.next):
+        both = emit(graph, functions.unpack, (packed,), like=last)
+        values = emit(graph, operator.getitem, (both, 0), like=last)
+        inverses = emit(graph, operator.getitem, (both, 1), like=last)
+    both.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    return values, inverses
 
 
 def _lower_norm_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, top: bool) -> list[Node]:
@@ -212,5 +244,3 @@ def _weight_inputs(gm: GraphModule, refs: Sequence[WeightRef], layout: Layout, l
             into.append(node)
     graph.erase_node(pairs)
     return w8s, inverses
-
-
