@@ -1,0 +1,365 @@
+"""What the rules of attention share: its operands and masks by the names of their dimensions, looked through back to where
+they are made, and the building of the `ops.attention` node with the views around it.
+
+Names: b batch, h heads, g batch and heads in one dimension, i query rows, j key rows, d head size of q and k, e of v.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._prims_common import is_contiguous_or_false
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from te_dynamo import ops
+from te_dynamo.passes.effects import storage
+from te_dynamo.passes.graph import EXAMPLE, INHERITED_META, emit, fake_mode_of, is_call, is_method, tensor
+
+Names = tuple[str, ...]
+ORDER = "gbhijde"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value, the names of its dimensions, and what was between it and the operand that was asked about: a scalar factor,
+    how often each head was repeated, the number of heads where a split of `g` told it, and the nodes of all that."""
+
+    node: Any
+    names: Names
+    factor: float = 1.0
+    repeats: int = 1
+    heads: int | None = None
+    nodes: tuple[Node, ...] = ()
+
+
+def fake(node: Any) -> torch.Tensor:
+    value = tensor(node)
+    if value is None:
+        raise TypeError(f"{node} is not a tensor")
+    return value
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal; no guard is set."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def number(value: Any) -> float | None:
+    """The number that `value` is, or that a constant node of it has in all its elements; None where it is no constant."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if is_call(value, torch.full, torch.full_like) and len(value.args) > 1:
+        return number(value.args[1])
+    if is_call(value, torch.tensor, torch.scalar_tensor):
+        return number(value.args[0])
+    return None
+
+
+def scaled(node: Any) -> tuple[Any, float] | None:
+    """(x, factor) where `node` is x times or divided by a constant."""
+    if not is_call(node, torch.mul, torch.div) or node.kwargs or len(node.args) != 2:
+        return None
+    x, by = node.args
+    constant = number(by)
+    if constant is None or tensor(x) is None or fake(x).dtype != fake(node).dtype or (node.target is torch.div and constant == 0):
+        return None
+    if not same_shape(fake(x).shape, fake(node).shape):
+        return None
+    return x, constant if node.target is torch.mul else 1 / constant
+
+
+def cast(node: Any) -> Any:
+    """What `node` casts from one floating-point dtype to another; None where it is no such cast."""
+    if not is_method(node, "to", "type") or len(node.args) != 2 or not isinstance(node.args[1], torch.dtype):
+        return None
+    return node.args[0] if fake(node.args[0]).is_floating_point() and fake(node).is_floating_point() else None
+
+
+def merged(node: Any) -> bool:
+    """Whether `node` makes one dimension of the first two of four."""
+    if not is_call(node, torch.reshape, torch.flatten):
+        return False
+    before, after = fake(node.args[0]).shape, fake(node).shape
+    return len(before) == 4 and len(after) == 3 and same_shape(before[2:], after[1:]) and isinstance(before[1], int)
+
+
+def split(node: Any) -> bool:
+    """Whether `node` makes two dimensions of the first of three."""
+    if not (is_call(node, torch.reshape, torch.unflatten) or is_method(node, "unflatten")):
+        return False
+    before, after = fake(node.args[0]).shape, fake(node).shape
+    return len(before) == 3 and len(after) == 4 and same_shape(before[1:], after[2:]) and isinstance(after[1], int)
+
+
+def repeated(node: Any) -> tuple[Node, int, int, tuple[Node, ...]] | None:
+    """(x, dim, n, the nodes) where `node` is x with each entry of a dimension repeated n times, one after the other."""
+    direct = _repeat_interleave(node)
+    if direct is not None:
+        return direct
+    # x[:, :, None].expand(..., n, ...).reshape(...), where the last makes one dimension of the repeated one and the new one.
+    if not is_call(node, torch.reshape):
+        return None
+    expand = node.args[0]
+    if not (is_method(expand, "expand") or is_call(expand, torch.broadcast_to)):
+        return None
+    inserted = expand.args[0]
+    dim = _inserted_dimension(inserted)
+    if dim is None or dim == 0:
+        return None
+    x, wide, out = fake(inserted.args[0]).shape, fake(expand).shape, fake(node).shape
+    n = wide[dim]
+    if not isinstance(n, int) or not same_shape(wide, (*x[:dim], n, *x[dim:])):
+        return None
+    if not same_shape(out, (*x[: dim - 1], x[dim - 1] * n, *x[dim:])):
+        return None
+    return inserted.args[0], dim - 1, n, (inserted, expand, node)
+
+
+def _repeat_interleave(node: Any) -> tuple[Node, int, int, tuple[Node, ...]] | None:
+    if not (is_call(node, torch.repeat_interleave) or is_method(node, "repeat_interleave")):
+        return None
+    given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    n, dim = given.get("repeats"), given.get("dim")
+    if not isinstance(n, int) or not isinstance(dim, int):
+        return None
+    return given["input"], dim % fake(node).dim(), n, (node,)
+
+
+def _inserted_dimension(node: Any) -> int | None:
+    """Where `node` inserts one dimension into its argument, and does nothing else."""
+    if is_call(node, torch.unsqueeze) and len(node.args) == 2:
+        return int(node.args[1]) % fake(node).dim()
+    if not is_call(node, operator.getitem) or not isinstance(node.args[1], tuple) or tensor(node.args[0]) is None:
+        return None
+    index = list(node.args[1])
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index[at : at + 1] = [slice(None)] * (fake(node).dim() - len(index) + 1)
+    if index.count(None) != 1 or any(part is not None and part != slice(None) for part in index):
+        return None
+    return index.index(None)
+
+
+def look_through(operand: Operand, dtype: torch.dtype, steps: Collection[str]) -> Operand:
+    """The operand without what stands before it and can be said otherwise, in the order of `ORDER` if it is found in it.
+
+    steps: what may be taken away: "factor" (times a constant), "cast" (a widening from `dtype`), "merge" (of batch and
+    heads into one), "repeat" (of each head for a group of queries). Transposes in between are looked through.
+    """
+    reached = [operand]
+    significant = 0
+    while (following := _before(reached[-1], dtype, steps)) is not None:
+        reached.append(following[0])
+        if following[1]:
+            significant = len(reached) - 1
+    candidates = reached[significant:]
+    return next((c for c in candidates if list(c.names) == sorted(c.names, key=ORDER.index)), candidates[0])
+
+
+def _before(o: Operand, dtype: torch.dtype, steps: Collection[str]) -> tuple[Operand, bool] | None:
+    """One node further back, and whether that took something away. None at the end."""
+    node, names = o.node, o.names
+    if not isinstance(node, Node) or tensor(node) is None:
+        return None
+
+    def further(source: Any, *, names: Names = names, nodes: tuple[Node, ...] = (node,), **changes: Any) -> Operand:
+        return replace(o, node=source, names=names, nodes=(*o.nodes, *nodes), **changes)
+
+    if is_call(node, torch.transpose, torch.t):
+        source = transposed(node, names)
+        return None if source is None else (further(node.args[0], names=source), False)
+    if is_call(node, torch.permute) and len(node.args) == 2:
+        order = [d % len(names) for d in node.args[1]]
+        return further(node.args[0], names=tuple(names[order.index(i)] for i in range(len(names)))), False
+    if is_method(node, "contiguous"):
+        return further(node.args[0]), False
+    if "factor" in steps and (found := scaled(node)) is not None:
+        return further(found[0], factor=o.factor * found[1]), True
+    if "cast" in steps and (source := cast(node)) is not None and fake(source).dtype == dtype != fake(node).dtype:
+        return further(source), True
+    if "merge" in steps and names[:1] == ("g",) and merged(node):
+        return further(node.args[0], names=("b", "h", *names[1:]), heads=fake(node.args[0]).shape[1]), True
+    if "repeat" in steps and "h" in names and (repeat := repeated(node)) is not None and names[repeat[1]] == "h":
+        return further(repeat[0], nodes=repeat[3], repeats=o.repeats * repeat[2]), True
+    return None
+
+
+def transposed(node: Node, names: Names) -> Names | None:
+    """The names of the argument of a transpose whose result has `names`."""
+    if len(names) < 2 or (node.target is torch.t and len(names) != 2):
+        return None
+    a, b = (0, 1) if node.target is torch.t else (int(d) % len(names) for d in node.args[1:3])  # type: ignore[call-overload]
+    swapped = list(names)
+    swapped[a], swapped[b] = swapped[b], swapped[a]
+    return tuple(swapped)
+
+
+def size_of(operand: Operand, *names: str) -> Any:
+    """The product of the sizes of dimensions; 1 for one that the operand lacks, and is broadcast along."""
+    shape = fake(operand.node).shape
+    return math.prod(shape[operand.names.index(name)] for name in names if name in operand.names)
+
+
+# --- Building
+
+
+def emit_cast(graph: Graph, x: Any, dtype: torch.dtype, like: Node) -> Any:
+    """`x` in `dtype`, as the canonical form spells it."""
+    if fake(x).dtype == dtype:
+        return x
+    node = graph.call_method("to", (x, dtype))
+    node.meta.update({key: like.meta[key] for key in INHERITED_META if key in like.meta})
+    with fake_mode_of(graph):
+        node.meta[EXAMPLE] = fake(x).to(dtype)
+    return node
+
+
+def arrange(graph: Graph, x: Any, names: Names, wanted: Names, heads: int | None, like: Node) -> Any:
+    """`x` with its dimensions in the order `wanted`: `g` split into `b` and `h` (one head where `heads` is None), those that
+    it lacks inserted with size 1."""
+    if "g" in names:
+        at = names.index("g")
+        is_one = same_size(fake(x).shape[at], 1)  # a mask that is the same for all
+        if heads is None or is_one:
+            x = emit(graph, torch.unsqueeze, (x, at + 1), like=like)
+        else:
+            x = emit(graph, torch.unflatten, (x, at, (-1, heads)), like=like)
+        names = (*names[:at], "b", "h", *names[at + 1 :])
+    for name in wanted:
+        if name not in names:
+            x, names = emit(graph, torch.unsqueeze, (x, 0), like=like), (name, *names)
+    order = tuple(names.index(name) for name in wanted)
+    return x if order == tuple(range(len(order))) else emit(graph, torch.permute, (x, order), like=like)
+
+
+def arrange_mask(graph: Graph, mask: Any, names: Names, heads: int | None, like: Node) -> Any:
+    """A mask of scores that have the dimensions `names`, as one of [b, h, i, j]: of four dimensions, or of two."""
+    rank = fake(mask).dim()
+    own = names[len(names) - rank :]
+    if set(own) <= {"i", "j"}:
+        return arrange(graph, mask, own, ("i", "j"), heads, like)
+    return arrange(graph, mask, own, ("b", "h", "i", "j"), heads, like)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention's pattern was read as. q, k, v: with the dimensions of a subset of bhgide or bhgjde; out: those of
+    the result; dtype: of the result; heads: into which `g` is split."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    out: Names
+    dtype: torch.dtype
+    scale: float | None
+    heads: int | None = None
+    dropout_p: float = 0.0
+    causal: bool = False
+    enable_gqa: bool = False
+
+
+def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node) -> Node:
+    """The attention node, and the views around it that give what `like` gives."""
+    operands = []
+    for operand, wanted in ((site.q, ("b", "h", "i", "d")), (site.k, ("b", "h", "j", "d")), (site.v, ("b", "h", "j", "e"))):
+        x = arrange(graph, operand.node, operand.names, wanted, site.heads, like)
+        operands.append(emit_cast(graph, x, site.dtype, like))  # autocast does so too: what is computed is said here
+    attributes = {"causal": site.causal, "scale": site.scale, "dropout_p": site.dropout_p, "enable_gqa": site.enable_gqa}
+    node = emit(graph, ops.attention, (*operands, mask), attributes, like=like)
+    if site.out == ("b", "h", "i", "e"):
+        return as_contiguous(graph, node, like)
+    names: Names = ("b", "h", "i", "e")
+    if "b" not in site.out:
+        merging = 2 if "g" not in site.out else 1
+        node = emit(graph, torch.flatten, (node, 0, merging), like=like)
+        names = ("g", "i", "e") if merging == 1 else ("i", "e")
+    order = tuple(names.index(name) for name in site.out)
+    if order != tuple(range(len(order))):
+        node = emit(graph, torch.permute, (node, order), like=like)
+    return as_contiguous(graph, node, like)
+
+
+def as_contiguous(graph: Graph, node: Node, like: Node) -> Node:
+    """Where the graph returns the memory itself, and it was contiguous, the caller may rely on it."""
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    returned = {storage(n) for n in output.all_input_nodes}
+    if storage(like) not in returned or not is_contiguous_or_false(fake(like)):
+        return node
+    return emit(graph, torch.clone, (node,), {"memory_format": torch.contiguous_format}, like=like)
+
+
+# --- Building the mask
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One step of masking. node: the tensor; names: the dimensions of the scores it is applied to; factor: times what it is
+    added; fill: what the scores are set to where it says so, None where it is added; keeps: whether it says where not."""
+
+    node: Any
+    names: Names
+    factor: float = 1.0
+    fill: float | None = None
+    keeps: bool = False
+
+
+def emit_mask(graph: Graph, masks: tuple[Mask, ...], site: Attention, like: Node) -> Node | None:
+    """One mask that does what all of them do: bool where all of them say never by -inf, else float."""
+    result: Any = None
+    for mask in masks:
+        if mask.fill is None:
+            result = _added(graph, result, _term(graph, mask, site, like), like)
+        else:
+            result = _filled(graph, result, _kept(graph, mask, site, like), mask.fill, site.dtype, like)
+    return result
+
+
+def _term(graph: Graph, mask: Mask, site: Attention, like: Node) -> Any:
+    """A mask that is added, in a dtype that attention takes: float32, or that of q."""
+    term = arrange_mask(graph, mask.node, mask.names, site.heads, like)
+    if mask.factor != 1:
+        term = emit(graph, torch.mul, (term, mask.factor), like=like)
+    return term if fake(term).dtype in (torch.float32, site.dtype) else emit_cast(graph, term, torch.float32, like)
+
+
+def _kept(graph: Graph, mask: Mask, site: Attention, like: Node) -> Any:
+    """Where scores are not filled."""
+    node, kept = mask.node, mask.keeps
+    if not kept and is_call(node, torch.bitwise_not, torch.logical_not):
+        node, kept = node.args[0], True
+    node = arrange_mask(graph, node, mask.names, site.heads, like)
+    return node if kept else emit(graph, torch.bitwise_not, (node,), like=like)
+
+
+def _added(graph: Graph, before: Any, term: Any, like: Node) -> Any:
+    if before is None:
+        return term
+    if fake(before).dtype == torch.bool:
+        return emit(graph, torch.where, (before, term, -math.inf), like=like)
+    return emit(graph, torch.add, (before, term), like=like)
+
+
+def _filled(graph: Graph, before: Any, kept: Any, fill: float, dtype: torch.dtype, like: Node) -> Any:
+    """Never by -inf is a bool mask. A finite fill is what absorbs any score added to it, so that a row that is filled
+    altogether stays uniform; in float16 there is no such number."""
+    if fill == -math.inf:
+        if before is None:
+            return kept
+        if fake(before).dtype == torch.bool:
+            return emit(graph, torch.bitwise_and, (before, kept), like=like)
+        return emit(graph, torch.where, (kept, before, fill), like=like)
+    if before is None or fake(before).dtype == torch.bool:
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        zero = emit(graph, torch.zeros, ((),), {"dtype": wide, "device": fake(like).device}, like=like)
+        before = zero if before is None else emit(graph, torch.where, (before, zero, -math.inf), like=like)
+    return emit(graph, torch.where, (kept, before, torch.finfo(fake(before).dtype).min), like=like)

@@ -1,0 +1,80 @@
+"""Stage 2, attention: `scaled_dot_product_attention`, attention written out by hand, and `nn.MultiheadAttention` become
+`ops.attention`.
+
+This file has the first of them, and the rules of all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from te_dynamo.passes.attention_site import (
+    Attention,
+    Names,
+    Operand,
+    arrange_mask,
+    emit_attention,
+    fake,
+    look_through,
+    same_size,
+    size_of,
+)
+from te_dynamo.passes.raise_attention_by_hand import ByHand
+from te_dynamo.passes.raise_mha import EncoderLayer, MultiheadAttention
+from te_dynamo.passes.rules import Declined, Match, Rule
+
+# The names of the dimensions before the last two, by how many there are.
+LEADING: dict[int, Names] = {0: (), 1: ("g",), 2: ("b", "h")}
+
+
+class ScaledDotProductAttention(Rule):
+    """`scaled_dot_product_attention`, with the heads of k and v not repeated where the graph repeats them."""
+
+    kind = "attention"
+    ends_at = frozenset({torch._C._nn.scaled_dot_product_attention})
+
+    def match(self, node: Node) -> Match | Declined | None:
+        q, k, v, mask, dropout_p, causal = node.args
+        scale, enable_gqa = node.kwargs["scale"], node.kwargs["enable_gqa"]
+        leading = LEADING.get(fake(q).dim() - 2)
+        if leading is None or not fake(q).dim() == fake(k).dim() == fake(v).dim():
+            ranks = ", ".join(str(fake(x).dim()) for x in (q, k, v))
+            return Declined(f"q, k and v have {ranks} dimensions; fused attention takes [batch, heads, sequence, head size]")
+        if mask is not None and fake(mask).dim() > fake(q).dim():
+            return Declined("the mask has more dimensions than q")
+        if isinstance(scale, Node) or isinstance(dropout_p, Node):
+            return Declined("the scale or the dropout probability is computed in the graph")
+        names = ((*leading, "i", "d"), (*leading, "j", "d"), (*leading, "j", "e"))
+        operands = [Operand(x, n) for x, n in zip((q, k, v), names, strict=True)]
+        grouped = ungrouped(*operands)
+        values = Attention(
+            *(grouped or operands),
+            out=(*leading, "i", "e"),
+            dtype=fake(node).dtype,
+            scale=None if scale is None else float(scale),
+            dropout_p=float(dropout_p),
+            causal=bool(causal),
+            enable_gqa=bool(enable_gqa) or grouped is not None,
+        )
+        nodes = [n for o in (values.k, values.v) for n in o.nodes]
+        return Match(node, [*nodes, node], {"site": values, "mask": mask, "names": (*leading, "i", "j")})
+
+    def rewrite(self, graph: Graph, match: Match) -> Node:
+        node, v = match.output, match.values
+        mask = None if v["mask"] is None else arrange_mask(graph, v["mask"], v["names"], None, node)
+        return emit_attention(graph, v["site"], mask, node)
+
+
+def ungrouped(q: Operand, k: Operand, v: Operand) -> tuple[Operand, Operand, Operand] | None:
+    """q, k and v with the heads of k and v not repeated; None where they are not repeated, or not in equal measure."""
+    plain = [look_through(o, fake(o.node).dtype, {"repeat"}) for o in (k, v)]
+    heads = size_of(q, "h")
+    if plain[0].repeats == 1 or plain[0].repeats != plain[1].repeats:
+        return None
+    if any(not same_size(size_of(o, "h") * o.repeats, heads) for o in plain):
+        return None
+    return q, plain[0], plain[1]
+
+
+ATTENTION_RULES: tuple[Rule, ...] = (ScaledDotProductAttention(), ByHand(), MultiheadAttention(), EncoderLayer())

@@ -1,0 +1,390 @@
+"""Stage 2, attention written out by hand becomes `ops.attention`.
+
+It is read backwards from its last product:
+
+    out           = probabilities @ v
+    probabilities = softmax(scores) over the keys, with casts and dropout
+    scores        = q @ k.T | baddbmm | scores times a constant | scores + mask | masked_fill | where
+
+A product is any of `matmul`, `bmm`, `mm`, `einsum`, ...: read as a contraction, its labels give each dimension a name,
+so that the order in which q, k and v are stored does not matter. q and k may be scaled, cast up or have batch and heads
+in one dimension before their product; the heads of k and v may be repeated for groups of queries.
+
+What is rounded differently: scores and probabilities are no longer rounded to the dtype of the model, and a constant
+before the product is applied after it. A row that may see no key at all: where the mask says never by -inf, PyTorch's
+fused attention gives 0, and the softmax by hand gave NaN; where the mask says it by a very negative number, the
+row is uniform, as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from te_dynamo.passes.attention_site import (
+    Attention,
+    Mask,
+    Names,
+    Operand,
+    cast,
+    emit_attention,
+    emit_mask,
+    fake,
+    look_through,
+    merged,
+    number,
+    same_shape,
+    same_size,
+    scaled,
+    size_of,
+    split,
+)
+from te_dynamo.passes.graph import is_call, is_method, tensor
+from te_dynamo.passes.raise_linear import SPELLINGS, Contraction
+from te_dynamo.passes.rules import Declined, Match, Rule
+from te_dynamo.passes.weights import weight_of
+
+NEVER = -1e4  # a score that is set to this or less is masked
+BATCH: dict[int, Names] = {0: (), 1: ("g",), 2: ("b", "h")}
+STEPS = frozenset({"factor", "cast", "merge", "repeat"})
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+MAX_DEPTH = 12  # nodes from the softmax back to the product
+# What attention does not have between its product and its softmax (a product with a constant is not meant).
+FOREIGN = {
+    torch.tanh: "the scores are soft-capped (tanh)",
+    torch.mul: "the scores are multiplied by a tensor",
+    torch.div: "the scores are divided by a tensor",
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """product: the node that multiplies q and k; names: its dimensions; masks: in the order in which they are applied;
+    heads: how many there are where a reshape of the scores tells; nodes: from the product to the scores."""
+
+    product: Node
+    names: Names
+    scale: float
+    masks: tuple[Mask, ...] = ()
+    heads: int | None = None
+    nodes: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """What multiplies v. names: the dimensions of the softmax; nodes: from the softmax to the product with v."""
+
+    softmax: Node
+    names: Names
+    dropout_p: float
+    heads: int | None
+    nodes: tuple[Node, ...]
+
+
+class ByHand(Rule):
+    """softmax(q @ k.T * scale + mask) @ v, in whatever spelling."""
+
+    kind = "attention"
+    ends_at = frozenset(SPELLINGS)
+
+    def match(self, node: Node) -> Match | Declined | None:
+        for contraction, side in _orders(node):
+            named = _name_last_product(contraction, side)
+            if named is None:
+                continue
+            names, v, out = named
+            probabilities = _probabilities(contraction.operands[side], names)
+            if probabilities is not None:
+                return _attention(node, probabilities, v, out)
+        return None
+
+    def rewrite(self, graph: Graph, match: Match) -> Node:
+        site, masks = match.values["site"], match.values["masks"]
+        mask = emit_mask(graph, masks, site, match.output)
+        return emit_attention(graph, site, mask, match.output)
+
+
+def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | Declined | None:
+    """The attention whose last product is `node`, of these probabilities and v."""
+    scores = _scores(p.softmax.args[0], p.names, 1.0)
+    if scores is None or isinstance(scores, Declined):
+        return scores
+    operands = _name_first_product(scores)
+    if operands is None:
+        return None
+    dtype = fake(node).dtype
+    q, k, v = _looked_through(*operands, v, dtype)
+    if weight_of(k.node) is not None and fake(k.node).dim() == 2:
+        return None
+    heads = {o.heads for o in (q, k, v, scores, p) if o.heads is not None}
+    output = node
+    if out == ("g", "i", "e") and heads and (four := _split_afterwards(node, heads)) is not None:
+        output, out = four, ("b", "h", "i", "e")
+    interior = (*scores.nodes, p.softmax, *p.nodes)
+    fault = (
+        _shared({*interior, node}, output, {p.softmax, *p.nodes})
+        or _softmax_fault(p)
+        or _narrowed(interior, dtype)
+        or _dtype_fault(scores.product, (q, k, v), dtype)
+        or next(filter(None, map(_mask_fault, scores.masks)), None)
+        or ("batch and heads are split in different ways" if len(heads) > 1 else None)
+        or _broadcast(scores, q, k, v)
+    )
+    if fault is not None:
+        return Declined(fault)
+    site = Attention(
+        q,
+        k,
+        v,
+        out=out,
+        dtype=dtype,
+        scale=scores.scale * q.factor * k.factor,
+        heads=next(iter(heads), None),
+        dropout_p=p.dropout_p,
+        enable_gqa=k.repeats > 1 or _one_head(q, k, v),
+    )
+    nodes = [*q.nodes, *k.nodes, *v.nodes, *interior, node, output]
+    return Match(output, nodes, {"site": site, "masks": scores.masks})
+
+
+def _split_afterwards(node: Node, heads: set[int]) -> Node | None:
+    """The one user of `node`, where it splits batch and heads again."""
+    user = next(iter(node.users), None)
+    return user if user is not None and len(node.users) == 1 and split(user) and {fake(user).shape[1]} == heads else None
+
+
+# --- Reading the two products
+
+
+def _contraction(node: Any) -> Contraction | None:
+    if is_call(node, torch.baddbmm):
+        a, b = node.args[1:3]
+        return Contraction((a, b), (("g", "m", "k"), ("g", "k", "n")), ("g", "m", "n"))
+    return SPELLINGS[node.target](node) if is_call(node, *SPELLINGS) else None
+
+
+def _orders(node: Node) -> Iterator[tuple[Contraction, int]]:
+    """The product, and which of its operands may be the probabilities."""
+    contraction = _contraction(node)
+    if contraction is not None and all(tensor(o) is not None for o in (*contraction.operands, node)):
+        yield contraction, 0
+        yield contraction, 1
+
+
+def _name_last_product(c: Contraction, side: int) -> tuple[Names, Operand, Names] | None:
+    """The names of the probabilities, v, and the names of the result, if operand `side` is the probabilities."""
+    left, right = c.labels[side], c.labels[1 - side]
+    summed = [x for x in left if x in right and x not in c.out]
+    own = [x for x in left if x not in right and x in c.out]
+    value = [x for x in right if x not in left]
+    if len(summed) != 1 or not own or len(value) != 1 or value[0] not in c.out:
+        return None
+    row = own[-1]  # what v lacks besides is broadcast: the heads
+    batch = [x for x in left if x not in (summed[0], row)]
+    if len(batch) not in BATCH or any(x not in c.out for x in batch) or len(set(left)) != len(left):
+        return None
+    name = {summed[0]: "j", row: "i", value[0]: "e", **dict(zip(batch, BATCH[len(batch)], strict=True))}
+    if any(x not in name for x in (*right, *c.out)):
+        return None
+    names, other, out = (tuple(name[x] for x in labels) for labels in (left, right, c.out))
+    return names, Operand(c.operands[1 - side], other), out
+
+
+def _name_first_product(scores: Scores) -> tuple[Operand, Operand] | None:
+    """q and k of the product that makes the scores."""
+    c = _contraction(scores.product)
+    if c is None or len(c.out) != len(scores.names):
+        return None
+    name = dict(zip(c.out, scores.names, strict=True))
+    summed = {x for x in c.labels[0] if x in c.labels[1] and x not in name}
+    if len(summed) != 1:
+        return None
+    name[summed.pop()] = "d"
+    operands = []
+    for node, labels in zip(c.operands, c.labels, strict=True):
+        if any(x not in name for x in labels) or len(set(labels)) != len(labels):
+            return None
+        operands.append(Operand(node, tuple(name[x] for x in labels)))
+    q, k = operands if "i" in operands[0].names else reversed(operands)
+    if not ({"i", "d"} <= set(q.names) and {"j", "d"} <= set(k.names)) or "j" in q.names or "i" in k.names:
+        return None
+    return q, k
+
+
+def _looked_through(q: Operand, k: Operand, v: Operand, dtype: torch.dtype) -> tuple[Operand, Operand, Operand]:
+    """q, k and v as they were made; repeated heads are found in both k and v, or in neither."""
+    q = look_through(q, dtype, STEPS - {"repeat"})
+    for steps in (STEPS, STEPS - {"repeat"}):
+        made_k, made_v = look_through(k, dtype, steps), look_through(v, dtype, steps - {"factor", "cast"})
+        if made_k.repeats == made_v.repeats:
+            break
+    return q, made_k, made_v
+
+
+# --- Reading what is between them
+
+
+def _probabilities(node: Any, names: Names) -> Probabilities | None:
+    dropout_p, heads = 0.0, None
+    nodes: list[Node] = []
+    while isinstance(node, Node) and tensor(node) is not None:
+        if is_call(node, torch.softmax):
+            return Probabilities(node, names, dropout_p, heads, tuple(nodes))
+        nodes.append(node)
+        if is_call(node, F.dropout) and not dropout_p and isinstance(node.args[1], (int, float)) and not node.args[3]:
+            dropout_p = float(node.args[1])
+        elif (viewed := _viewed(node, names)) is not None:
+            names, heads = viewed[0], viewed[1] or heads
+        elif not is_method(node, "contiguous") and cast(node) is None:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _viewed(node: Node, names: Names) -> tuple[Names, int | None] | None:
+    """The names of the argument of a reshape of scores, and how many heads it tells of."""
+    if names == ("g", "i", "j") and merged(node):
+        return ("b", "h", "i", "j"), fake(node.args[0]).shape[1]
+    if names == ("b", "h", "i", "j") and split(node):
+        return ("g", "i", "j"), fake(node).shape[1]
+    if is_call(node, torch.reshape) and same_shape(fake(node).shape, fake(node.args[0]).shape):
+        return names, None
+    return None
+
+
+def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | Declined | None:
+    """The scores that `node` is, times `factor`."""
+    if not isinstance(node, Node) or tensor(node) is None or depth > MAX_DEPTH:
+        return None
+    if is_call(node, torch.baddbmm):
+        return _baddbmm(node, names, factor)
+    if is_call(node, *SPELLINGS):
+        return Scores(node, names, factor, nodes=(node,))
+
+    def before(x: Any, names: Names = names, factor: float = factor) -> Scores | Declined | None:
+        return _scores(x, names, factor, depth + 1)
+
+    if (found := scaled(node)) is not None:
+        return _and_node(before(found[0], factor=factor * found[1]), node)
+    if cast(node) is not None or is_method(node, "contiguous"):
+        return _and_node(before(node.args[0]), node)
+    if (viewed := _viewed(node, names)) is not None:
+        return _and_node(before(node.args[0], names=viewed[0]), node, **({"heads": viewed[1]} if viewed[1] else {}))
+    if is_call(node, *FOREIGN):
+        return Declined(FOREIGN[node.target]) if any(map(before, node.args)) else None  # type: ignore[index]
+    declined = None
+    for x, mask in _maskings(node, names, factor):
+        scores = before(x)
+        if isinstance(scores, Scores):
+            if not same_shape(fake(x).shape, fake(node).shape):
+                return Declined("a mask makes the scores larger")
+            return _and_node(scores, node, masks=(*scores.masks, mask))
+        declined = declined or scores
+    return declined
+
+
+def _baddbmm(node: Node, names: Names, factor: float) -> Scores | Declined:
+    beta, alpha = (number(node.kwargs.get(name, 1)) for name in ("beta", "alpha"))
+    if alpha is None or beta is None:
+        return Declined("the scale of baddbmm is computed in the graph")
+    masks = (Mask(node.args[0], names, factor * beta),) if beta else ()  # beta 0: what is added is not even read
+    return Scores(node, names, factor * alpha, masks, nodes=(node,))
+
+
+def _and_node(scores: Scores | Declined | None, node: Node, **changes: Any) -> Scores | Declined | None:
+    return replace(scores, nodes=(*scores.nodes, node), **changes) if isinstance(scores, Scores) else scores
+
+
+def _maskings(node: Node, names: Names, factor: float) -> Iterator[tuple[Any, Mask]]:
+    """What `node` may mask, and with what."""
+    args: Any = node.args
+    if is_call(node, torch.add, torch.sub) and not node.kwargs and len(args) == 2:
+        yield args[0], Mask(args[1], names, factor if node.target is torch.add else -factor)
+        if node.target is torch.add:
+            yield args[1], Mask(args[0], names, factor)
+    elif is_call(node, torch.masked_fill) and len(args) == 3:
+        yield args[0], Mask(args[1], names, fill=_times(args[2], factor))
+    elif is_call(node, torch.where) and len(args) == 3:
+        yield args[1], Mask(args[0], names, fill=_times(args[2], factor), keeps=True)
+        yield args[2], Mask(args[0], names, fill=_times(args[1], factor))
+
+
+def _times(value: Any, factor: float) -> float:
+    constant = number(value)
+    return math.nan if constant is None else constant * factor
+
+
+# --- What forbids it
+
+
+def _shared(interior: set[Node], output: Node, late: set[Node]) -> str | None:
+    for node in interior - {output}:
+        for user in node.users:
+            if user not in interior and user is not output:
+                what = "probabilities" if node in late else "scores"
+                where = "returned" if user.op == "output" else f"used elsewhere too, by {user.name}"
+                return f"the attention {what} are {where}: fused attention does not have them"
+    return None
+
+
+def _softmax_fault(p: Probabilities) -> str | None:
+    dim: Any = p.softmax.args[1]
+    return None if dim % len(p.names) == p.names.index("j") else f"the softmax is over dimension {dim}, not over the keys"
+
+
+def _narrowed(interior: tuple[Node, ...], dtype: torch.dtype) -> str | None:
+    for node in interior:
+        if torch.promote_types(fake(node).dtype, dtype) != fake(node).dtype:
+            what = "softmax is" if is_call(node, torch.softmax) else "scores are"
+            return f"the {what} computed in {_spelled(fake(node).dtype)}, and the result is {_spelled(dtype)}"
+    return None
+
+
+def _dtype_fault(product: Node, operands: tuple[Operand, Operand, Operand], dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"the dtype {_spelled(dtype)} has no fused attention"
+    # The last product has v's dtype, and the first has q's and k's, unless autocast gives them its own.
+    if any(fake(x.node).dtype != dtype for x in operands[:2]) and fake(product).dtype != dtype:
+        q, k, _ = (_spelled(fake(x.node).dtype) for x in operands)
+        return f"q and k are multiplied in another dtype ({q}, {k}) than that of the result ({_spelled(dtype)})"
+    return None
+
+
+def _mask_fault(mask: Mask) -> str | None:
+    value = tensor(mask.node)
+    if value is None or value.dim() == 0:
+        return "a number is added to the scores"
+    if value.dim() > len(mask.names):
+        return "the mask has more dimensions than the scores"
+    if mask.fill is None:
+        return None if value.is_floating_point() else f"a tensor of dtype {_spelled(value.dtype)} is added to the scores"
+    if value.dtype != torch.bool:
+        return f"the scores are filled where a tensor of dtype {_spelled(value.dtype)} says so"
+    return None if mask.fill <= NEVER else f"scores are set to {mask.fill}, which does not mask them"
+
+
+def _broadcast(scores: Scores, q: Operand, k: Operand, v: Operand) -> str | None:
+    """q, k and v must have the batch of the scores; but one head of k and v may serve all heads of q."""
+    whole = size_of(Operand(scores.product, scores.names), "g", "b", "h")
+    for operand in (q, k, v):
+        heads = size_of(q, "h") if operand is not q and _one_head(q, k, v) else operand.repeats
+        if not same_size(size_of(operand, "g", "b", "h") * heads, whole):
+            return "q, k and v are broadcast against one another"
+    return None
+
+
+def _one_head(q: Operand, k: Operand, v: Operand) -> bool:
+    """Whether k and v have one head, and q has several."""
+    if "h" not in q.names or same_size(size_of(q, "h"), 1):
+        return False
+    return all("g" not in o.names and same_size(size_of(o, "h"), 1) for o in (k, v))
+
+
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
