@@ -173,12 +173,12 @@ def _base(node: Any, exponent: float) -> Any:
 
 
 def _dims(node: Node) -> tuple[int, ...] | None:
-    """The dimensions that a reduction goes over, from the left; None where it does not say."""
+    """The dimensions that a reduction goes over, from the left; None where it does not say, or there are none."""
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     given = (given,) if isinstance(given, int) and not isinstance(given, bool) else given
-    if not isinstance(given, (tuple, list)) or not given or not all(isinstance(d, int) for d in given):
-        return None
     rank = _fake(node.args[0]).dim()
+    if rank == 0 or not isinstance(given, (tuple, list)) or not given or not all(isinstance(d, int) for d in given):
+        return None
     return tuple(sorted(d % rank for d in given))
 
 
@@ -488,10 +488,10 @@ def _in_one_grad_mode(nodes: list[Node]) -> bool:
 
 def _goes_on(node: Node) -> bool:
     """Whether a larger pattern, with the weight or the bias, holds this one."""
-    for user in node.users:
-        if is_method(user, "to", "contiguous"):
-            if _goes_on(user):
-                return True
+    users = list(node.users)
+    for user in users:  # grows
+        if _is_cast(user) or _is_contiguous(user):
+            users += user.users
         elif is_call(user, torch.mul, torch.div, torch.add):
             norm = _shifted(user)
             if isinstance(norm, Norm) and node in _nodes(user, norm):
@@ -511,8 +511,8 @@ class RaiseNorm(Rule):
             return norm
         if _goes_on(node):
             return None
-        output, (last, *others) = node, [*node.users, None]
-        if last is not None and others == [None] and _is_cast(last) and _in_one_grad_mode([node, last]):
+        output, last = node, next(iter(node.users)) if len(node.users) == 1 else None
+        if last is not None and _is_cast(last) and _in_one_grad_mode([node, last]):
             rounded = _cast(norm, last)
             if rounded is not None and rounded.dtype.itemsize < norm.dtype.itemsize:
                 output, norm = last, rounded
