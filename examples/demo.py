@@ -47,7 +47,7 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smaller model and at most 30 steps: does it run at all?")
     parser.add_argument("--backend", default="te_fp8", help="what is compared with Inductor (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the picture (default: %(default)s)")

@@ -21,7 +21,7 @@ class Setup:
     layers: int = 4
     heads: int = 4
     length: int = 128
-    batch: int = 4
+    batch: int = 2
     lr: float = 2e-3
     seed: int = 0
 
