@@ -85,7 +85,7 @@ def te_fp8(
     _warn_about_skip(chosen, sites)
     for observer in observers:
         observer(fused, sites, chosen)
-    return CompiledGraph(steady, first, attached, device, chosen, trains=grad_enabled)
+    return CompiledGraph(steady, first, attached, device, chosen, trains=grad_enabled, check=stages.verifier)
 
 
 def _raise_and_fuse(

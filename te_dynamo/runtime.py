@@ -70,12 +70,22 @@ class Variant:
 class CompiledGraph:
     """The callable that Dynamo gets: takes the graph's inputs, adds the state's, and takes the recorded amaxes off.
 
-    `first` is the form for calls that meet a scale which was never set; None where `steady` serves those too.
+    `first` is the form for calls that meet a scale which was never set; None where `steady` serves those too. `check` is told
+    of the inputs of each call before it runs (the option `verify`).
     """
 
     def __init__(
-        self, steady: Variant, first: Variant | None, attached: Attached, device: torch.device, options: Options, *, trains: bool
+        self,
+        steady: Variant,
+        first: Variant | None,
+        attached: Attached,
+        device: torch.device,
+        options: Options,
+        *,
+        trains: bool,
+        check: Callable[[Sequence[Any]], None] | None = None,
     ) -> None:
+        self.check = check
         self.steady, self.first, self.attached = steady, first, attached
         self.device, self.options, self.trains = device, options, trains
         self.weight_positions = tuple(dict.fromkeys(k.argument for k in attached.keys))
@@ -84,6 +94,8 @@ class CompiledGraph:
         self.weights = WeightCache()
 
     def __call__(self, *args: Any) -> Any:
+        if self.check is not None:
+            self.check(args)
         group = self._group(args) if self.attached.keys else None
         recording = self.trains and group is not None and torch.is_grad_enabled() and not group.fake and group.training()
         if recording:

@@ -1,0 +1,125 @@
+"""Unmodified Hugging Face models: one graph, every linear and attention a site, FP8's error and no more."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from te_dynamo.backend import observing, te_fp8
+from te_dynamo.report.sites import Site
+from tests.models import CASES, Case, output
+from tests.numerics import sqnr
+
+slow = pytest.mark.slow
+MATRIX = [
+    pytest.param(name, attention, dtype, marks=() if (attention, dtype) == QUICK.get(name) else slow, id=f"{name}-{attention}-{dtype}")
+    for QUICK in [
+        {
+            "llama": ("sdpa", torch.bfloat16),
+            "gemma3": ("eager", torch.bfloat16),
+            "gpt2": ("eager", torch.float32),
+            "bert": ("sdpa", torch.float32),
+            "vit": ("eager", torch.bfloat16),
+            "t5": ("sdpa", torch.bfloat16),
+        }
+    ]
+    for name in CASES
+    for attention in ("sdpa", "eager")
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def check_sites(case: Case, sites: list[Site]) -> None:
+    taken = [s for s in sites if s.provider and s.kind in ("linear", "norm_linear")]
+    left = [(s.path, s.reason) for s in sites if not s.provider and s.kind == "linear"]
+    assert len(taken) == case.linears, left
+    assert all("logits" in str(reason) for _, reason in left), left
+    assert len({s.path for s in taken}) == case.linears
+    attentions = [s for s in sites if s.kind == "attention"]
+    assert [s.reason for s in attentions] == [None] * case.attentions
+    assert all(s.layout for s in attentions)
+
+
+@pytest.mark.parametrize(("name", "attention", "dtype"), MATRIX)
+def test_trains_and_infers_as_one_graph(name, attention, dtype):
+    case = CASES[name]
+    model = case.model(attention, dtype)
+    reference = copy.deepcopy(model)
+    graphs: list[list[Site]] = []
+    fp8 = torch.compile(model, backend=te_fp8, fullgraph=True)
+    inputs = case.inputs(dtype)
+    with observing(lambda gm, sites, options: graphs.append(list(sites))):
+        for _ in range(2):
+            model.zero_grad()
+            y = output(fp8(**inputs))
+            y.float().square().mean().backward()
+    assert len(graphs) == 1
+    check_sites(case, graphs[0])
+
+    y_ref = output(reference(**inputs))
+    y_ref.float().square().mean().backward()
+    assert y.dtype == y_ref.dtype
+    assert 20 < sqnr(y_ref, y) < 60
+    # All gradients as one vector: that of a single bias may be rounding noise in the reference too.
+    gradients = [(p_ref.grad.flatten(), p.grad.flatten()) for p_ref, p in both(reference, model) if p_ref.grad is not None]
+    assert sqnr(*(torch.cat(side).float() for side in zip(*gradients, strict=True))) > 12
+
+    graphs.clear()
+    model.eval(), reference.eval()
+    with torch.no_grad(), observing(lambda gm, sites, options: graphs.append(list(sites))):
+        y, y_ref = output(fp8(**inputs)), output(reference(**inputs))
+    assert len(graphs) == 1
+    check_sites(case, graphs[0])
+    assert 20 < sqnr(y_ref, y) < 60
+
+
+def both(reference, model):
+    return zip(reference.parameters(), model.parameters(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=slow)])
+def test_lengths_that_change_recompile_once_more_at_most(name):
+    from torch._inductor.compile_fx import compile_fx
+
+    case = CASES[name]
+
+    def graphs(backend) -> int:
+        torch._dynamo.reset()
+        count = []
+
+        def counting(gm, inputs):
+            count.append(1)
+            return backend(gm, inputs)
+
+        run = torch.compile(case.model(), backend=counting)
+        for length in (10, 13, 18, 29):
+            output(run(**case.inputs(length=length))).sum().backward()
+        return len(count)
+
+    assert graphs(te_fp8) <= graphs(compile_fx) + 1
+
+
+def test_per_layer_compile_gives_each_layer_its_own_scales():
+    from te_dynamo.state import STATE
+
+    case = CASES["llama"]
+    model = case.model()
+    layers = model.model.layers
+    seen: list[object] = []
+    for layer in layers:
+        layer.compile(backend=te_fp8, fullgraph=True)
+    with observing(lambda gm, sites, options: seen.append(sites)):
+        for _ in range(2):
+            output(model(**case.inputs())).square().mean().backward()
+    assert len(seen) == 1  # one graph serves all layers
+    scales = [STATE.slots[id(layer.mlp.down_proj.weight), 0, "input"] for layer in layers]
+    assert len(set(scales)) == len(layers)
+    reference = case.model()
+    assert 20 < sqnr(output(reference(**case.inputs())), output(model(**case.inputs())))
