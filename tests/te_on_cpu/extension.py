@@ -1,0 +1,66 @@
+"""The module `transformer_engine_torch`: enums and names as in the built one, stand-ins where there are any."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import json
+import re
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tests.te_on_cpu.gemm import generic_gemm
+from tests.te_on_cpu.quantize import bgrad_quantize, create_empty_quantized_tensor, quantize
+from tests.te_on_cpu.scaling import fused_amax_and_scale_update_after_reduction
+
+NAME = "transformer_engine_torch"
+FACTS = json.loads(Path(__file__).with_name("signatures.json").read_text())
+VERSION: str = FACTS["transformer_engine"]
+STAND_INS = (bgrad_quantize, create_empty_quantized_tensor, fused_amax_and_scale_update_after_reduction, generic_gemm, quantize)
+_POSITIONAL = re.compile(r"arg\d+")  # how pybind names what has no name
+
+
+def extension() -> ModuleType:
+    """A new module. A function without a stand-in raises NotImplementedError when it is called."""
+    tex = ModuleType(NAME)
+    tex.__spec__ = ModuleSpec(NAME, None)
+    tex.__stand_in__ = True  # type: ignore[attr-defined]
+    for name, values in FACTS["enums"].items():
+        setattr(tex, name, enum.IntEnum(name, values))
+    for name in FACTS["classes"]:
+        setattr(tex, name, type(name, (), {}))
+    for name in FACTS["functions"]:
+        setattr(tex, name, _absent(name))
+    for function in STAND_INS:
+        check_signature(function, FACTS["functions"][function.__name__])
+        setattr(tex, function.__name__, function)
+    return tex
+
+
+def check_signature(function: Callable[..., Any], built: str) -> None:
+    """Raises TypeError where a stand-in does not take what the built function takes: names, order and defaults."""
+    ours = [(p.name, p.default is not p.empty) for p in inspect.signature(function).parameters.values()]
+    theirs = parameters(built)
+    same = len(ours) == len(theirs) and all(
+        optional == their_optional and (name == their_name or _POSITIONAL.fullmatch(their_name))
+        for (name, optional), (their_name, their_optional) in zip(ours, theirs, strict=True)
+    )
+    if not same:
+        raise TypeError(f"the stand-in {function.__name__}{inspect.signature(function)} is not {built}")
+
+
+def parameters(built: str) -> list[tuple[str, bool]]:
+    """(name, whether it has a default) of each parameter of a pybind signature."""
+    inside = built[built.index("(") + 1 : built.rindex(") ->")]
+    return [(name, " = " in rest) for name, rest in re.findall(r"(\w+): ((?:[^,\[]|\[[^\]]*\])+)", inside)]
+
+
+def _absent(name: str) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"tex.{name} has no stand-in")
+
+    call.__name__ = name
+    return call
