@@ -24,7 +24,7 @@ H100 = Device(bf16_tflops=989 * 0.75, fp8_tflops=1979 * 0.70, gbs=3350 * 0.85)
 # copy made again in backward. An activation is usually quantised by the kernel that makes it: only the writes are counted.
 WEIGHT_BYTES = {True: 6, False: 0}  # in inference weights are quantised once
 ACTIVATION_BYTES = {True: 3, False: 1}
-GRADIENT_BYTES = {True: 4, False: 0}
+GRADIENT_BYTES = {True: 3, False: 0}
 
 
 def not_worth_it(node: Node, *, training: bool, device: Device = H100) -> str | None:
@@ -42,7 +42,9 @@ def not_worth_it(node: Node, *, training: bool, device: Device = H100) -> str | 
     lost = moved / device.gbs / 1e3
     if gained > lost:
         return None
-    return f"too small to pay on this GPU: its FP8 GEMMs save {gained:.1f} us, quantization costs {lost:.1f} us ({tokens} tokens, {k} x {n})"
+    return (
+        f"too small to pay on this GPU: its FP8 GEMMs save {gained:.1f} us, quantization costs {lost:.1f} us ({tokens} tokens, {k} x {n})"
+    )
 
 
 def flops_of_linear(x: torch.Tensor, weight: torch.Tensor) -> int:

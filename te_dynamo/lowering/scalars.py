@@ -1,25 +1,22 @@
-"""Two small operators on the scales and amaxes of a whole graph, so that its kernels number the same however many its sites."""
+"""Two small operators on all scales and all amaxes of a graph: a few kernels, however many its sites."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-ALIGNMENT = 4  # float32 elements from one scalar to the next: kernels take pointers that are aligned to 16 bytes
 
-_library = torch.library.Library("te_dynamo", "FRAGMENT")
-# What unpack returns are views of two buffers, which `torch.library.custom_op` refuses (nothing ever writes them).
-_library.define("unpack(Tensor packed) -> (Tensor[], Tensor[])", tags=[torch.Tag.pt2_compliant_tag])
+@torch.library.custom_op("te_dynamo::unpack", mutates_args=())
+def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """packed: f32 [F] -> F scalars (0-d), F reciprocals of them.
 
-
-@torch.library.impl(_library, "unpack", "CompositeExplicitAutograd")
-def _unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """packed: f32 [F] -> F scalars (0-d, each 16-byte aligned), F reciprocals of them: two kernels."""
-    values = packed.detach().unsqueeze(-1).expand(-1, ALIGNMENT).contiguous()
-    return list(values[:, 0].unbind()), list(values.reciprocal()[:, 0].unbind())
+    Each has memory of its own: an operator's outputs must not overlap, and kernels take pointers that are aligned.
+    """
+    values = torch._foreach_mul(packed.unbind(), 1.0)
+    return list(values), list(torch._foreach_reciprocal(values))
 
 
-@torch.library.register_fake("te_dynamo::unpack")
+@unpack.register_fake
 def _(packed):
     return [packed.new_empty(()) for _ in range(packed.shape[0])], [packed.new_empty(()) for _ in range(packed.shape[0])]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 64
+BLOCK = 128
 
 
 @torch.library.custom_op("te_dynamo::transpose", mutates_args=())
@@ -33,7 +33,7 @@ def launch(x: Tensor) -> Tensor:
     out = x.new_empty(columns, rows)
     if x.numel():
         grid = (-(-rows // BLOCK) * -(-columns // BLOCK),)
-        _kernel()[grid](x.view(torch.uint8), out.view(torch.uint8), rows, columns, BLOCK, num_warps=4)
+        _kernel()[grid](x.view(torch.uint8), out.view(torch.uint8), rows, columns, BLOCK, num_warps=8)
     return out
 
 
