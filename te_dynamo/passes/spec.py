@@ -139,7 +139,7 @@ def _forbidden(spec: Spec, node: Node) -> Iterator[Problem]:
 def _metadata(spec: Spec, node: Node) -> Iterator[Problem]:
     if node.op != "call_function":
         return
-    for key, kind in spec.metadata.get(node.target, {}).items():  # type: ignore[arg-type]
+    for key, kind in spec.metadata.get(node.target, {}).items():
         if not isinstance(node.meta.get(key), kind):
             found = type(node.meta[key]).__name__ if key in node.meta else "nothing"
             yield Problem(f"meta[{key!r}] is {found}, not a {kind.__name__}", "the stage that makes the node puts it there")
@@ -306,7 +306,7 @@ def _has_value(node: Node) -> Iterator[Problem]:
 
 
 def _canonical_arguments(node: Node) -> Iterator[Problem]:
-    signature = canonical.SIGNATURES.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    signature = canonical.SIGNATURES.get(node.target) if node.op == "call_function" else None
     if signature is not None and len(node.args) != len(signature):
         yield Problem(f"{len(node.args)} positional arguments", f"all by position: {', '.join(name for name, _ in signature)}")
     defaults: Mapping[Any, Mapping[str, Any]] = canonical.KEYWORD_DEFAULTS
@@ -327,6 +327,14 @@ def _canonical_cast(node: Node) -> Iterator[Problem]:
         yield Problem("a cast that is not spelled as one", "call_method 'to' (x, dtype)")
     elif before.dtype == after.dtype:
         yield Problem("a cast to the dtype at hand", "use its input itself")
+
+
+def _canonical_shape(node: Node) -> Iterator[Problem]:
+    """A shape is a tuple of numbers, or one node that is a size."""
+    if is_call(node, torch.reshape, torch.permute) and len(node.args) > 1 and isinstance(node.args[1], (tuple, list)):
+        for size in node.args[1]:
+            if not fits(size, int):
+                yield Problem(f"{size!r} in a shape", "a tuple of numbers, or a node that is a size by itself")
 
 
 def _state_inputs_last(gm: GraphModule) -> Iterator[tuple[Node, Problem]]:
@@ -381,8 +389,8 @@ def _slots_exist(gm: GraphModule) -> Iterator[tuple[Node, Problem]]:
 def _members(node: Node) -> Iterator[Problem]:
     if is_call(node, ops.linears, ops.norm_linears) and isinstance(node.meta.get(MEMBERS), list):
         weights = node.args[3 if node.target is ops.norm_linears else 1]
-        if len(node.meta[MEMBERS]) != len(weights):  # type: ignore[arg-type]
-            yield Problem(f"{len(node.meta[MEMBERS])} members for {len(weights)} weights", "one for each weight, in order")  # type: ignore[arg-type]
+        if len(node.meta[MEMBERS]) != len(weights):
+            yield Problem(f"{len(node.meta[MEMBERS])} members for {len(weights)} weights", "one for each weight, in order")
 
 
 def _recipe_has_slots(node: Node) -> Iterator[Problem]:
@@ -437,14 +445,14 @@ CANONICAL = Spec(
         "reshape": Ban("torch.reshape(x, shape)", _first_is_tensor),
         "permute": Ban("torch.permute(x, dims)", _first_is_tensor),
     },
-    node_checks=(_has_value, _canonical_arguments, _canonical_cast),
+    node_checks=(_has_value, _canonical_arguments, _canonical_shape, _canonical_cast),
 )
 RAISED = replace(
     CANONICAL,
     name="raise",
     semantic=frozenset({ops.linear, ops.norm, ops.attention}),
     no_other_semantic="groups are made by the stage `fuse`",
-    node_checks=(_has_value, _canonical_arguments),
+    node_checks=(_has_value, _canonical_arguments, _canonical_shape),
 )
 FUSED = replace(
     RAISED,
