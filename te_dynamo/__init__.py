@@ -9,13 +9,13 @@ from te_dynamo.config import Options, set_options
 
 if TYPE_CHECKING:
     from te_dynamo.report.explain import explain
-    from te_dynamo.state import weights_changed
+    from te_dynamo.runtime import weights_changed
 
 __all__ = ["Options", "__version__", "explain", "set_options", "weights_changed"]
 __version__ = "0.1.0"
 
 # Imported at first use: setting options must not cost the import of the compiler.
-_LAZY = {"explain": "te_dynamo.report.explain", "weights_changed": "te_dynamo.state"}
+_LAZY = {"explain": "te_dynamo.report.explain", "weights_changed": "te_dynamo.runtime"}
 
 
 def __getattr__(name: str) -> Any:
