@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch._dynamo.utils import counters
 from torch.fx import GraphModule, Node
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_leaves
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.config import Options
 from te_dynamo.passes.effects import storage, writes
-from te_dynamo.passes.weights import is_owned, source_of
-from te_dynamo.report.flops import Gemm, GemmObserver, gemms_of
-from te_dynamo.report.isolation import Memory, detached, discard_code, untouched
+from te_dynamo.passes.weights import is_owned, path_of
+from te_dynamo.report.flops import GemmObserver, Visit, visits_of
+from te_dynamo.report.isolation import Memory, detached, discard_code, graph_breaks, untouched
 from te_dynamo.report.report import Report
 from te_dynamo.report.sites import WRAPPERS, Site, Sites, clean_path
 
 LOGITS = "the logits"  # how the reason begins for which logits are left
-UNRECOGNISED = "a product with a parameter, in a form that no rule recognises"
+UNRECOGNISED = "no rule takes this product with a parameter"
 OUTSIDE = "ran outside of every compiled graph"
 # Recompile limits of a compile of one's own, where torch has them (2.13); ours are discarded afterwards in any case.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
@@ -59,7 +59,7 @@ def explain(
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     with untouched(model, inputs) as memory:
         names = Names(model)
-        recorder = Recorder(chosen, names, GemmObserver(names.weights(model), memory), memory)
+        recorder = Recorder(chosen, names, GemmObserver(names.of_parameters(), memory), memory)
         try:
             run, notes = _compiled(model, recorder)
             with torch.enable_grad() if backward else nullcontext():
@@ -74,10 +74,8 @@ def explain(
 
 def _compiled(model: nn.Module, recorder: Recorder) -> tuple[Callable[..., Any], list[str]]:
     """What to call, and notes on what Dynamo will do with it. The model's own attributes may be changed here."""
-
-    def compiled(function: Any) -> Any:
-        return torch.compile(function, backend=recorder.backend, **ISOLATED)  # type: ignore[call-overload]
-
+    # One context for all, or with `isolate_recompiles` modules of one class would not share their graphs.
+    compiled = torch._dynamo.optimize(recorder.backend, **ISOLATED)
     notes = []
     inside = [m for m in model.modules() if isinstance(m, OptimizedModule) or m._compiled_call_impl is not None]
     for module in inside:
@@ -107,30 +105,18 @@ class Names:
     """What `model` calls its modules and parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = (name for name, _ in model.named_modules(remove_duplicate=False))
-        self.of: dict[int, list[str]] = {}
+        self.model = model
+        self.weights: dict[int, list[str]] = {}  # by the id of a parameter: the paths of the sites that multiply by it
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.of.setdefault(id(parameter), []).append(name)
-        known = [*modules, *(name for names in self.of.values() for name in names)]
-        self.known = {clean_path(name): _without_wrappers(name) for name in known}
+            names.append(name)
+            self.weights.setdefault(id(parameter), []).append(clean_path(name).removesuffix("weight").removesuffix("."))
+        self.known = {clean_path(name): _without_wrappers(name) for name in names}
 
-    def weights(self, model: nn.Module) -> Iterator[tuple[Tensor, str]]:
-        """Each parameter, with the path of the site that multiplies by it."""
-        for parameter in model.parameters():
-            name = self.of[id(parameter)][0]
-            module, _, attribute = name.rpartition(".")
-            yield parameter, _without_wrappers(module if attribute == "weight" else name)
-
-    def prefix(self, tensor: Tensor, relative: str) -> str | None:
-        """The name of the module inside which `tensor` is called `relative`."""
-        for name in map(clean_path, self.of.get(id(tensor), ())):
-            if name == relative or name.endswith("." + relative):
-                return name[: -len(relative)].removesuffix(".")
-        return None
-
-    def absolute(self, prefix: str, path: str) -> str | None:
-        """The name of what is called `path` inside the module `prefix`; None where the model has no such name."""
-        return self.known.get(f"{prefix}.{path}".strip("."))
+    def of_parameters(self) -> Iterator[tuple[Tensor, str]]:
+        for parameter in self.model.parameters():
+            path = self.weights[id(parameter)][0]
+            yield parameter, self.known.get(path, path)
 
 
 def _without_wrappers(name: str) -> str:
@@ -138,13 +124,62 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part == "module" or part not in WRAPPERS)
 
 
+class Renaming:
+    """From the paths in a graph, which begin at the module that was compiled, or are those of another instance for which the
+    graph was first made, to those in the model; learnt from parameters whose path in both is known."""
+
+    def __init__(self, names: Names, pairs: Iterator[tuple[str, int]]) -> None:
+        self.names = names
+        found = Counter(moved for path, parameter in pairs if (moved := self._moved(path, names.weights.get(parameter, []))) is not None)
+        self.prefixes = [moved for moved, _ in found.most_common()]
+
+    @staticmethod
+    def _moved(path: str, candidates: Sequence[str]) -> tuple[str, str] | None:
+        """(the beginning of `path`, what stands for it in the model), from the candidate that agrees with most of its end."""
+        best = None
+        parts = path.split(".") if path else []
+        for candidate in candidates:
+            other = candidate.split(".") if candidate else []
+            same = 0
+            while same < min(len(parts), len(other)) and parts[-1 - same] == other[-1 - same]:
+                same += 1
+            if (same or not parts) and (best is None or same > best[0]):
+                best = same, ".".join(parts[: len(parts) - same]), ".".join(other[: len(other) - same])
+        return best and best[1:]
+
+    def __call__(self, path: str) -> str | None:
+        for old, new in self.prefixes:
+            if not old or path == old or path.startswith(f"{old}."):
+                name = f"{new}.{path[len(old) :].removeprefix('.')}".strip(".")
+                if name in self.names.known:
+                    return self.names.known[name]
+        return None
+
+
 @dataclass
 class Graph:
-    """A compiled graph, and how often it ran: `calls` counts by the modules inside which its weights' names begin."""
+    """A compiled graph. weights: the positions and paths of its parameters; calls: how often it ran, by their identities."""
 
+    visits: list[Visit]
     sites: list[Site]
-    gemms: list[Gemm]
-    calls: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    weights: list[tuple[int, str]]
+    calls: Counter[tuple[int, ...]] = field(default_factory=Counter)
+
+    def ran(self, args: Sequence[Any]) -> None:
+        self.calls[tuple(id(args[i]) for i, _ in self.weights)] += 1
+
+    def sites_of(self, unit: GraphModule) -> list[Site]:
+        """The sites that stand in a sub-graph, or in the graph itself."""
+        claimed: set[int] = set()
+        for visit in {id(v.unit): v for v in self.visits}.values():
+            here: dict[tuple[str, str], Site] = {}
+            for site in self.sites:
+                if id(site) not in claimed and (visit.places.get(site.node) == site.path or visit is self.visits[-1]):
+                    here.setdefault((site.kind, site.node), site)
+            if visit.unit is unit:
+                return list(here.values())
+            claimed |= {id(site) for site in here.values()}
+        return []
 
 
 class Recorder:
@@ -156,18 +191,18 @@ class Recorder:
 
     def backend(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         planned: list[tuple[GraphModule, Sites]] = []
-        with self.observer.rest(), observing(lambda graph, sites, _: planned.append((graph, sites))):
-            compiled = te_fp8(gm, example_inputs, options=self.options)
-        ((graph_module, sites),) = planned
         with self.observer.rest():
-            graph = Graph(list(sites), list(gemms_of(graph_module, torch.is_grad_enabled())))
+            with observing(lambda graph, sites, _: planned.append((graph, sites))):
+                compiled = te_fp8(gm, example_inputs, options=self.options)
+            ((planned_graph, sites),) = planned
+            visits = visits_of(planned_graph, torch.is_grad_enabled())
+        parameters = [(i, path_of(p)) for i, p in enumerate(_placeholders(gm)) if is_owned(p)]
+        graph = Graph(visits, list(sites), parameters)
         self.graphs.append(graph)
-        parameters = [(i, clean_path(source_of(p))) for i, p in enumerate(_placeholders(gm)) if is_owned(p)]
         written = _written(gm)
 
         def run(*args: Any) -> Any:
-            prefixes = Counter(self.names.prefix(args[i], name) for i, name in parameters)
-            graph.calls[tuple(prefix for prefix, _ in prefixes.most_common() if prefix is not None)] += 1
+            graph.ran(args)
             for i in written:
                 self.memory.about_to_write(args[i])
             with self.observer.rest():
@@ -175,41 +210,60 @@ class Recorder:
 
         return run
 
-    def sites(self) -> Iterator[Site]:
-        """The sites of every module that ran, those of a graph that ran several times in one module once."""
-        for graph in self.graphs:
-            flops: Counter[str] = Counter()
-            for gemm in graph.gemms:
-                flops[gemm.node] += gemm.forward
-            sites = [site if site.flops else replace(site, flops=flops[site.node]) for site in [*graph.sites, *_unrecognised(graph)]]
-            for prefixes, count in graph.calls.items():
-                for site in sites:
-                    yield replace(site, path=self._absolute(prefixes, site.path), flops=site.flops * count)
-        outside: Counter[str] = Counter()
+    def sites(self) -> list[Site]:
+        """The sites of every module that ran. What ran several times is told once, with the FLOPs of all times."""
+        found: dict[tuple[Any, ...], Site] = {}
+        for number, graph in enumerate(self.graphs):
+            for parameters, count in graph.calls.items():
+                for visit in graph.visits:
+                    for site in self._sites(graph, visit, parameters):
+                        key = (number, id(visit.unit), site.kind, site.path, site.node)
+                        before = found.setdefault(key, replace(site, flops=0))
+                        before.flops += site.flops * count
         for seen in self.observer.seen:
             if seen.weight:
-                outside[seen.path] += seen.forward
-        for path, forward in outside.items():
-            yield Site("linear", path, "", reason=OUTSIDE, flops=forward)
+                before = found.setdefault((seen.path,), Site("linear", seen.path, "", reason=OUTSIDE))
+                before.flops += seen.forward
+        return list(found.values())
 
-    def _absolute(self, prefixes: Sequence[str], path: str) -> str:
-        found = (self.names.absolute(prefix, path) for prefix in prefixes)
-        return next((name for name in found if name is not None), path)
+    def _sites(self, graph: Graph, visit: Visit, parameters: Sequence[int]) -> Iterator[Site]:
+        by_position = {i: parameter for (i, _), parameter in zip(graph.weights, parameters, strict=True)}
+        inside = ((g.path, by_position[g.argument]) for g in visit.gemms if g.path and g.fp8 and g.argument in by_position)
+        renamings = [Renaming(self.names, inside)] if visit is not graph.visits[-1] else []
+        renamings.append(Renaming(self.names, ((path, by_position[i]) for i, path in graph.weights)))
+        flops: Counter[tuple[str, bool]] = Counter()
+        for gemm in visit.gemms:
+            flops[gemm.node, gemm.weight] += gemm.forward
+        sites = graph.sites_of(visit.unit)
+        for site in [*sites, *_untold(visit, sites)]:
+            path = next((name for rename in renamings if (name := rename(site.path)) is not None), site.path)
+            yield replace(site, path=path, flops=flops[site.node, site.kind != "attention"])
 
     def flops(self, backward: bool) -> tuple[int, int]:
         """(in FP8, all) of what counts, over all that ran."""
+        attention = self.options.attention == "fp8"
         fp8 = total = 0
         for graph in self.graphs:
-            count = graph.calls.total()
-            logits = {site.node for site in graph.sites if (site.reason or "").startswith(LOGITS)}
-            for gemm in graph.gemms:
-                if gemm.node not in logits and (gemm.weight or self.options.attention == "fp8"):
-                    flops = count * (gemm.forward + gemm.backward * backward)
-                    fp8, total = fp8 + flops * gemm.fp8, total + flops
+            calls = graph.calls.total()
+            for visit in graph.visits:
+                logits = {site.node for site in graph.sites_of(visit.unit) if (site.reason or "").startswith(LOGITS)}
+                for gemm in visit.gemms:
+                    if gemm.node not in logits and (gemm.weight or attention):
+                        flops = calls * (gemm.forward + gemm.backward * backward)
+                        fp8, total = fp8 + flops * gemm.fp8, total + flops
         for seen in self.observer.seen:
-            if seen.weight or self.options.attention == "fp8":
+            if seen.weight or attention:
                 total += seen.forward + seen.backward * backward
         return fp8, total
+
+
+def _untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
+    """Sites for the weight GEMMs of which no rule told, or whose graph was left without a look."""
+    told = {site.node for site in sites if site.kind != "attention"}
+    whole = next((site.reason for site in sites if site.kind == "graph"), None)
+    for name, path in {gemm.node: gemm.path for gemm in visit.gemms if gemm.weight and gemm.node not in told}.items():
+        operation = re.sub(r"_\d+$", "", name)
+        yield Site("linear", path, name, reason=whole or f"{UNRECOGNISED} ({operation})")
 
 
 def _placeholders(gm: GraphModule) -> list[Node]:
@@ -222,29 +276,21 @@ def _written(gm: GraphModule) -> list[int]:
     return [i for i, placeholder in enumerate(_placeholders(gm)) if storage(placeholder) in memory]
 
 
-def _unrecognised(graph: Graph) -> Iterator[Site]:
-    """Sites for the weight GEMMs that no rule saw, or where the graph was left without a look."""
-    whole = next((site.reason for site in graph.sites if site.kind == "graph"), None)
-    seen = {site.node for site in graph.sites}
-    for gemm in graph.gemms:
-        if gemm.weight and not gemm.fp8 and gemm.node not in seen:
-            yield Site("linear", gemm.path, gemm.node, reason=whole or UNRECOGNISED, flops=gemm.forward)
-
-
 def _report(recorder: Recorder, backward: bool, notes: Sequence[str]) -> Report:
     fp8, total = recorder.flops(backward)
     if not recorder.graphs and not notes:
         notes = [
-            "Dynamo gave te_fp8 no graph: nothing was compiled. It skips what is disabled, what breaks inside a loop, and the frames of "
-            "torch.nn's own modules; TORCH_LOGS=graph_breaks,dynamo tells more."
+            "Dynamo gave te_fp8 no graph, so nothing was compiled: it skips what is disabled, what breaks inside a loop, and the frames of "
+            "torch.nn's own modules. TORCH_LOGS=graph_breaks,dynamo tells more."
         ]
+    breaks = graph_breaks()
     return Report(
         graph_count=len(recorder.graphs),
-        graph_break_count=sum(counters["graph_break"].values()),
+        graph_break_count=breaks.total(),
         sites=tuple(recorder.sites()),
         fp8_flops=fp8,
         counted_flops=total,
         backward=backward,
-        graph_breaks=dict(counters["graph_break"]),
+        graph_breaks=dict(breaks),
         notes=tuple(notes),
     )

@@ -26,10 +26,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_dynamo import ops
 from te_dynamo.lowering.cost import flops_of_linear
+from te_dynamo.passes.fuse import MEMBERS
 from te_dynamo.passes.graph import example, fake_mode_of, is_call, submodules, tensor
 from te_dynamo.passes.plan import PLAN
 from te_dynamo.passes.regions import regions
-from te_dynamo.passes.weights import is_parameter, source_of
+from te_dynamo.passes.rules import ORIGIN
+from te_dynamo.passes.weights import is_owned, source_of
 from te_dynamo.report.isolation import Memory
 from te_dynamo.report.sites import module_path
 
@@ -43,15 +45,29 @@ ELEMENTWISE = frozenset({torch.add, torch.sub, torch.mul, torch.div, torch.where
 
 @dataclass(frozen=True)
 class Gemm:
-    """node: its name in the graph; path: of the module it stands in; weight: whether it is a weight GEMM, else both operands
-    are activations; forward, backward: FLOPs of one call; fp8: whether it is computed in FP8."""
+    """node, path: the name of its node and the module it stands in; argument: which input of the outermost graph its weight
+    is (None where it multiplies activations, or no input is the weight); forward, backward: FLOPs of one call."""
 
     node: str
     path: str
     weight: bool
+    argument: int | None
     forward: int
     backward: int
     fp8: bool
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One run through a graph, or through a sub-graph of it.
+
+    unit: the graph; places: for the name of each node that a site may tell of, the path that the site has; gemms: what runs
+    in the graph itself, not in its sub-graphs.
+    """
+
+    unit: GraphModule
+    places: dict[str, str]
+    gemms: list[Gemm]
 
 
 class Origin(Enum):
@@ -64,41 +80,53 @@ class Origin(Enum):
 
 @dataclass(frozen=True)
 class Value:
+    """learns: whether a gradient goes to it; argument: the position of the parameter that it comes from."""
+
     origin: Origin
-    learns: bool  # whether a gradient goes to it
+    learns: bool
+    argument: int | None = None
 
 
-def gemms_of(gm: GraphModule, grad_enabled: bool) -> Iterator[Gemm]:
-    """Every GEMM of a planned graph (or of one that was left as Dynamo made it), those of sub-graphs at each of their calls."""
-    return _walk(gm, None, grad_enabled)
+UNKNOWN = Value(Origin.ACTIVATION, learns=True)
 
 
-def _walk(gm: GraphModule, arguments: Sequence[Value] | None, grad_enabled: bool) -> Iterator[Gemm]:
+def visits_of(gm: GraphModule, grad_enabled: bool) -> list[Visit]:
+    """What runs in a call of a planned graph (or of one that was left as Dynamo made it): sub-graphs first, each at each of
+    its calls, the graph itself last."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return list(_visit(gm, [_input(node, i) for i, node in enumerate(placeholders)], grad_enabled))
+
+
+def _visit(gm: GraphModule, arguments: Sequence[Value], grad_enabled: bool) -> Iterator[Visit]:
     where = regions(gm.graph, grad_enabled)
     bodies = {node: body for node, _, body in submodules(gm)}
+    inputs = iter(arguments)
     values: dict[Node, Value] = {}
-    placeholders = 0
+    places: dict[str, str] = {}
+    gemms: list[Gemm] = []
     for node in gm.graph.nodes:
         grad = where[node][1]
-        if node.op == "placeholder":
-            values[node] = arguments[placeholders] if arguments and placeholders < len(arguments) else _input(node)
-            placeholders += 1
-            continue
-        values[node] = _computed(node, [values[n] for n in node.all_input_nodes], grad)
-        for body in (bodies[n] for n in node.all_input_nodes if n in bodies):
-            operands = [values[n] for n in node.all_input_nodes if n not in bodies]
+        values[node] = (
+            next(inputs, UNKNOWN) if node.op == "placeholder" else _computed(node, [values[n] for n in node.all_input_nodes], grad)
+        )
+        places |= _places(node)
+        called = [bodies[n] for n in node.all_input_nodes if n in bodies]
+        for body in called:
+            operands = [values[n] for n in tree_leaves((node.args, node.kwargs)) if isinstance(n, Node) and n not in bodies]
             count = sum(n.op == "placeholder" for n in body.graph.nodes)
-            yield from _walk(body, operands[-count:] if count <= len(operands) else None, grad)
-        yield from _gemms_at(node, values, grad)
+            yield from _visit(body, operands[-count:] if count <= len(operands) else [], grad)
+        if not called:
+            gemms += _gemms_at(node, values, grad)
+    yield Visit(gm, places, gemms)
 
 
-def _input(placeholder: Node) -> Value:
+def _input(placeholder: Node, position: int) -> Value:
     value = tensor(placeholder)
-    if is_parameter(placeholder):
+    if is_owned(placeholder):
         origin = Origin.WEIGHT
     else:
         origin = Origin.CONSTANT if value is None or "._buffers['" in source_of(placeholder) else Origin.ACTIVATION
-    return Value(origin, value is not None and value.requires_grad)
+    return Value(origin, value is not None and value.requires_grad, position)
 
 
 def _computed(node: Node, inputs: Sequence[Value], grad: bool) -> Value:
@@ -110,29 +138,42 @@ def _computed(node: Node, inputs: Sequence[Value], grad: bool) -> Value:
     value = tensor(node)
     differentiable = value is None or value.is_floating_point()
     detached = node.op == "call_method" and node.target == "detach"
-    return Value(origin, grad and differentiable and not detached and any(v.learns for v in inputs))
+    return Value(origin, grad and differentiable and not detached and any(v.learns for v in inputs), _argument(inputs))
+
+
+def _argument(values: Iterable[Value]) -> int | None:
+    return next((v.argument for v in values if v.origin is Origin.WEIGHT), None)
+
+
+def _places(node: Node) -> dict[str, str]:
+    """The names of Dynamo's nodes that a node stands for, each with the path that a site there has."""
+    members = node.meta.get(MEMBERS, [node.meta] if is_call(node, ops.attention) else [])
+    found = {member.get(ORIGIN, node.name): member.get("te_path", "") or module_path(node) for member in members}
+    return found or {node.name: module_path(node)}
 
 
 def _gemms_at(node: Node, values: dict[Node, Value], grad: bool) -> Iterator[Gemm]:
-    def gemm(weight: bool, forward: int, learning: int, fp8: bool) -> Gemm:
-        return Gemm(node.name, module_path(node), weight, forward, forward * learning * grad, fp8)
+    places = list(_places(node).items())
+
+    def gemm(weights: Sequence[Value], forward: int, learning: int, fp8: bool, member: int = 0) -> Gemm:
+        return Gemm(*places[member], bool(weights), _argument(weights), forward, forward * learning * grad, fp8)
 
     if is_call(node, ops.linears, ops.norm_linears):
         fused = node.target is ops.norm_linears
         weights: Sequence[Node] = node.args[3 if fused else 1]  # type: ignore[assignment]
         read = [n for n in (node.args[:3] if fused else node.args[:1]) if isinstance(n, Node)]
         input_learns = any(values[n].learns for n in read)
-        for weight in weights:
-            forward = flops_of_linear(tensor(node.args[0]), tensor(weight))  # type: ignore[arg-type]
-            yield gemm(True, forward, input_learns + values[weight].learns, node.meta[PLAN].recipe is not None)
+        for member, weight in enumerate(weights):
+            forward = flops_of_linear(tensor(node.args[0]), tensor(weight))
+            learning = input_learns + values[weight].learns
+            yield gemm([values[weight]], forward, learning, node.meta[PLAN].recipe is not None, member)
     elif _may_multiply(node):
         inputs = [values[n] for n in node.all_input_nodes]
-        activations, weight_learns = (
-            any(v.learns for v in inputs if (v.origin is Origin.WEIGHT) == is_weight) for is_weight in (False, True)
-        )
+        owned, others = ([v for v in inputs if (v.origin is Origin.WEIGHT) == is_weight] for is_weight in (True, False))
+        owned_learns, other_learns = (any(v.learns for v in group) for group in (owned, others))
         fp8 = is_call(node, ops.attention) and node.meta[PLAN].recipe is not None
         for is_weight, forward in _executed(node, values):
-            yield gemm(is_weight, forward, activations + weight_learns if is_weight else 2 * activations, fp8)
+            yield gemm(owned if is_weight else [], forward, owned_learns + other_learns if is_weight else 2 * other_learns, fp8)
 
 
 def _may_multiply(node: Node) -> bool:
@@ -161,7 +202,7 @@ def _executed(node: Node, values: dict[Node, Value]) -> list[tuple[bool, int]]:
             if node.op == "call_method":
                 getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                node.target(*args, **kwargs)  # type: ignore[operator]
+                node.target(*args, **kwargs)
     except Exception as error:  # an operation that cannot run by itself
         log.warning("te_dynamo.explain: %s was not counted: %s", node.name, error)
     return [(seen.weight, seen.forward) for seen in observer.seen]
@@ -243,7 +284,7 @@ class GemmObserver(TorchDispatchMode):
                 written = args[i] if i < len(args) else kwargs.get(argument.name)
                 for t in tree_leaves(written):
                     if isinstance(t, Tensor):
-                        self.memory.about_to_write(t)  # type: ignore[union-attr]
+                        self.memory.about_to_write(t)
 
 
 def _number(size: Any) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, eval_frame, pgo
 from torch._dynamo.guards import DeletedGuardManagerWrapper
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import _compilation_metrics, clear_compilation_metrics, counters, get_compilation_metrics
 from torch.utils._pytree import tree_map_only
 
 from te_dynamo.state import STATE, ScaleState
@@ -149,8 +149,10 @@ def _restore(current: dict[str, Any], before: dict[str, Any]) -> None:
 def _own_dynamo_records() -> Iterator[None]:
     """While open, Dynamo counts from zero and knows no shapes from earlier calls; the user's stance on recompiles is off."""
     counted = {kind: Counter(values) for kind, values in counters.items()}
+    metrics = get_compilation_metrics()
     shapes = (pgo._CODE_STATE, pgo._INIT_CODE_STATE)
     counters.clear()
+    clear_compilation_metrics()
     pgo._CODE_STATE = pgo._INIT_CODE_STATE = defaultdict(pgo.CodeState)  # equal, so that it is not written to a cache
     try:
         with torch.compiler.set_stance("default"), dynamo_config.patch(error_on_recompile=False):
@@ -159,6 +161,18 @@ def _own_dynamo_records() -> Iterator[None]:
         pgo._CODE_STATE, pgo._INIT_CODE_STATE = shapes
         counters.clear()
         counters.update(counted)
+        clear_compilation_metrics()
+        _compilation_metrics.extend(metrics)
+
+
+def graph_breaks() -> Counter[str]:
+    """Why Dynamo ended a graph before the end of its function, or gave the function up, since the records were opened; how
+    often each."""
+    breaks = Counter({reason: count for reason, count in counters["graph_break"].items() if count > 0})
+    for metrics in get_compilation_metrics():
+        if metrics.fail_type == "Unsupported":
+            breaks[metrics.fail_reason or ""] += 1
+    return breaks
 
 
 def discard_code(backend: Callable[..., Any]) -> None:
@@ -168,10 +182,10 @@ def discard_code(backend: Callable[..., Any]) -> None:
     for reference in list(convert_frame.input_codes.seen):
         code = reference()
         for entry in eval_frame._debug_get_cache_entry_list(code) if code is not None else ():
-            if getattr(entry.backend, "compiler_fn", None) == backend:
+            if entry.backend == backend:
                 state = entry.guard_manager.extra_state
                 if state is not None:
                     state.invalidate(entry, discarded)
-    for key, wrapper in list(eval_frame.cached_backends.items()):
-        if getattr(wrapper, "compiler_fn", None) == backend:
+    for key, known in list(eval_frame.cached_backends.items()):
+        if known == backend:
             del eval_frame.cached_backends[key]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
@@ -20,8 +20,11 @@ def clean_path(name: str) -> str:
     'model.layers.0.weight'
     >>> clean_path("L['args'][0].model.layers[3].mlp")
     'model.layers.3.mlp'
+    >>> clean_path("L['self']._modules['0'].__dict__['_modules']['_checkpoint_wrapped_module']._modules['up']")
+    '0.up'
     """
     name = re.sub(r"^[LG]\['[^']*'\](\[\d+\])?", "", name)
+    name = re.sub(r"\.__dict__\['(_modules|_parameters|_buffers)'\]", r".\1", name)
     name = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", name)
     name = re.sub(r"\['?([^'\]]*)'?\]", r".\1", name)
     return ".".join(part for part in name.split(".") if part and part not in WRAPPERS)
@@ -59,6 +62,7 @@ class Sites:
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
         self.all: list[Site] = []
+        self._declined: set[tuple[Graph, str, str]] = set()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.all)
@@ -69,7 +73,8 @@ class Sites:
 
     def declined(self, node: Node, kind: str, reason: str) -> None:
         """Records that a pattern which ends at `node` was found, and left as it was."""
-        if not any(s.node == node.name and s.kind == kind for s in self.all):
+        if (key := (node.graph, node.name, kind)) not in self._declined:
+            self._declined.add(key)
             self.add(Site(kind=kind, path=module_path(node), node=node.name, reason=reason))
 
     def taken(self) -> list[Site]:
@@ -77,6 +82,7 @@ class Sites:
 
     def clear(self) -> None:
         self.all.clear()
+        self._declined.clear()
 
     def whole_graph_left(self, reason: str) -> None:
         """Records that nothing was looked at."""
