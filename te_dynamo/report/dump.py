@@ -463,9 +463,9 @@ def _moments(value: torch.Tensor, real: torch.Tensor | None) -> tuple[float, flo
         mean, deviation, least = finite.mean().item(), finite.std(correction=0).item(), finite.min().item()
     if finite.numel() == 1:
         return finite.to(PRECISE).item() if real.numel() > 1 else real.detach().to(PRECISE).item(), 0.0, least >= 0
-    if least >= 0:
-        return (0.0, (mean**2 + deviation**2) ** 0.5, True) if deviation else (mean, 0.0, True)
-    return (mean if abs(mean) > deviation / 10 else 0.0), deviation, False
+    if least >= 0 and deviation and mean < 2 * deviation:  # as an absolute value of something around 0
+        return 0.0, (mean**2 + deviation**2) ** 0.5, True
+    return (mean if abs(mean) > deviation / 10 else 0.0), deviation, least >= 0
 
 
 def _fill_integers(value: torch.Tensor, real: torch.Tensor | None, bound: int | None) -> str:

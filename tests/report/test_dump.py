@@ -1,0 +1,198 @@
+"""Dumps are scripts that run by themselves and give what the graph gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.utils.checkpoint import checkpoint
+
+from te_dynamo.passes.graph import EXAMPLE
+from te_dynamo.report.dump import Dump, fill, index_bounds
+from tests.capture import capture
+from tests.models import CASES
+from tests.pipeline import stages_of
+
+ROOT = Path(__file__).parents[2]
+RUN_ALL = """
+import contextlib, io, json, runpy, sys
+printed = {}
+for file in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(file, run_name="__main__")
+    printed[file] = out.getvalue().splitlines()
+print(json.dumps(printed))
+"""
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def dump_and_run(folder: Path, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+    """What the script of each stage prints, by stage: all are run in one process of their own."""
+    recorded = stages_of(fn, *args, **kwargs)
+    dump = Dump(folder, 0)
+    files = {name: dump.stage(i, name, gm, recorded.inputs) for i, (name, gm) in enumerate(recorded.graphs.items())}
+    assert len(files) >= 6
+    printed = json.loads(run("-c", RUN_ALL, *map(str, files.values())))
+    return {name: printed[str(file)] for name, file in files.items()}
+
+
+def high_precision(printed: dict[str, list[str]]) -> list[list[str]]:
+    return [lines for name, lines in printed.items() if name in ("dynamo", "canonicalize", "raise", "fuse", "plan")]
+
+
+def numbers(lines: list[str]) -> list[float]:
+    return [float(line.rpartition("norm ")[2]) for line in lines if "norm " in line]
+
+
+class Mixed(nn.Module):
+    """Checkpointing, autocast, no_grad, writes in place, slices, an ellipsis, a buffer that is updated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(64, 96), nn.Linear(96, 64), nn.BatchNorm1d(64)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        x = x + checkpoint(self.mlp, x, use_reentrant=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = self.mlp(x)
+        with torch.no_grad():
+            z = z.float() * 2
+        z += y
+        z[0, 1:3] = torch.tensor(2.0)
+        y.add_(1)
+        clipped = x[..., None, 1:].clamp(-float("inf"), 3).to(device=x.device, dtype=torch.float64)
+        return self.norm(x), z, clipped, y.mT, x.shape[0]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("train", [True, False])
+def test_each_stage_runs_by_itself_and_gives_the_same(tmp_path: Path, dynamic: bool | None, train: bool) -> None:
+    with torch.set_grad_enabled(train):
+        printed = dump_and_run(tmp_path, Mixed(), torch.randn(6, 64), torch.randn(64, 6).t(), dynamic=dynamic)
+    first, *others = high_precision(printed)
+    assert any("gradient of" in line for line in first) == train
+    for lines in others:
+        assert numbers(lines) == pytest.approx(numbers(first), rel=1e-3)
+    assert numbers(printed["lower_first"])[0] == pytest.approx(numbers(first)[0], rel=0.1)  # in FP8
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_llama(tmp_path: Path, dynamic: bool | None) -> None:
+    case = CASES["llama"]
+    inputs = case.inputs()
+    model = case.model()
+    model.gradient_checkpointing_enable()
+    printed = dump_and_run(tmp_path, model.train(), **inputs, labels=inputs["input_ids"], dynamic=dynamic)
+    first, *others = high_precision(printed)
+    assert first[0].startswith("output 0: torch.float32 (), norm ")
+    for lines in others:
+        assert numbers(lines) == pytest.approx(numbers(first), rel=1e-3)
+    assert sum(line.startswith("output") for line in printed["lower_first"]) == 3  # and the recorded amaxes
+
+
+def test_a_file_is_readable(tmp_path: Path) -> None:
+    recorded = stages_of(CASES["llama"].model(), **CASES["llama"].inputs())
+    dump = Dump(tmp_path, 0)
+    raised = dump.stage(2, "raise", recorded.graphs["raise"], recorded.inputs)
+    planned = dump.stage(4, "plan", recorded.graphs["plan"], recorded.inputs)
+    assert raised == tmp_path / "graph_0" / "2_raise.py"
+    text = raised.read_text()
+    assert "= te_dynamo.ops.linear(" in text and "import te_dynamo.ops\n" in text
+    assert "# f32[2, 24, 64] | model.layers.0.self_attn.q_proj" in text
+    assert '"model_layers_0_self_attn_q_proj_weight": (torch.randn((64, 64), dtype=torch.float32)' in text
+    assert "native:cpu, delayed scaling" in planned.read_text()
+    assert "output 0" in run(str(planned))
+
+
+def test_no_file_of_another_graph_or_process_is_overwritten(tmp_path: Path) -> None:
+    gm = capture(lambda x: x + 1, torch.randn(3))
+    first, second = (Dump(tmp_path, 0).stage(0, "dynamo", gm, []) for _ in range(2))
+    program = (
+        "import sys, torch; from te_dynamo.report.dump import Dump; gm = torch.fx.symbolic_trace(lambda x: x + 1);"
+        "print(Dump(sys.argv[1], 0).stage(0, 'dynamo', gm, []))"
+    )
+    third = Path(run("-c", program, str(tmp_path)).strip())
+    assert [p.parent.name for p in (first, second, third)] == ["graph_0", "graph_1", "graph_2"]
+
+
+def written(gm: GraphModule, tmp_path: Path, inputs: list[Any] | None = None) -> str:
+    return Dump(tmp_path, 0).stage(0, "dynamo", gm, inputs or []).read_text()
+
+
+def test_indices_stay_below_what_they_index(tmp_path: Path) -> None:
+    def fn(ids: Tensor, places: Tensor, labels: Tensor, table: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        rows = F.embedding(ids.long().reshape(-1)[2:], table)
+        return rows, logits[:, places], F.cross_entropy(logits, F.pad(labels, (0, 1), value=-100)[1:])
+
+    ids, places, labels = torch.full((40,), 6, dtype=torch.int32), torch.full((30,), 2), torch.full((20,), -100)
+    gm = capture(fn, ids, places, labels, torch.randn(7, 4), torch.randn(20, 3))
+    named = {node.name: bound for node, bound in index_bounds(gm).items()}
+    assert named == {"l_ids_": 7, "l_places_": 3, "l_labels_": 3}
+    text = written(gm, tmp_path)
+    assert '"l_ids": torch.randint(0, 7, (40,), dtype=torch.int32)' in text
+    assert "output 2" in run(str(tmp_path / "graph_0" / "0_dynamo.py"))
+    # Real inputs tell more, but a label that is ignored (-100) is no index.
+    real = written(gm, tmp_path, gm.meta["example_inputs"])
+    assert '"l_ids": torch.randint(6, 7,' in real and '"l_labels": torch.randint(0, 1,' in real
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.randn(4, 6).t(),
+        torch.randn(1, 6).expand(4, 6),
+        torch.randn(8, 6)[::2, 1:],
+        torch.randn(3, 4).to(torch.float8_e4m3fn),
+        torch.randn(2, 2, dtype=torch.complex64),
+        torch.rand(5) < 0.5,
+        torch.arange(6),
+        torch.randint(0, 9, (40, 2)).t(),
+        torch.tensor(0.25, dtype=torch.float64),
+        torch.empty(0, 3),
+        torch.full((3,), float("inf")),
+        torch.ones(4, dtype=torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_an_input_has_the_right_size_stride_and_dtype(value: Tensor, known: bool) -> None:
+    made = eval(fill(value, value if known else None, None))
+    assert (made.dtype, made.shape, made.device) == (value.dtype, value.shape, value.device)
+    assert value.numel() == 0 or made.stride() == value.stride() or value.numel() <= 16
+
+
+def test_an_input_resembles_the_real_one() -> None:
+    value = torch.randn(1000) * 0.02 + 3
+    made = eval(fill(value, value, None))
+    assert made.mean().item() == pytest.approx(3, rel=0.01) and made.std().item() == pytest.approx(0.02, rel=0.1)
+    variance = torch.rand(1000)  # as a batch norm's: a negative one would give NaN
+    assert eval(fill(variance, variance, None)).min() >= 0
+    assert eval(fill(torch.tensor(1e-5), torch.tensor(1e-5), None)).item() == pytest.approx(1e-5)
+
+
+def test_what_cannot_be_imported_says_so(tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    x.meta[EXAMPLE] = torch.randn(2)
+    graph.output((graph.call_function(lambda t: t, (x,)),))
+    text = written(GraphModule({}, graph), tmp_path)
+    assert "raise NotImplementedError(" in text
+    compile(text, "dump", "exec")
