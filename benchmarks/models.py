@@ -1,0 +1,37 @@
+"""The models that are measured. Built from config, random weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def tiny_llama(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Module, torch.Tensor]:
+    """A Llama of many small layers: its compile time is that of a large one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_hidden_layers=layers,
+        vocab_size=256,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).bfloat16(), torch.randint(0, 256, (2, length))
+
+
+class Chain(nn.Module):
+    """Linears one after the other, and nothing else."""
+
+    def __init__(self, sites: int, size: int = 16, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, size, dtype=dtype) for _ in range(sites))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
