@@ -41,7 +41,8 @@ UNBOUNDED = 2**40  # no size is larger: what rules out overflow where a size is 
 MAX_BYTES = 2**28  # of each tensor of a mask that is computed to be compared
 MAX_CASES = 64
 MAX_INEQUALITIES = 400
-MAX_BRANCHES = 2000
+MAX_BRANCHES = 500
+MAX_FORMULA = 1000
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,13 @@ class _NotPositive:
 @dataclass(frozen=True)
 class _And:
     parts: tuple[Formula, ...]
+    size: int
 
 
 @dataclass(frozen=True)
 class _Or:
     parts: tuple[Formula, ...]
+    size: int
 
 
 Formula: TypeAlias = bool | _NotPositive | _And | _Or
@@ -135,14 +138,21 @@ def _and(*parts: Formula) -> Formula:
     kept = tuple(dict.fromkeys(p for p in parts if p is not True))
     if False in kept:
         return False
-    return _And(kept) if len(kept) > 1 else kept[0] if kept else True
+    return _And(kept, _size(kept)) if len(kept) > 1 else kept[0] if kept else True
 
 
 def _or(*parts: Formula) -> Formula:
     kept = tuple(dict.fromkeys(p for p in parts if p is not False))
     if True in kept:
         return True
-    return _Or(kept) if len(kept) > 1 else kept[0] if kept else False
+    return _Or(kept, _size(kept)) if len(kept) > 1 else kept[0] if kept else False
+
+
+def _size(parts: Iterable[Formula]) -> int:
+    size = sum(p.size if isinstance(p, (_And, _Or)) else 1 for p in parts)
+    if size > MAX_FORMULA:
+        raise Unproven("the mask is too complicated")
+    return size
 
 
 def _xor(a: Formula, b: Formula) -> Formula:
@@ -367,7 +377,7 @@ def _at_each(cases: Cases, value_at: Callable[[Formula, Number], Value]) -> Valu
         return value_at(*cases[0])
     found = [(condition, value_at(condition, number)) for condition, number in cases]
     if all(not isinstance(v, tuple) for _, v in found):
-        return _or(*(_and(c, v) for c, v in found))  # type: ignore[arg-type]
+        return _or(*(_and(c, v) for c, v in found))
     return _merged((_and(c, inner), n) for c, v in found for inner, n in _cases(v))
 
 
@@ -400,17 +410,19 @@ def _compute(fn: Callable[..., Any], dtype: torch.dtype, *operands: tuple[Number
 
 
 def _fits(integers: _Integers, number: Number, dtype: torch.dtype) -> bool:
-    """Whether a number that is not a constant is exact in `dtype` whatever its indices and sizes."""
-    if _is_constant(number):
+    """Whether a number is exact in `dtype` whatever its indices and sizes."""
+    if isinstance(number, float):
         return True
     if dtype.is_floating_point:
-        limit = int(2 / torch.finfo(dtype).eps)
-    elif dtype.is_complex or dtype == torch.bool or not dtype.is_signed:
+        lowest, highest = -int(2 / torch.finfo(dtype).eps), int(2 / torch.finfo(dtype).eps)
+    elif dtype.is_complex or dtype == torch.bool:
         return False
     else:
-        limit = torch.iinfo(dtype).max
+        lowest, highest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    if number.is_Integer:
+        return lowest <= int(number) <= highest
     bound = integers.bound(number)
-    return bound is not None and bound <= limit
+    return bound is not None and bound <= min(-lowest, highest)
 
 
 def _cast(integers: _Integers, value: Value, dtype: torch.dtype) -> Value:
@@ -539,6 +551,8 @@ def _expand(out: _Out, x: _Tensor, *sizes: Any, **kwargs: Any) -> At:
 
 @_handles("view", "reshape", "view_as", "reshape_as", "unsqueeze", "squeeze", "flatten", "unflatten")
 def _reshape(out: _Out, x: _Tensor, *args: Any, **kwargs: Any) -> At:
+    if x.dtype != out.dtype:
+        raise Unproven(f"the bits of {x.dtype} are read as {out.dtype}")
     before = [d for d, size in enumerate(x.shape) if size != 1]
     after = [d for d, size in enumerate(out.shape) if size != 1]
     if [x.shape[d] for d in before] != [out.shape[d] for d in after]:
@@ -590,32 +604,33 @@ def _getitem(out: _Out, x: _Tensor, items: Any) -> At:
     apart = sum(now and not before for before, now in zip([False, *kept], kept, strict=False)) > 1
     where: int | None = 0 if apart else None
     position = gathered if apart else 0
-    sources: list[Callable[[Index], Cases]] = []  # of each dimension of x, the index read
+    sources: list[tuple[Callable[[Index], Cases], bool]] = []  # of each dimension of x, the index read; whether from a tensor
     for item in items:
         if item is None:
             position += 1
         elif isinstance(item, slice):
-            sources.append(_sliced(out, x.shape[len(sources)], item, position))
+            sources.append((_sliced(out, x.shape[len(sources)], item, position), False))
             position += 1
         elif isinstance(item, _Tensor):
             if where is None:
                 where, position = position, position + gathered
-            sources.append(_gathered(out, item, where, gathered))
+            sources.append((_gathered(out, item, where, gathered), True))
         else:
-            constant: Cases = ((True, _scalar(item)),)
-            sources.append(lambda index, constant=constant: constant)  # type: ignore[misc]
+            constant: Cases = ((True, _wrapped(out.integers, _scalar(item), x.shape[len(sources)], True)),)
+            sources.append((lambda index, constant=constant: constant, False))  # type: ignore[misc]
 
     def value(index: Index) -> Value:
         def read(done: Index, condition: Formula) -> Value:
             if len(done) == len(sources):
                 return x.at(done)
-            size = x.shape[len(done)]
+            source, from_tensor = sources[len(done)]
 
             def chosen(case: Formula, number: Number) -> Value:
                 both = _and(condition, case)
-                return read((*done, _wrapped(out.integers, number, size, both)), both)
+                position = _wrapped(out.integers, number, x.shape[len(done)], both) if from_tensor else number
+                return read((*done, position), both)
 
-            return _at_each(sources[len(done)](index), chosen)
+            return _at_each(source(index), chosen)
 
         return read((), True)
 
@@ -863,7 +878,7 @@ class _Interpreter:
                 shape = self._shape(mask)
                 grid = (*(sympy.S.One, sympy.S.One), *shape)[-2:]
                 if attention is not None:
-                    grid = tuple(self._shape(attention.args[n])[-2] for n in (0, 1))  # type: ignore[arg-type]
+                    grid = tuple(self._shape(attention.args[n])[-2] for n in (0, 1))
                 if (mask, grid) not in self._proofs:
                     self._proofs[mask, grid] = self._prove(mask, *grid)
                 return self._proofs[mask, grid]
@@ -872,7 +887,8 @@ class _Interpreter:
 
     def is_pure(self, node: Node) -> bool:
         """Whether a node may be erased where nothing uses its value."""
-        return (node.target in HANDLERS and not any(node is w for w, _ in self.writers)) or node in self.computed
+        known = node.target in HANDLERS or node.target in ("size", "dim", "numel") or node.target in (operator.floordiv, operator.mod)
+        return (known and not any(node is w for w, _ in self.writers)) or node in self.computed
 
     def _prove(self, mask: Node, rows: Expr, columns: Expr) -> Proof:
         try:
@@ -908,7 +924,8 @@ class _Interpreter:
             return value
         if not mask.dtype.is_floating_point:
             raise Unproven(f"the mask is of {mask.dtype}")
-        lowest = torch.finfo(mask.dtype).min
+        # bfloat16's lowest number, or lower, absorbs any score in the wider dtypes too.
+        lowest = max(torch.finfo(mask.dtype).min, torch.finfo(torch.bfloat16).min)
         attended: list[Formula] = []
         for condition, number in value:
             if number == 0:
@@ -925,8 +942,14 @@ class _Interpreter:
 
     def _argument(self, node: Node, reader: Node) -> Any:
         value = example(node)
-        if isinstance(value, (int, float, torch.SymInt)):
-            return self.integers.of(value) if isinstance(value, torch.SymInt) else value
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            raise Unproven(f"depends on {node.name}, a number that is not known before it runs")
+        if isinstance(value, torch.Size):
+            return tuple(map(self.integers.of, value))
+        if isinstance(value, torch.SymInt):
+            return self.integers.of(value)
+        if isinstance(value, (int, float)):
+            return value
         return self._tensor(self._current(node, reader))
 
     def _tensor(self, node: Node) -> _Tensor:
@@ -943,7 +966,7 @@ class _Interpreter:
                 return values[index]
 
             shape = self._shape(node)
-            self._tensors[node] = _Tensor(shape, tensor(node).dtype, at)  # type: ignore[union-attr]
+            self._tensors[node] = _Tensor(shape, tensor(node).dtype, at)
         return self._tensors[node]
 
     def _meaning(self, node: Node) -> At:
@@ -987,7 +1010,7 @@ class _Interpreter:
         if not all(_is_computable(n) for n in nodes) or any(w in nodes or set(ws) & set(nodes) for w, ws in self.writers):
             return None
         try:
-            value = _computed(nodes).expand((*tensor(mask).shape[:-2], rows, columns))  # type: ignore[union-attr]
+            value = _computed(nodes).expand((*tensor(mask).shape[:-2], rows, columns))
         except Exception as error:
             log.debug("te_dynamo: the mask %s could not be computed: %s", mask.name, error)
             return None
