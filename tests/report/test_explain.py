@@ -496,6 +496,14 @@ def assert_same(before, after):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
 
 
+def test_with_inductor(x, inductor):
+    model = Stack()
+    before = tensors_of(model)
+    report = te_dynamo.explain(model, x, backward=True)
+    assert report.graph_count == report.fp8_flop_fraction == 1
+    assert_same(before, tensors_of(model))
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_model_is_as_it_was(x, gradients):
     model = Stack()
@@ -756,7 +764,7 @@ def test_llama(llama, training, dtype):
     assert all(s.provider and s.layout for s in attentions)
 
 
-def test_llama_with_inductor_under_autocast(llama, inductor):
+def test_llama_under_autocast(llama):
     ids = torch.randint(0, 128, (2, 16))
     before = tensors_of(llama)
     with torch.autocast("cpu", torch.bfloat16):
