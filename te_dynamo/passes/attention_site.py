@@ -175,9 +175,8 @@ def _before(o: Operand, dtype: torch.dtype, steps: Collection[str]) -> tuple[Ope
     def further(source: Any, *, names: Names = names, nodes: tuple[Node, ...] = (node,), **changes: Any) -> Operand:
         return replace(o, node=source, names=names, nodes=(*o.nodes, *nodes), **changes)
 
-    if is_call(node, torch.transpose, torch.t):
-        source = transposed(node, names)
-        return None if source is None else (further(node.args[0], names=source), False)
+    if (swapped := transposed(node, names)) is not None:
+        return further(node.args[0], names=swapped), False
     if is_call(node, torch.permute) and len(node.args) == 2:
         order = [d % len(names) for d in node.args[1]]
         return further(node.args[0], names=tuple(names[order.index(i)] for i in range(len(names)))), False
@@ -194,11 +193,11 @@ def _before(o: Operand, dtype: torch.dtype, steps: Collection[str]) -> tuple[Ope
     return None
 
 
-def transposed(node: Node, names: Names) -> Names | None:
-    """The names of the argument of a transpose whose result has `names`."""
-    if len(names) < 2 or (node.target is torch.t and len(names) != 2):
+def transposed(node: Any, names: Names) -> Names | None:
+    """The names of the argument of a transpose whose result has `names`; None where `node` is no transpose."""
+    if not is_call(node, torch.transpose, torch.t) or len(names) < 2:
         return None
-    a, b = (0, 1) if node.target is torch.t else (int(d) % len(names) for d in node.args[1:3])  # type: ignore[call-overload]
+    a, b = (0, 1) if node.target is torch.t else (int(d) % len(names) for d in node.args[1:3])
     swapped = list(names)
     swapped[a], swapped[b] = swapped[b], swapped[a]
     return tuple(swapped)

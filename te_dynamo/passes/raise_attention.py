@@ -45,11 +45,12 @@ class ScaledDotProductAttention(Rule):
             return Declined("the mask has more dimensions than q")
         if isinstance(scale, Node) or isinstance(dropout_p, Node):
             return Declined("the scale or the dropout probability is computed in the graph")
-        names = ((*leading, "i", "d"), (*leading, "j", "d"), (*leading, "j", "e"))
-        operands = [Operand(x, n) for x, n in zip((q, k, v), names, strict=True)]
-        grouped = ungrouped(*operands)
-        values = Attention(
-            *(grouped or operands),
+        queries, keys = Operand(q, (*leading, "i", "d")), Operand(k, (*leading, "j", "d"))
+        values = Operand(v, (*leading, "j", "e"))
+        grouped = _ungrouped(queries, keys, values)
+        site = Attention(
+            queries,
+            *(grouped or (keys, values)),
             out=(*leading, "i", "e"),
             dtype=fake(node).dtype,
             scale=None if scale is None else float(scale),
@@ -57,8 +58,7 @@ class ScaledDotProductAttention(Rule):
             causal=bool(causal),
             enable_gqa=bool(enable_gqa) or grouped is not None,
         )
-        nodes = [n for o in (values.k, values.v) for n in o.nodes]
-        return Match(node, [*nodes, node], {"site": values, "mask": mask, "names": (*leading, "i", "j")})
+        return Match(node, [*site.k.nodes, *site.v.nodes, node], {"site": site, "mask": mask, "names": (*leading, "i", "j")})
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         node, v = match.output, match.values
@@ -66,15 +66,12 @@ class ScaledDotProductAttention(Rule):
         return emit_attention(graph, v["site"], mask, node)
 
 
-def ungrouped(q: Operand, k: Operand, v: Operand) -> tuple[Operand, Operand, Operand] | None:
-    """q, k and v with the heads of k and v not repeated; None where they are not repeated, or not in equal measure."""
-    plain = [look_through(o, fake(o.node).dtype, {"repeat"}) for o in (k, v)]
-    heads = size_of(q, "h")
-    if plain[0].repeats == 1 or plain[0].repeats != plain[1].repeats:
+def _ungrouped(q: Operand, k: Operand, v: Operand) -> tuple[Operand, Operand] | None:
+    """k and v with their heads not repeated; None where they are not repeated, or not in equal measure."""
+    k, v = (look_through(o, fake(o.node).dtype, {"repeat"}) for o in (k, v))
+    if k.repeats == 1 or k.repeats != v.repeats:
         return None
-    if any(not same_size(size_of(o, "h") * o.repeats, heads) for o in plain):
-        return None
-    return q, plain[0], plain[1]
+    return (k, v) if all(same_size(size_of(o, "h") * o.repeats, size_of(q, "h")) for o in (k, v)) else None
 
 
 ATTENTION_RULES: tuple[Rule, ...] = (ScaledDotProductAttention(), ByHand(), MultiheadAttention(), EncoderLayer())

@@ -13,7 +13,8 @@ in one dimension before their product; the heads of k and v may be repeated for 
 What is rounded differently: scores and probabilities are no longer rounded to the dtype of the model, and a constant
 before the product is applied after it. A row that may see no key at all: where the mask says never by -inf, PyTorch's
 fused attention gives 0, and the softmax by hand gave NaN; where the mask says it by a very negative number, the
-row is uniform, as it was.
+row is uniform, as it was (what v gets back from such a row is up to PyTorch's fused backward, which makes the row
+again from the logarithm of its sum, and has lost that beside 3e38).
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ from te_dynamo.passes.attention_site import (
     scaled,
     size_of,
     split,
+    transposed,
 )
 from te_dynamo.passes.graph import is_call, is_method, tensor
 from te_dynamo.passes.raise_linear import SPELLINGS, Contraction
 from te_dynamo.passes.rules import Declined, Match, Rule
-from te_dynamo.passes.weights import weight_of
+from te_dynamo.passes.weights import is_owned, weight_of
 
 NEVER = -1e4  # a score that is set to this or less is masked
 BATCH: dict[int, Names] = {0: (), 1: ("g",), 2: ("b", "h")}
@@ -101,8 +103,8 @@ class ByHand(Rule):
             names, v, out = named
             probabilities = _probabilities(contraction.operands[side], names)
             if probabilities is not None:
-                return _attention(node, probabilities, v, out)
-        return None
+                return _attention(node, probabilities, v, out) or _strangers(contraction.operands[side])
+        return _strangers(node.args[0])
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         site, masks = match.values["site"], match.values["masks"]
@@ -120,8 +122,9 @@ def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | 
         return None
     dtype = fake(node).dtype
     q, k, v = _looked_through(*operands, v, dtype)
-    if weight_of(k.node) is not None and fake(k.node).dim() == 2:
-        return None
+    parameter = weight_of(k.node)
+    if parameter is not None and is_owned(parameter.root):
+        return None  # a linear
     heads = {o.heads for o in (q, k, v, scores, p) if o.heads is not None}
     output = node
     if out == ("g", "i", "e") and heads and (four := _split_afterwards(node, heads)) is not None:
@@ -241,6 +244,8 @@ def _probabilities(node: Any, names: Names) -> Probabilities | None:
             dropout_p = float(node.args[1])
         elif (viewed := _viewed(node, names)) is not None:
             names, heads = viewed[0], viewed[1] or heads
+        elif (swapped := transposed(node, names)) is not None:
+            names = swapped
         elif not is_method(node, "contiguous") and cast(node) is None:
             return None
         node = node.args[0]
@@ -270,14 +275,20 @@ def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | 
     def before(x: Any, names: Names = names, factor: float = factor) -> Scores | Declined | None:
         return _scores(x, names, factor, depth + 1)
 
+    if is_call(node, torch.add, torch.sub) and _is_shift(node.args[1]):
+        return _and_node(before(node.args[0]), node)
     if (found := scaled(node)) is not None:
         return _and_node(before(found[0], factor=factor * found[1]), node)
     if cast(node) is not None or is_method(node, "contiguous"):
         return _and_node(before(node.args[0]), node)
     if (viewed := _viewed(node, names)) is not None:
         return _and_node(before(node.args[0], names=viewed[0]), node, **({"heads": viewed[1]} if viewed[1] else {}))
+    if (swapped := transposed(node, names)) is not None:
+        return _and_node(before(node.args[0], names=swapped), node)
     if is_call(node, *FOREIGN):
-        return Declined(FOREIGN[node.target]) if any(map(before, node.args)) else None  # type: ignore[index]
+        constant = is_call(node, torch.mul, torch.div) and tensor(node.args[1]) is None
+        reason = "the scale of the scores is computed in the graph" if constant else FOREIGN[node.target]  # type: ignore[index]
+        return Declined(reason) if any(map(before, node.args)) else None
     declined = None
     for x, mask in _maskings(node, names, factor):
         scores = before(x)
@@ -287,6 +298,11 @@ def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | 
             return _and_node(scores, node, masks=(*scores.masks, mask))
         declined = declined or scores
     return declined
+
+
+def _is_shift(value: Any) -> bool:
+    """Whether `value` is a number that changes nothing where it is added to all scores."""
+    return isinstance(value, (int, float)) and abs(value) < 1e3
 
 
 def _baddbmm(node: Node, names: Names, factor: float) -> Scores | Declined:
@@ -318,6 +334,23 @@ def _maskings(node: Node, names: Names, factor: float) -> Iterator[tuple[Any, Ma
 def _times(value: Any, factor: float) -> float:
     constant = number(value)
     return math.nan if constant is None else constant * factor
+
+
+def _strangers(node: Any) -> Declined | None:
+    """Why nothing could be read where there is a softmax, and a product behind it, all the same: what stands between."""
+    strange: list[str] = []
+    softmax = False
+    for _ in range(2 * MAX_DEPTH):
+        if not isinstance(node, Node) or tensor(node) is None or not node.args:
+            return None
+        if softmax and (product := _contraction(node)) is not None:
+            if any((ref := weight_of(x)) is not None and is_owned(ref.root) for x in product.operands):
+                return None
+            return Declined(f"fused attention does not have what is between its products ({', '.join(reversed(strange))})")
+        softmax = softmax or is_call(node, torch.softmax)
+        strange.append(str(getattr(node.target, "__name__", node.target)))
+        node = node.args[0][0] if isinstance(node.args[0], (list, tuple)) and node.args[0] else node.args[0]
+    return None
 
 
 # --- What forbids it

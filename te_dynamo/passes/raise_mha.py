@@ -1,8 +1,8 @@
 """Stage 2, `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`: opaque calls in Dynamo's graph, written out as linears,
 which the rules for linears then find, and `ops.attention`.
 
-A row that may see no key at all gives 0, as in PyTorch's own fused path; its path that also returns the weights
-(need_weights=True) gives NaN there.
+A row that may see no key at all gives 0, as in PyTorch's own fused path; its path that also makes the weights
+(need_weights=True) and its encoder layer in inference give NaN there.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class EncoderLayer(Rule):
     """`nn.TransformerEncoderLayer` in inference, one call: its norms, linears, attention and activation."""
 
     kind = "attention"
-    ends_at: Any = frozenset({torch._transformer_encoder_layer_fwd})
+    ends_at = frozenset({torch._transformer_encoder_layer_fwd})
 
     def match(self, node: Node) -> Match | Declined | None:
         a = dict.fromkeys(ENCODER_LAYER) | dict(zip(ENCODER_LAYER, node.args, strict=False))
