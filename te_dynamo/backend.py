@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -178,12 +178,10 @@ def _warn_about_skip(options: Options, sites: Sites) -> None:
 
 
 @contextlib.contextmanager
-def observing(callback: Callback):
+def observing(callback: Callback) -> Iterator[None]:
     """While it is open, `callback` is told of each graph that te_fp8 compiles."""
     observers.append(callback)
     try:
         yield
     finally:
         observers.remove(callback)
-
-

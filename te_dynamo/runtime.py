@@ -48,7 +48,7 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
         passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), OneMeasurement(SOURCES_HASH)]
         stack.enter_context(config.patch(joint_custom_pre_pass=passes))
-        return compile_fx(gm, list(inputs), config_patches=options.inductor_config())
+        return compile_fx(gm, list(inputs), config_patches=options.inductor_config())  # type: ignore[return-value]
 
 
 def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

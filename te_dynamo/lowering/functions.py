@@ -19,12 +19,12 @@ from te_dynamo.lowering.providers import Scales, provider_named
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sink: Tensor, grad_amax: Tensor, sizes: Sequence[int], keep_infinite: bool) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx, sink: Tensor, grad_amax: Tensor, sizes: Sequence[int], keep_infinite: bool) -> tuple[Tensor, ...]:
         ctx.grad_amax, ctx.keep_infinite = grad_amax, keep_infinite
         return torch.split(sink, sizes)
 
     @staticmethod
-    def backward(ctx, *amaxes: Tensor):  # type: ignore[override]
+    def backward(ctx, *amaxes: Tensor):
         ctx.grad_amax.copy_(torch.maximum(ctx.grad_amax, usable(torch.cat(amaxes), ctx.keep_infinite)))
         return None, None, None, None
 
@@ -55,7 +55,7 @@ def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scales, grad_scales, sink, provider, layout, out_dtype, first, *weights_and_biases):  # type: ignore[override]
+    def forward(ctx, x, scales, grad_scales, sink, provider, layout, out_dtype, first, *weights_and_biases):
         n = len(layout.sizes)
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
         ys, x8, used, amax = provider_named(provider).linears_forward(x, weights, biases, scales, layout, out_dtype, first)
@@ -67,7 +67,7 @@ class _Linears(torch.autograd.Function):
         return (*ys, amax)
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[override]
+    def backward(ctx, *grads):
         provider, grad_scales, layout, first, x_dtype, bias_dtypes = ctx.attributes
         n = len(layout.sizes)
         x8, *rest = ctx.saved_tensors

@@ -116,9 +116,16 @@ def pick(scales: Sequence[Scale] | None, index: int, rows: Tensor, dtype: torch.
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
-    """Zero rows at the end, up to a multiple (no guard on the number of rows)."""
-    missing = -x.shape[0] % multiple
-    return x if isinstance(missing, int) and missing == 0 else torch.nn.functional.pad(x, (0, 0, 0, missing))
+    """Zero rows at the end, up to a multiple.
+
+    Where the number of rows is symbolic, nothing is ever given the number of missing rows as a size: that it is 0, or
+    is not, would be a guard.
+    """
+    rows = x.shape[0]
+    padded = (rows + multiple - 1) // multiple * multiple
+    if isinstance(rows, int) and rows == padded:
+        return x
+    return torch.cat([x, x.new_zeros(multiple - 1, x.shape[1])])[:padded]
 
 
 def forward(
@@ -135,9 +142,9 @@ def forward(
     tokens = x.shape[0]
     x_amax = row_amax(x)
     x_scale = pick(scales, 0, x_amax, E4M3, first)
-    scaled = saturated(x, x_scale.value, E4M3)
+    scaled = pad_rows(saturated(x, x_scale.value, E4M3), gemm.multiple)
     with kept_for_backward():
-        x8 = gemm.operand(pad_rows(scaled.to(E4M3), gemm.multiple))
+        x8 = gemm.operand(scaled.to(E4M3))
     ys, used, amaxes = [], [x_scale], [x_amax] * (2 * len(weights))
     for block in layout.blocks():
         with made_again_in_backward():
@@ -198,7 +205,7 @@ def backward(
         tokens = grad.shape[0]
         g_amax = row_amax(grad)
         g_scale = pick(scales, block[0], g_amax, E5M2, first)
-        g8 = gemm.operand(pad_rows(quantize(grad, g_scale.value, E5M2), gemm.multiple))
+        g8 = gemm.operand(pad_rows(saturated(grad, g_scale.value, E5M2), gemm.multiple).to(E5M2))
         if needs.x:
             with made_again_in_backward():
                 w8t = gemm.cast_transposed(layout.join([weights[i] for i in block]), w_scale.value, E4M3)
@@ -253,7 +260,7 @@ def inference(
     """x [T, K] and, for each GEMM, the FP8 weight [N, K] and its f32 scale_inv -> the output [T, N] of each GEMM."""
     tokens = x.shape[0]
     x_scale = pick(scales, 0, row_amax(x), E4M3, first)
-    x8 = pad_rows(quantize(x, x_scale.value, E4M3), gemm.multiple)
+    x8 = pad_rows(saturated(x, x_scale.value, E4M3), gemm.multiple).to(E4M3)
     ys = []
     for block, w8, w_inv in zip(layout.blocks(), w8s, w_invs, strict=True):
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)

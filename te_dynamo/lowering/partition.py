@@ -60,7 +60,7 @@ class OneMeasurement(CustomGraphPass):
 
 
 def _measure_once(graph: Graph, cat: Node) -> None:
-    inputs = [_source(n) for n in cat.args[0]]  # type: ignore[union-attr]
+    inputs = [_source(n) for n in cat.args[0]]
     if sum(_is_largest(n) for n in inputs) < 2:
         return
     joined: list[Node] = []
@@ -74,8 +74,8 @@ def _measure_once(graph: Graph, cat: Node) -> None:
 
 
 def _join(graph: Graph, cat: Node, nodes: list[Node]) -> Node:
-    parts = list(dict.fromkeys(p for n in nodes for p in n.args[0]))  # type: ignore[union-attr]
-    which = [parts.index(n.args[0][i]) for n in nodes for i in n.args[1]]  # type: ignore[union-attr, index]
+    parts = list(dict.fromkeys(p for n in nodes for p in n.args[0]))
+    which = [parts.index(n.args[0][i]) for n in nodes for i in n.args[1]]
     with graph.inserting_before(cat):
         node = graph.call_function(torch.ops.te_dynamo.largest.default, (parts, which))
     node.meta["val"] = nodes[0].meta["val"].new_empty(len(which))

@@ -176,7 +176,7 @@ def unsupported_dtype(dtype: torch.dtype) -> str | None:
 
 
 REFERENCE = Generated("reference", linears.REFERENCE)
-NATIVE = {"cpu": NativeOnCPU(), "cuda": NativeOnGPU("native", linears.NATIVE_CUDA)}
+NATIVE: dict[str, NativeOnCPU | NativeOnGPU] = {"cpu": NativeOnCPU(), "cuda": NativeOnGPU("native", linears.NATIVE_CUDA)}
 
 
 @cache

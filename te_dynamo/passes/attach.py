@@ -143,7 +143,7 @@ def _roles(gm: GraphModule, node: Node) -> list[tuple[Node, tuple[str, ...], tup
     """(weight's placeholder, forward roles, gradient roles) of each member of a site."""
     if is_call(node, ops.linears, ops.norm_linears):
         weights: Sequence[Any] = node.args[3 if node.target is ops.norm_linears else 1]  # type: ignore[assignment]
-        return [(weight_of(w).root, LINEAR_FORWARD, LINEAR_GRADIENT) for w in weights]  # type: ignore[union-attr]
+        return [(weight_of(w).root, LINEAR_FORWARD, LINEAR_GRADIENT) for w in weights]
     anchor = anchor_of(node)
     return [] if anchor is None else [(anchor, ATTENTION_FORWARD, ATTENTION_GRADIENT)]
 
@@ -154,7 +154,7 @@ def anchor_of(attention: Node) -> Node | None:
     here = nodes.index(attention)
     for node in [*reversed(nodes[:here]), *nodes[here:]]:
         if is_call(node, ops.linears, ops.norm_linears):
-            ref = weight_of(node.args[3 if node.target is ops.norm_linears else 1][0])  # type: ignore[index]
+            ref = weight_of(node.args[3 if node.target is ops.norm_linears else 1][0])
             return None if ref is None else ref.root
     return None
 
@@ -165,7 +165,7 @@ def _placeholder(gm: GraphModule, name: str, size: int, others: list[Node], requ
     with graph.inserting_after(others[-1]):
         node = graph.placeholder(name)
     others.append(node)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     device = next(n.meta[EXAMPLE].device for n in others if isinstance(n.meta.get(EXAMPLE), torch.Tensor))
     node.meta[EXAMPLE] = fake_vector(fake_mode_of(graph), size, device, requires_grad)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from te_dynamo.passes.effects import storage, writes
-from te_dynamo.passes.graph import EXAMPLE, infer, fake_mode_of, is_call, tensor
+from te_dynamo.passes.graph import EXAMPLE, fake_mode_of, infer, is_call, tensor
 
 LINEAR = torch._C._nn.linear
 SDPA = torch._C._nn.scaled_dot_product_attention
@@ -39,7 +39,7 @@ BINARY: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.or_: torch.bitwise_or,
     operator.xor: torch.bitwise_xor,
 }
-SWAPPED = {  # `scalar op tensor`, spelled tensor first
+SWAPPED: dict[Callable[..., Any], Callable[..., Any]] = {  # `scalar op tensor`, spelled tensor first
     operator.add: torch.add,
     operator.mul: torch.mul,
     operator.sub: torch.rsub,
@@ -50,11 +50,64 @@ SWAPPED = {  # `scalar op tensor`, spelled tensor first
     operator.eq: torch.eq,
     operator.ne: torch.ne,
 }
-UNARY = {operator.neg: torch.neg, operator.invert: torch.bitwise_not, operator.abs: torch.abs}
+UNARY: dict[Callable[..., Any], Callable[..., Any]] = {operator.neg: torch.neg, operator.invert: torch.bitwise_not, operator.abs: torch.abs}
+# Tensor methods that are spelled as the torch function of the same name.
 METHODS = frozenset(
-    "abs add addmm amax baddbmm bitwise_and bitwise_not bitwise_or bmm chunk clamp cos cumsum div eq exp flatten ge gt le "
-    "log_softmax logical_and logical_not logical_or lt masked_fill matmul mean mm mul ne neg permute pow reciprocal rsqrt sigmoid "
-    "sin softmax split sqrt square squeeze std sub sum t tanh transpose tril triu unsqueeze var".split()
+    {
+        "abs",
+        "add",
+        "addmm",
+        "amax",
+        "baddbmm",
+        "bitwise_and",
+        "bitwise_not",
+        "bitwise_or",
+        "bmm",
+        "chunk",
+        "clamp",
+        "cos",
+        "cumsum",
+        "div",
+        "eq",
+        "exp",
+        "flatten",
+        "ge",
+        "gt",
+        "le",
+        "log_softmax",
+        "logical_and",
+        "logical_not",
+        "logical_or",
+        "lt",
+        "masked_fill",
+        "matmul",
+        "mean",
+        "mm",
+        "mul",
+        "ne",
+        "neg",
+        "permute",
+        "pow",
+        "reciprocal",
+        "rsqrt",
+        "sigmoid",
+        "sin",
+        "softmax",
+        "split",
+        "sqrt",
+        "square",
+        "squeeze",
+        "std",
+        "sub",
+        "sum",
+        "t",
+        "tanh",
+        "transpose",
+        "tril",
+        "triu",
+        "unsqueeze",
+        "var",
+    }
 )
 ALIASES: dict[Any, Callable[..., Any]] = {
     F.linear: LINEAR,
@@ -133,8 +186,11 @@ def _operator(node: Node) -> None:
         node.target, node.args = SWAPPED[node.target], (node.args[1], node.args[0])
     elif node.target in UNARY and tensors == [True]:
         node.target = UNARY[node.target]
+    elif node.target is torch.layer_norm:  # F.layer_norm, and a flag that says nothing about the result
+        node.target, node.args = F.layer_norm, node.args[:5]
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "cudnn_enable"}
     elif node.target is builtins.getattr and tensors[0] and node.args[1] in ("T", "mT"):
-        rank = tensor(node.args[0]).dim()  # type: ignore[union-attr]
+        rank = tensor(node.args[0]).dim()
         if node.args[1] == "mT" or rank == 2:
             node.target, node.args = torch.transpose, (node.args[0], -2, -1)
     elif node.target is F.softmax:
@@ -151,7 +207,7 @@ def _method(node: Node) -> None:
     name, x, rest = node.target, node.args[0], node.args[1:]
     if name in ("view", "reshape", "permute", "view_as", "reshape_as"):
         if name.endswith("_as"):
-            shape: Any = tuple(tensor(rest[0]).shape) if all(isinstance(s, int) for s in tensor(rest[0]).shape) else None  # type: ignore[union-attr]
+            shape: Any = tuple(tensor(rest[0]).shape) if all(isinstance(s, int) for s in tensor(rest[0]).shape) else None
         else:
             shape = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list, torch.Size)) else rest
             shape = node.kwargs.get("dims", node.kwargs.get("shape", shape))
@@ -221,9 +277,9 @@ def _remove_identity(graph: Graph, node: Node) -> None:
     """Casts to the dtype at hand and inactive dropout give back their input itself."""
     if node.op == "call_method" and node.target == "to" and len(node.args) == 2:
         x, after = tensor(node.args[0]), tensor(node)
-        same = x is not None and after is not None and x.dtype == after.dtype == node.args[1] and x.device == after.device
+        same = bool(x is not None and after is not None and x.dtype == after.dtype == node.args[1] and x.device == after.device)
     else:
-        same = is_call(node, F.dropout) and (node.args[2] is False or node.args[1] == 0)
+        same = is_call(node, F.dropout) and (node.args[2] is False or bool(node.args[1] == 0))
     if same:
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
@@ -237,16 +293,13 @@ def _out_of_place(graph: Graph, node: Node) -> None:
     target = node.args[0]
     memory = storage(target)
     value, before = tensor(node), tensor(target)
-    if memory is None or value is None or before is None or target.op == "placeholder":  # type: ignore[union-attr]
+    if memory is None or value is None or before is None or target.op == "placeholder":
         return
     order = {n: i for i, n in enumerate(graph.nodes)}
     for other in graph.nodes:
-        if storage(other) != memory or other is node:
+        if other is node or storage(other) != memory or order[other] > order[node]:
             continue
-        if other.op in ("placeholder", "get_attr") or any(order[user] > order[node] and storage(user) != memory for user in other.users):
-            if order[other] < order[node]:
-                return
-        if order[other] < order[node] and any(order[user] > order[node] for user in other.users):
+        if other.op in ("placeholder", "get_attr") or any(order[user] > order[node] for user in other.users):
             return
     new_target = OUT_OF_PLACE[node.target]
     old = (node.op, node.target)

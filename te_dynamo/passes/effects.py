@@ -45,7 +45,8 @@ def writes(node: Node) -> list[Node]:
                 written += [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)]
         return written
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if first is not None and (target in INPLACE_OPERATORS or target is operator.setitem or (name.endswith("_") and not name.endswith("__"))):
+    by_name = name.endswith("_") and not name.endswith("__")
+    if first is not None and (by_name or target in INPLACE_OPERATORS or target is operator.setitem):
         written.append(first)
     elif first is not None and node.op == "call_function":
         position = _inplace_position(target)

@@ -60,9 +60,9 @@ def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
         if trio is None or len(set(trio)) != 3 or len({(n.args[0], n.kwargs["out_dtype"]) for n in trio}) != 1:
             continue
         layout: AttentionLayout = node.meta[LAYOUT]
-        head = tensor(node.args[0]).shape[-1]  # type: ignore[union-attr]
+        head = tensor(node.args[0]).shape[-1]
         interleaved = _is_interleaved(layout) and all(_heads_only(n, head) for n in trio)
-        equal = len({tensor(n).shape[-1] for n in trio}) == 1  # type: ignore[union-attr]
+        equal = len({tensor(n).shape[-1] for n in trio}) == 1
         result[trio] = Merge(int(head) if interleaved and equal else 0)
     return result
 
@@ -203,5 +203,3 @@ def _emit_norm_linears(graph: Graph, norm: Node, group: Node) -> None:
     graph.erase_node(group)
     norm.replace_all_uses_with(h, delete_user_cb=lambda user: user is not fused)
     graph.erase_node(norm)
-
-

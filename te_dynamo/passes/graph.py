@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -37,7 +38,7 @@ def fake_mode_of(graph: Graph) -> Any:
     """The FakeTensorMode of the graph's values (a null context where there is none, as in hand-made graphs)."""
     for node in graph.nodes:
         value = tensor(node)
-        if value is not None and getattr(value, "fake_mode", None) is not None:
+        if isinstance(value, FakeTensor):
             return value.fake_mode
     return contextlib.nullcontext()
 
@@ -56,7 +57,7 @@ def infer(node: Node, fake_mode: Any) -> Any:
     """Runs a node's target on the fake values of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), example)
     with fake_mode, torch.no_grad(), torch.amp.autocast("cpu", enabled=False):
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
 
 def submodules(gm: GraphModule) -> Iterator[tuple[Node, str, GraphModule]]:
@@ -87,7 +88,7 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     for old, new in mapping.items():
         new.meta = dict(old.meta)
         if old.op == "placeholder":
-            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+            new._dynamo_source = getattr(old, "_dynamo_source", None)
     copy = GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     for key, value in gm.__dict__.items():
@@ -95,7 +96,7 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
             copy.__dict__[key] = value
     for name, sub in {name: sub for _, name, sub in submodules(gm)}.items():
         child = copy_graph_module(sub)
-        child.__name__ = getattr(sub, "__name__", name)  # type: ignore[assignment]
+        child.__name__ = getattr(sub, "__name__", name)
         setattr(copy, name, child)
     return copy
 

@@ -58,8 +58,6 @@ def mark_parameters(gm: GraphModule) -> None:
             fed = [c.operands[i] if i < len(c.operands) else None for c in group]
             if all(isinstance(n, Node) and n.op == "placeholder" and is_parameter(n) for n in fed):
                 placeholder.meta["te_parameter"] = True
-                if len({source_of(n) for n in fed}) == 1:  # type: ignore[arg-type]
-                    placeholder._dynamo_source = getattr(fed[0], "_dynamo_source", None)  # type: ignore[attr-defined]
+                if len({source_of(n) for n in fed}) == 1:
+                    placeholder._dynamo_source = getattr(fed[0], "_dynamo_source", None)
         mark_parameters(group[0].body)
-
-

@@ -104,7 +104,7 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
     if node.target is ops.norm_linears:
         return _lower_norm_linears(gm, node, lowered, first, top)
     x, weights, biases = node.args
-    refs = [weight_of(w) for w in weights]  # type: ignore[union-attr]
+    refs = [weight_of(w) for w in weights]
     attributes = {"provider": plan.provider, "merged": node.kwargs["merged"], "interleave": node.kwargs["interleave"]}
     attributes |= {"out_dtype": node.kwargs["out_dtype"], "first": first}
     scale, grad_scale, sink = _state_nodes(gm, slots)
@@ -113,10 +113,10 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
         scales = _scales(scale, slots.f, 2 * len(refs), packed) if slots else None
         grad_scales = _scales(grad_scale, slots.g, len(refs), packed) if slots else None
         if not plan.trains and top and all(_replayable(r) for r in refs):
-            layout = Layout(tuple(int(tensor(w).shape[0]) for w in weights), attributes["merged"], attributes["interleave"])  # type: ignore[union-attr]
-            w8s, inverses = _weight_inputs(gm, refs, layout, lowered)  # type: ignore[arg-type]
-            args = (x, w8s, inverses, biases, scales)
-            new = emit(graph, functions.linears_inference, args, attributes | {"sizes": list(layout.sizes)}, like=node)
+            layout = Layout(tuple(int(tensor(w).shape[0]) for w in weights), attributes["merged"], attributes["interleave"])
+            w8s, inverses = _weight_inputs(gm, refs, layout, lowered)
+            inference_args = (x, w8s, inverses, biases, scales)
+            new = emit(graph, functions.linears_inference, inference_args, attributes | {"sizes": list(layout.sizes)}, like=node)
             amax = None
         else:
             args = (x, weights, biases, scales, grad_scales, sink)
@@ -232,12 +232,13 @@ def _weight_inputs(gm: GraphModule, refs: Sequence[WeightRef], layout: Layout, l
     lowered.weights.append(QuantizedWeights(tuple(position[r.root] for r in refs), tuple(_replay(r) for r in refs), layout))
     views = [r.chain[-1] if r.chain else r.root for r in refs]
     pairs = emit(graph, functions.quantize_weights, (views, layout.merged, layout.interleave), like=placeholders[-1])
-    w8s, inverses = [], []
+    w8s: list[Node] = []
+    inverses: list[Node] = []
     for i, pair in enumerate(pairs.meta[EXAMPLE]):
         for name, value, into in (("te_w8", pair[0], w8s), ("te_w_inv", pair[1], inverses)):
             with graph.inserting_after(placeholders[-1]):
                 node = graph.placeholder(f"{name}_{len(lowered.weights)}_{i}")
-            node._dynamo_source = None  # type: ignore[attr-defined]
+            node._dynamo_source = None
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
             node.meta[EXAMPLE] = value
             placeholders.append(node)

@@ -51,14 +51,14 @@ def _linear_sites(node: Node, sites: Sites, provider: str, recipe: str) -> Site:
     fused = node.target is ops.norm_linears
     x, weights = node.args[0], node.args[3 if fused else 1]
     taken = []
-    for weight, member in zip(weights, node.meta[MEMBERS], strict=True):  # type: ignore[arg-type]
+    for weight, member in zip(weights, node.meta[MEMBERS], strict=True):
         site = Site(
             kind="norm_linear" if fused else "linear",
             path=member.get("te_path", ""),
             node=member.get("te_origin", node.name),
             provider=provider.partition(":")[0],
             recipe=recipe,
-            flops=flops_of_linear(tensor(x), tensor(weight)),  # type: ignore[arg-type]
+            flops=flops_of_linear(tensor(x), tensor(weight)),
         )
         if node.kwargs["merged"]:
             site.detail["merged"] = len(node.meta[MEMBERS])
@@ -74,9 +74,9 @@ def _attention(node: Node, sites: Sites, options: Options, provider: str, recipe
     if options.attention == "fp8":
         mask = tensor(node.args[3]) if len(node.args) > 3 else None
         kwargs = {key: node.kwargs.get(key, default) for key, default in (("dropout_p", 0.0), ("enable_gqa", False))}
-        reason = unsupported_attention(q, k, v, mask, **kwargs)  # type: ignore[arg-type]
+        reason = unsupported_attention(q, k, v, mask, **kwargs)
         if reason is None:
-            precision = site.recipe = recipe  # type: ignore[assignment]
+            precision = site.recipe = recipe
         else:
             site.detail["fp8"] = reason
     site.detail["precision"] = "fp8" if precision else "high"
@@ -87,6 +87,6 @@ def _attention(node: Node, sites: Sites, options: Options, provider: str, recipe
 
 def _attention_flops(node: Node) -> int:
     q, k, v = (tensor(a) for a in node.args[:3])
-    sizes = [s if isinstance(s, int) else int(s.node.hint or 1) for s in (*q.shape, k.shape[-2], v.shape[-1])]  # type: ignore[union-attr]
+    sizes = [s if isinstance(s, int) else int(s.node.hint or 1) for s in (*q.shape, k.shape[-2], v.shape[-1])]
     b, h, s, d, s_kv, d_v = sizes
     return 2 * b * h * s * s_kv * (d + d_v)

@@ -287,7 +287,7 @@ def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | 
         return _and_node(before(node.args[0], names=swapped), node)
     if is_call(node, *FOREIGN):
         constant = is_call(node, torch.mul, torch.div) and tensor(node.args[1]) is None
-        reason = "the scale of the scores is computed in the graph" if constant else FOREIGN[node.target]  # type: ignore[index]
+        reason = "the scale of the scores is computed in the graph" if constant else FOREIGN[node.target]
         return Declined(reason) if any(map(before, node.args)) else None
     declined = None
     for x, mask in _maskings(node, names, factor):

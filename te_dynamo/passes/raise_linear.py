@@ -262,7 +262,7 @@ class Product(Rule):
     ends_at = frozenset(SPELLINGS)
 
     def match(self, node: Node) -> Match | Declined | None:
-        contraction = SPELLINGS[node.target](node)  # type: ignore[index]
+        contraction = SPELLINGS[node.target](node)
         if contraction is None:
             return None
         found = _find_weight(contraction)

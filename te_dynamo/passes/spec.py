@@ -290,7 +290,7 @@ def _shapes(node: Node, arguments: dict[str, Any]) -> Iterator[Problem]:
     out = example(node)
     if out is None:
         return  # told by `_has_value`
-    for shape in SHAPES[node.target]:  # type: ignore[index]
+    for shape in SHAPES[node.target]:
         if not shape.holds(types.SimpleNamespace(**values, out=out)):
             yield Problem(f"not so: {shape.says}", "the rule that makes the node must see to it, or decline")
 
