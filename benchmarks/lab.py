@@ -1,0 +1,67 @@
+"""The predicted step of a Llama-3-8B layer on an H100, Inductor in bf16 against te_fp8 `native`, on a machine without a GPU.
+
+    python -m benchmarks.lab PATH_TO_GPULAB [--shape 1x4096 ...] [--python PYTHON]
+
+gpulab is an external cost model and no part of this repository: PATH_TO_GPULAB is its folder. It compiles the step for
+sm_90, runs it on fake CUDA tensors and notes each launch: kernels, bytes and the ratio are what to read, not milliseconds.
+It needs triton and g++, so `--python` may name another interpreter than this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SHAPES = ("1x4096", "4x2048", "1x512")  # batch x length
+BACKENDS = {
+    "bf16 Inductor": [],
+    "te_fp8 native": ["--backend", "te_fp8", "--import", "benchmarks.lab_backend", "--option", 'provider="native"'],
+}
+COLUMNS = {"kernels": "kernels", "GEMMs": "gemms", "GB outside GEMMs": "gb", "saved MiB": "saved_mb", "predicted ms": "device_ms"}
+
+
+def measure(lab: Path, python: str, shapes: list[str], arguments: list[str]) -> list[dict[str, Any]]:
+    """One row a shape, as the lab gives them."""
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [python, "gpulab.py", "--case", "bf16", "--json", str(result), *arguments]
+        for shape in shapes:
+            command += ["--shape", shape]
+        subprocess.run(command, cwd=lab, env=os.environ | {"PYTHONPATH": paths}, check=True, stdout=subprocess.DEVNULL)
+        rows = json.loads(result.read_text())["rows"]
+    return [row | {"gb": row["triton_gb"] + row["extern_gb"]} for row in rows]
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown; the ratio is to the first backend at the same shape."""
+    lines = ["| shape | backend | " + " | ".join(COLUMNS) + " | ratio |", "|---" * (len(COLUMNS) + 3) + "|"]
+    base = next(iter(rows.values()))
+    for i, reference in enumerate(base):
+        for name, measured in rows.items():
+            row = measured[i]
+            cells = [f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in COLUMNS.values()]
+            ratio = reference["device_ms"] / row["device_ms"]
+            lines.append(f"| {row['shape']} | {name} | " + " | ".join(cells) + f" | {ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lab", type=Path, help="the folder of gpulab")
+    parser.add_argument("--shape", action="append", help=f"BATCHxLENGTH, repeatable (default: {' '.join(SHAPES)})")
+    parser.add_argument("--python", default=sys.executable, help="an interpreter with torch, transformers and triton")
+    args = parser.parse_args()
+    shapes = args.shape or list(SHAPES)
+    print(table({name: measure(args.lab, args.python, shapes, arguments) for name, arguments in BACKENDS.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""What Inductor is given for a GPU: the graphs after AOTAutograd's partition, made and run on a CPU."""
+
+import operator
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from te_dynamo.backend import te_fp8
+from te_dynamo.lowering import providers
+from te_dynamo.lowering.fp8 import E4M3, E5M2
+from te_dynamo.lowering.linears import NATIVE_CUDA
+from te_dynamo.lowering.partition import OneMeasurement
+from te_dynamo.lowering.providers import NativeOnGPU
+
+aten, ours = torch.ops.aten, torch.ops.te_dynamo
+TOKENS, HIDDEN, INNER, BLOCKS = 32, 64, 128, 2
+GROUPS = 2 * BLOCKS  # gate and up share their input
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(HIDDEN)
+        self.gate, self.up = nn.Linear(HIDDEN, INNER, bias=False), nn.Linear(HIDDEN, INNER, bias=False)
+        self.down = nn.Linear(INNER, HIDDEN)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+class GPUFormulationOnCPU(NativeOnGPU):
+    def unavailable(self, device):
+        return None
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The partitioned graphs that Inductor is given from here on, forward and backward in turn; they are interpreted."""
+    from torch._inductor import compile_fx
+
+    given: list[GraphModule] = []
+
+    def interpret(gm, example_inputs, **_):
+        given.append(gm)
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
+    monkeypatch.setitem(providers.NATIVE, "cpu", GPUFormulationOnCPU("native", NATIVE_CUDA))
+    providers.provider_named.cache_clear()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield given
+    providers.provider_named.cache_clear()
+
+
+def train(model, x, **options):
+    """Two steps: the first takes its scales from itself and is not compiled, the second is the steady graph's."""
+    compiled = torch.compile(model, backend=te_fp8, fullgraph=True, options=options)
+    for _ in range(2):
+        compiled(x).sum().backward()
+
+
+def model_and_input(tokens=TOKENS):
+    return nn.Sequential(*[Block() for _ in range(BLOCKS)]).bfloat16(), torch.randn(1, tokens, HIDDEN).bfloat16().requires_grad_()
+
+
+def calls(gm: GraphModule, target) -> list[Node]:
+    return gm.graph.find_nodes(op="call_function", target=target)
+
+
+def casts(gm: GraphModule, *dtypes) -> list[Node]:
+    nodes = calls(gm, torch.ops.prims.convert_element_type.default)
+    return [n for n in nodes if n.args[1] in dtypes]
+
+
+def reaches(start: Node, goals: set[Node]) -> bool:
+    seen, queue = set(), [start]
+    while queue:
+        node = queue.pop()
+        if node in goals:
+            return True
+        if node not in seen:
+            seen.add(node)
+            queue += node.users
+    return False
+
+
+def saved_for_backward(forward: GraphModule, results: int) -> list[torch.Tensor]:
+    """What forward returns beyond its results that is not one of its inputs."""
+    (output,) = forward.graph.find_nodes(op="output")
+    return [n.meta["val"] for n in output.args[0][results:] if n.op != "placeholder"]
+
+
+def test_the_steady_graph_has_no_cast_that_waits_for_an_amax(graphs):
+    model, x = model_and_input()
+    train(model, x)
+    for gm in graphs:
+        goals = set(casts(gm, E4M3, E5M2))
+        assert goals
+        assert not any(reaches(amax, goals) for amax in [*calls(gm, aten.amax.default), *calls(gm, ours.largest.default)])
+
+
+def test_under_current_scaling_every_cast_waits_for_its_amax(graphs):
+    """The control of the test above."""
+    model, x = model_and_input()
+    train(model, x, recipe="current")
+    for gm in graphs[:1]:
+        goals = set(casts(gm, E4M3, E5M2))
+        assert goals and any(reaches(amax, goals) for amax in calls(gm, aten.amax.default))
+
+
+def test_scales_are_taken_apart_once_and_never_selected(graphs):
+    """A kernel that read a scale at an offset would be another kernel for every layer."""
+    model, x = model_and_input()
+    train(model, x)
+    for gm, count in zip(graphs, (1, 2), strict=True):
+        unpacks = calls(gm, ours.unpack.default)
+        assert len(unpacks) == count  # backward: the weights' and the gradients'
+        for unpack in unpacks:
+            readers = [u for u in unpack.args[0].users if u.op != "output"]
+            assert readers == [unpack]
+        assert not calls(gm, aten.reciprocal.default)
+
+
+def test_amaxes_are_measured_once_a_graph(graphs):
+    model, x = model_and_input()
+    train(model, x)
+    forward, backward = graphs
+    (one,), (other,) = calls(forward, ours.largest.default), calls(backward, ours.largest.default)
+    assert len(one.args[1]) == 2 * 3 * BLOCKS and len(other.args[1]) == 3 * BLOCKS
+    assert len(one.args[0]) <= GROUPS + 3 * BLOCKS  # an input's amax once, though three slots may hold it
+
+
+def test_inputs_are_kept_in_fp8_once_and_weights_not_at_all(graphs):
+    model, x = model_and_input()
+    train(model, x)
+    saved = saved_for_backward(graphs[0], results=2)
+    kept = [t for t in saved if t.dtype == E4M3]
+    assert sorted(tuple(t.shape) for t in kept) == sorted([(TOKENS, HIDDEN), (TOKENS, INNER)] * BLOCKS)
+    # in high precision: what the activation and the residual need, and not what the linears read
+    rest = [t for t in saved if t.dtype == torch.bfloat16 and t.numel() >= TOKENS * HIDDEN]
+    assert sum(t.numel() for t in rest) <= BLOCKS * TOKENS * (2 * INNER + HIDDEN)
+
+
+def test_backward_writes_each_transposed_copy_once(graphs):
+    model, x = model_and_input()
+    train(model, x)
+    forward, backward = graphs
+    assert not calls(forward, ours.transpose.default)
+    gemms = len(calls(forward, aten._scaled_mm.default))
+    assert len(calls(backward, ours.transpose.default)) == GROUPS + gemms
+    # a weight is read once, and only its transposed copy is written
+    weights = casts(backward, E4M3)
+    assert len(weights) == gemms
+    assert len(casts(backward, E5M2)) == gemms
+
+
+def test_numerics_and_the_first_step(graphs):
+    def sqnr(exact, value):
+        return 20 * torch.log10(exact.double().norm() / (exact.double() - value.double()).norm()).item()
+
+    model, x = model_and_input(tokens=24)  # not a multiple of 16
+    compiled = torch.compile(model, backend=te_fp8, fullgraph=True)
+    for _ in range(3):  # the first with scales of its own, then delayed
+        y = compiled(x)
+        (y - x).square().sum().backward()
+        found = x.grad, model[0].down.weight.grad, model[1].gate.weight.grad, model[0].down.bias.grad
+        x.grad = None
+        model.zero_grad()
+        exact = model(x)
+        (exact - x).square().sum().backward()
+        assert sqnr((exact - x).detach(), (y - x).detach()) > 17
+        for value, parameter in zip(found, (x, model[0].down.weight, model[1].gate.weight, model[0].down.bias), strict=True):
+            assert sqnr(parameter.grad, value) > 12
+        x.grad = None
+        model.zero_grad()
+
+
+def test_token_counts_of_any_size_share_one_graph(graphs):
+    model, _ = model_and_input()
+    compiled = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=True)
+    for tokens in (24, 33, 48, 17):
+        x = torch.randn(1, tokens, HIDDEN).bfloat16().requires_grad_()
+        compiled(x).sum().backward()
+        assert x.grad.shape == x.shape
+    assert len(graphs) == 2
+    assert not any(calls(gm, aten.select.int) for gm in graphs)
+
+
+def test_a_joint_pass_of_the_user_still_runs(graphs):
+    seen: list[Graph] = []
+
+    class Mine(torch._inductor.custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            seen.append(graph)
+
+        def uuid(self):
+            return "mine"
+
+    model, x = model_and_input()
+    with torch._inductor.config.patch(joint_custom_pre_pass=Mine()):
+        train(model, x)
+    assert seen and len(calls(graphs[0], ours.largest.default)) == 1
+
+
+def test_one_measurement():
+    def separate(a, b, c):
+        first, second = ours.largest([a, b], [0, 1, 0]), ours.largest([b, c], [1, 0])
+        return torch.cat([first, second.detach(), c, ours.largest([c], [0])])
+
+    inputs = torch.rand(3), torch.rand(4), torch.rand(5)
+    gm = make_fx(separate, tracing_mode="fake")(*inputs)
+    OneMeasurement("test")(gm.graph)
+    gm.recompile()
+    assert torch.equal(gm(*inputs), separate(*inputs))
+    gm.graph.eliminate_dead_code()
+    assert [len(n.args[1]) for n in calls(gm, ours.largest.default)] == [5, 1]
+    assert [tuple(n.meta["val"].shape) for n in calls(gm, ours.largest.default)] == [(5,), (1,)]
+
+
+def test_one_measurement_leaves_other_concatenations_alone():
+    gm = make_fx(lambda a, b: torch.cat([a, b, ours.largest([a], [0])]))(torch.rand(3), torch.rand(4))
+    before = str(gm.graph)
+    OneMeasurement("test")(gm.graph)
+    assert str(gm.graph) == before
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "dtype", "reason"),
+    [
+        (64, 32, torch.bfloat16, None),
+        (40, 32, torch.bfloat16, "in_features 40 is not a multiple of 16"),
+        (64, 24, torch.bfloat16, "out_features 24 is not a multiple of 16"),
+        (64, 32, torch.float64, "dtype float64 has no FP8 path"),
+    ],
+)
+def test_what_a_gpu_supports(k, n, dtype, reason):
+    answer = NativeOnGPU("native", NATIVE_CUDA).unsupported_linear(torch.device("cuda"), k, n, dtype)
+    assert answer is None if reason is None else answer.startswith(reason)
+
+
+def test_a_cpu_is_not_a_gpu():
+    assert "not cpu" in NativeOnGPU("native", NATIVE_CUDA).unavailable(torch.device("cpu"))
+
+
+def test_graph_helpers():
+    """`reaches` follows users."""
+    gm = make_fx(lambda a: (a + 1) * 2)(torch.rand(2))
+    (add,), (mul,) = calls(gm, aten.add.Tensor), calls(gm, aten.mul.Tensor)
+    assert reaches(add, {mul}) and not reaches(mul, {add})
+    assert not calls(gm, operator.getitem)
+
+
+def test_the_transposing_kernel():
+    """By Triton's interpreter, in a process of its own: what it reads from the environment holds for a process."""
+    pytest.importorskip("triton")
+    script = """
+import torch
+from te_dynamo.lowering.kernels.transpose import launch
+for rows, columns in ((128, 128), (100, 37), (16, 400), (1, 5), (0, 3)):
+    x = torch.randint(0, 255, (rows, columns), dtype=torch.uint8).view(torch.float8_e5m2)
+    assert torch.equal(launch(x).view(torch.uint8), x.view(torch.uint8).t())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
