@@ -922,10 +922,7 @@ class _Interpreter:
         """Where the mask attends; elsewhere it hides."""
         if not isinstance(value, tuple):
             return value
-        if not mask.dtype.is_floating_point:
-            raise Unproven(f"the mask is of {mask.dtype}")
-        # bfloat16's lowest number, or lower, absorbs any score in the wider dtypes too.
-        lowest = max(torch.finfo(mask.dtype).min, torch.finfo(torch.bfloat16).min)
+        lowest = _lowest(mask.dtype)
         attended: list[Formula] = []
         for condition, number in value:
             if number == 0:
@@ -1016,7 +1013,7 @@ class _Interpreter:
             return None
         self.computed.update(nodes)
         attended = value if value.dtype == torch.bool else value == 0
-        if value.dtype != torch.bool and not bool((attended | (value <= torch.finfo(value.dtype).min)).all()):
+        if value.dtype != torch.bool and not bool((attended | (value <= _lowest(value.dtype))).all()):
             return None
         if bool(attended.all()):
             return Proof("all")
@@ -1027,6 +1024,13 @@ class _Interpreter:
         if rows == columns and window >= 0 and bool((attended == ((j <= i) & (i - j <= window))).all()):
             return Proof("window", window=window)
         return None
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """What a mask of this dtype adds to hide, or less: bfloat16's lowest number absorbs any score in the wider dtypes too."""
+    if not dtype.is_floating_point:
+        raise Unproven(f"the mask is of {dtype}")
+    return max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
 
 
 def _upstream(nodes: Sequence[Node]) -> set[Node]:
