@@ -253,7 +253,8 @@ def arrange_mask(graph: Graph, mask: Any, names: Names, heads: int | None, like:
 @dataclass(frozen=True)
 class Attention:
     """What an attention's pattern was read as. q, k, v: with the dimensions of a subset of bhgide or bhgjde; out: those of
-    the result; dtype: of the result; heads: into which `g` is split."""
+    the result; dtype: of the result; heads: into which `g` is split; path: of the module, where it is not the one in whose
+    forward the pattern stands."""
 
     q: Operand
     k: Operand
@@ -265,6 +266,7 @@ class Attention:
     dropout_p: float = 0.0
     causal: bool = False
     enable_gqa: bool = False
+    path: str = ""
 
 
 def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node) -> Node:
@@ -275,6 +277,8 @@ def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node) -> Node
         operands.append(emit_cast(graph, x, site.dtype, like))  # autocast does so too: what is computed is said here
     attributes = {"causal": site.causal, "scale": site.scale, "dropout_p": site.dropout_p, "enable_gqa": site.enable_gqa}
     node = emit(graph, ops.attention, (*operands, mask), attributes, like=like)
+    if site.path:
+        node.meta["te_path"] = site.path
     if site.out == ("b", "h", "i", "e"):
         return as_contiguous(graph, node, like)
     names: Names = ("b", "h", "i", "e")

@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from te_dynamo.passes.attention_site import Attention, Mask, Names, Operand, as_contiguous, emit_attention, emit_mask, fake
 from te_dynamo.passes.graph import EXAMPLE, emit, fake_mode_of, is_call, is_method, tensor
 from te_dynamo.passes.rules import Declined, Match, Rule
+from te_dynamo.report.sites import module_path
 
 SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 ENCODER_LAYER = (
@@ -193,7 +194,8 @@ class EncoderLayer(Rule):
 
         def attend(x: Any) -> Node:
             weights = Projections(a["in_weight"], (None,) * 3, a["in_bias"], a["out_weight"], a["out_bias"], a["num_heads"])
-            return _emit_multi_head(graph, like, (x, x, x), ("b", "i"), weights, _encoder_masks(graph, a, like))
+            path = f"{module_path(like)}.self_attn".lstrip(".")
+            return _emit_multi_head(graph, like, (x, x, x), ("b", "i"), weights, _encoder_masks(graph, a, like), path=path)
 
         def feed_forward(x: Any) -> Node:
             inner = _emit_linear(graph, like, x, a["linear1_weight"], a["linear1_bias"], dtype)
@@ -231,6 +233,7 @@ def _emit_multi_head(
     *,
     causal: bool = False,
     dropout_p: float = 0.0,
+    path: str = "",
 ) -> Node:
     """The linears around an attention, and it. inputs: of three dimensions, the first two of which are `tokens`, in q's names."""
     dtype = fake(like).dtype if tensor(like) is not None else fake(inputs[0]).dtype
@@ -246,6 +249,7 @@ def _emit_multi_head(
         heads=p.heads,
         dropout_p=dropout_p,
         causal=causal,
+        path=path,
     )
     attended = emit_attention(graph, site, emit_mask(graph, masks, site, like), like)
     return _emit_linear(graph, like, emit(graph, torch.flatten, (attended, 2), like=like), p.out_weight, p.out_bias, dtype)

@@ -17,6 +17,7 @@ from te_dynamo.passes.layout import attention_shape
 from te_dynamo.passes.raise_attention import ATTENTION_RULES
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.rules import apply
+from te_dynamo.passes.select import site_path
 from te_dynamo.passes.spec import RAISED, check
 from te_dynamo.report.sites import Sites
 from tests.capture import capture
@@ -260,7 +261,8 @@ def layer(**options: Any) -> nn.TransformerEncoderLayer:
 def test_encoder_layer(norm_first: bool, activation: str, training: bool) -> None:
     """In inference without gradients it is one opaque call."""
     module = layer(norm_first=norm_first, activation=activation).train(training)
-    taken(module, random(B, S, E).detach(), linears=4, grad=training)
+    node = taken(module, random(B, S, E).detach(), linears=4, grad=training)
+    assert site_path(node) == "self_attn"
 
 
 ENCODER_MASKS: dict[str, dict[str, Any]] = {
