@@ -61,34 +61,40 @@ def explain(
         names = Names(model)
         recorder = Recorder(chosen, names, GemmObserver(names.of_parameters(), memory), memory)
         try:
-            run, notes = _compiled(model, recorder)
+            run = _compiled(model, recorder)
             with torch.enable_grad() if backward else nullcontext():
                 with recorder.observer:
                     outputs = run(*detached(args), **detached(kwargs))
                 if backward:
                     _scalar(outputs).backward()
-            return _report(recorder, backward, notes)
+            return _report(recorder, backward, list(dict.fromkeys(_skipped(model, recorder))))
         finally:
             discard_code(recorder.backend)
 
 
-def _compiled(model: nn.Module, recorder: Recorder) -> tuple[Callable[..., Any], list[str]]:
-    """What to call, and notes on what Dynamo will do with it. The model's own attributes may be changed here."""
+def _compiled(model: nn.Module, recorder: Recorder) -> Callable[..., Any]:
+    """What to call. The model's own attributes may be changed here."""
     # One context for all, or with `isolate_recompiles` modules of one class would not share their graphs.
     compiled = torch._dynamo.optimize(recorder.backend, **ISOLATED)
-    notes = []
     inside = [m for m in model.modules() if isinstance(m, OptimizedModule) or m._compiled_call_impl is not None]
     for module in inside:
         if isinstance(module, OptimizedModule):
             vars(module)["forward"] = compiled(module._orig_mod).forward
-            continue
-        vars(module)["_compiled_call_impl"] = compiled(module._call_impl)
-        if type(module).forward.__module__.startswith("torch.nn."):
-            notes.append(
-                f"{type(module).__name__}.compile() compiles nothing of its own: Dynamo skips the frames of torch.nn's modules. "
+        else:
+            vars(module)["_compiled_call_impl"] = compiled(module._call_impl)
+    return model if inside else compiled(model)
+
+
+def _skipped(model: nn.Module, recorder: Recorder) -> Iterator[str]:
+    """Notes on modules of torch.nn that were compiled in place, to no effect (before torch 2.14)."""
+    outside = {seen.path for seen in recorder.observer.seen}
+    for name, module in model.named_modules():
+        own = type(module).forward.__module__.startswith("torch.nn.") and module._compiled_call_impl is not None
+        if own and (not recorder.graphs or any(path == name or path.startswith(f"{name}.") for path in outside)):
+            yield (
+                f"{type(module).__name__}.compile() compiled nothing: Dynamo skips the frames of torch.nn's own modules. "
                 'Remedy: torch.compile(module, backend="te_fp8").'
             )
-    return (model if inside else compiled(model)), list(dict.fromkeys(notes))
 
 
 def _scalar(outputs: Any) -> Tensor:
@@ -280,8 +286,8 @@ def _report(recorder: Recorder, backward: bool, notes: Sequence[str]) -> Report:
     fp8, total = recorder.flops(backward)
     if not recorder.graphs and not notes:
         notes = [
-            "Dynamo gave te_fp8 no graph, so nothing was compiled: it skips what is disabled, what breaks inside a loop, and the frames of "
-            "torch.nn's own modules. TORCH_LOGS=graph_breaks,dynamo tells more."
+            "Dynamo gave te_fp8 no graph, so nothing was compiled: it skips what is disabled, and what breaks inside a loop. "
+            "TORCH_LOGS=graph_breaks,dynamo tells more."
         ]
     breaks = graph_breaks()
     return Report(

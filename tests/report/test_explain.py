@@ -408,7 +408,11 @@ def test_modules_of_torch_themselves(x, module):
     model = nn.Sequential(nn.Linear(64, 64)) if isinstance(module(), nn.Sequential) else module()
     model.compile(backend=te_fp8)
     report = te_dynamo.explain(model, x)
-    assert report.graph_count == 0 and report.fp8_flop_fraction == 0 and report.counted_flops == LINEAR_FLOPS
+    assert report.counted_flops == LINEAR_FLOPS
+    if report.graph_count:  # as torch 2.14 has it
+        assert report.fp8_flop_fraction == 1 and not report.notes
+        return
+    assert report.fp8_flop_fraction == 0
     assert "torch.compile(module" in report.notes[0] and report.notes[0] in str(report)
     assert [s.reason for s in report.sites] == [OUTSIDE]
 
