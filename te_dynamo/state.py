@@ -45,6 +45,8 @@ class Arena:
     def __init__(self, device: torch.device, history: int = HISTORY) -> None:
         self.device, self.length = device, history
         self.used = [1, 1]  # index 0 stays unset: what has no slot reads it
+        self.free: tuple[list[int], list[int]] = ([], [])  # given back
+        self.outgrown: list[Tensor] = []  # earlier amaxes, which a backward that was pending when they grew still writes
         self.scattered: list[weakref.ref[Group]] = []
         self._allocate(INITIAL_CAPACITY)
 
@@ -56,6 +58,8 @@ class Arena:
                 new[:, : old.shape[1]] = old
             return new
 
+        if hasattr(self, "amax"):
+            self.outgrown.append(self.amax)
         with torch.inference_mode(False), torch.no_grad():
             self.scale = grown("scale")
             self.amax = grown("amax")  # recorded since the last roll
@@ -64,12 +68,24 @@ class Arena:
             self.fp8_max = torch.tensor([[FP8_MAX[E4M3]], [FP8_MAX[E5M2]]], device=self.device)
 
     def take(self, direction: int, count: int) -> range:
-        """New slots, side by side."""
+        """Unset slots, side by side."""
+        free = sorted(self.free[direction])
+        again = next((run for i in free if set(run := range(i, i + count)).issubset(free)), None)
+        if again is not None:
+            for i in again:
+                self.free[direction].remove(i)
+            for t in (self.scale, self.amax, self.history, self.cursor):
+                t[direction, again.start : again.stop] = 0
+            return again
         start = self.used[direction]
         self.used[direction] += count
         if self.used[direction] > self.scale.shape[1]:
             self._allocate(max(2 * self.scale.shape[1], self.used[direction]))
         return range(start, start + count)
+
+    def give_back(self, direction: int, index: int) -> None:
+        """The slot is nobody's now. No tensor is touched: this runs in finalizers, at any time."""
+        self.free[direction].append(index)
 
     @torch.no_grad()
     def roll(self) -> None:
@@ -78,6 +94,10 @@ class Arena:
             group = reference()
             if group is not None:
                 group.flush()
+        for old in self.outgrown:
+            current = self.amax[:, : old.shape[1]]
+            current.copy_(torch.maximum(current, old))
+            old.zero_()
         n = max(self.used)
         amax, scale, history, cursor = (t[:, :n] for t in (self.amax, self.scale, self.history, self.cursor))
         moved = amax != 0
@@ -202,6 +222,7 @@ class ScaleState:
     def __init__(self) -> None:
         self.arenas: dict[torch.device, Arena] = {}
         self.slots: dict[tuple[int, int, str], int] = {}  # (id of the weight, ordinal, role) -> index in its arena
+        self.taken: dict[int, list[tuple[tuple[int, int, str], Arena, int]]] = {}  # id of the weight -> name, arena, direction
         self.watched: dict[int, weakref.finalize] = {}
         self.dependents: dict[int, list[tuple[dict[Any, Any], Any]]] = {}
         self.version = 0  # counts what makes a lookup stale
@@ -233,11 +254,13 @@ class ScaleState:
         missing = [name for name in dict.fromkeys(names) if name not in self.slots]
         if create and missing:
             self.slots.update(zip(missing, arena.take(direction, len(missing)), strict=True))
+            for name in missing:
+                self.taken.setdefault(name[0], []).append((name, arena, direction))
             self.version += 1
         return [self.slots.get(name, 0) for name in names]
 
     def watch(self, weight: Tensor, table: dict[Any, Any], key: Any) -> None:
-        """Removes `table[key]` and the weight's slots when the weight dies, since its id may then name another."""
+        """Removes `table[key]` and gives the weight's slots back when the weight dies, since its id may then name another."""
         identity = id(weight)
         self.dependents.setdefault(identity, []).append((table, key))
         if identity not in self.watched:
@@ -248,17 +271,18 @@ class ScaleState:
         self.watched.pop(identity, None)
         for table, key in self.dependents.pop(identity, ()):
             table.pop(key, None)
-        for name in [n for n in self.slots if n[0] == identity]:
-            del self.slots[name]
+        for name, arena, direction in self.taken.pop(identity, ()):
+            arena.give_back(direction, self.slots.pop(name))
         self.version += 1
 
     # -- when slots roll
 
-    def visit(self, group: Group) -> None:
-        """A recording call is about to run. Inside a backward it is a recomputed forward: nothing moves."""
+    def visit(self, group: Group | None) -> None:
+        """A call is about to run that records in `group`, or not at all. Inside a backward it is a recomputed forward:
+        nothing moves. One that does not record may be all that is seen outside (a reentrant checkpoint's first pass)."""
         if torch._C._current_graph_task_id() != -1:
             return
-        slots = {(group.arena.device, s) for s in group.slots}
+        slots = set() if group is None else {(group.arena.device, s) for s in group.slots}
         if self.backward_seen or not self.visited.isdisjoint(slots):
             self.roll()
         self.visited |= slots
