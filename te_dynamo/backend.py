@@ -99,7 +99,6 @@ def _raise_and_fuse(
         canonicalize(unit)
     stages.done("canonicalize", canonical)
 
-    rules = [*(ATTENTION_RULES if options.attention != "off" else ()), *LINEAR_RULES, *NORM_RULES]
     kernels = provider_named(provider)
 
     def unsupported(node: Any) -> str | None:
@@ -111,7 +110,7 @@ def _raise_and_fuse(
         sites.clear()
         raised = copy_graph_module(canonical)
         for unit in rewritable_units(raised):
-            _raise(unit, rules, sites, excluded)
+            _raise(unit, sites, excluded)
         found: dict[str, str] = {}
         for unit in rewritable_units(raised):
             found |= select(unit, options, unsupported, grad_enabled).excluded
@@ -132,9 +131,10 @@ def _raise_and_fuse(
     return fused
 
 
-def _raise(unit: GraphModule, rules: Sequence[Any], sites: Sites, excluded: Mapping[str, str]) -> None:
-    """Attention first: it expands what holds linears. Then linears, then norms."""
-    apply(rules, unit, sites, excluded)
+def _raise(unit: GraphModule, sites: Sites, excluded: Mapping[str, str]) -> None:
+    """Attention first: opaque calls that hold linears are written out, and the linears are raised after it."""
+    for rules in (ATTENTION_RULES, (*LINEAR_RULES, *NORM_RULES)):
+        apply(rules, unit, sites, excluded)
     unit.graph.lint()
     unit.recompile()
 

@@ -90,7 +90,6 @@ class CompiledGraph:
         self.device, self.options, self.trains = device, options, trains
         self.weight_positions = tuple(dict.fromkeys(k.argument for k in attached.keys))
         self.groups: dict[tuple[int, ...], tuple[int, Group | None]] = {}
-        self.complete: set[int] = set()  # ids of groups all of whose scales are set
         self.weights = WeightCache()
 
     def __call__(self, *args: Any) -> Any:
@@ -98,8 +97,8 @@ class CompiledGraph:
             self.check(args)
         group = self._group(args) if self.attached.keys else None
         recording = self.trains and group is not None and torch.is_grad_enabled() and not group.fake and group.training()
-        if recording:
-            STATE.visit(group)  # type: ignore[arg-type]
+        if group is None or not group.fake:
+            STATE.visit(group if recording else None)
         variant = self._variant(group)
         state = self._state_inputs(group, args, recording)
         outputs = variant.run(*args, *state, *self.weights.inputs(variant.lowered.weights, args))
@@ -135,10 +134,10 @@ class CompiledGraph:
         return group
 
     def _variant(self, group: Group | None) -> Variant:
-        if self.first is None or (group is not None and (group.fake or id(group) in self.complete)):
+        if self.first is None or (group is not None and (group.fake or group.complete)):
             return self.steady
         if group is not None and group.all_set(gradients=self.trains):
-            self.complete.add(id(group))
+            group.complete = True
             return self.steady
         return self.first
 

@@ -116,6 +116,7 @@ class Group:
     """The slots of one graph's sites for one set of weights, as the graph wants them packed."""
 
     fake = False
+    complete = False  # whether every scale was seen to be set
 
     def __init__(self, arena: Arena, indices: tuple[Sequence[int], Sequence[int]], owners: Sequence[nn.Module | None]) -> None:
         self.arena = arena

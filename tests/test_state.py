@@ -110,9 +110,6 @@ def test_what_is_recorded_between_two_rolls_counts_with_its_largest(steps):
         assert torch.equal(apart.scales(FORWARD, snapshot=True), arena.scale[FORWARD, [4, 3]])
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="calls that record nothing do not roll what is pending")
-REUSED_ID = pytest.mark.xfail(strict=False, reason="whether a group's scales are set is remembered by its id")
-
 # --- models
 
 
@@ -282,7 +279,6 @@ def test_only_training_with_grad_records(mode):
     assert state_of(model) != before
 
 
-@NOT_YET
 @pytest.mark.parametrize("mode", ["eval with grad", "no_grad", "inference_mode"])
 def test_what_was_recorded_counts_at_the_next_forward_of_any_kind(mode):
     model = Net()
@@ -419,7 +415,7 @@ def test_numbers_and_state_do_not_depend_on_how_a_model_is_compiled(way):
     assert len(slots_of(model)) == len(slots_of(plain)) == 3 * len(linears(plain))
 
 
-@pytest.mark.parametrize("way", ["whole", pytest.param("each block", marks=NOT_YET)])
+@pytest.mark.parametrize("way", ["whole", "each block"])
 def test_a_reentrant_checkpoint_records_in_its_recomputation(way):
     """Its first pass runs without grad, and so with weights scaled by their own amax: equal to FP8 error only."""
     plain, model = Net(), Net("reentrant")
@@ -557,7 +553,7 @@ def test_a_slot_that_is_used_again_starts_unset():
     assert arena.take(FORWARD, 1) == range(3, 4)
 
 
-@pytest.mark.parametrize("provider", ["native", pytest.param("reference", marks=REUSED_ID)])
+@pytest.mark.parametrize("provider", ["native", "reference"])
 def test_a_layer_that_takes_a_dead_one_s_place_starts_fresh(provider):
     """One graph, one instance after the other: sooner or later Python gives a new one's objects a dead one's addresses."""
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from te_dynamo.passes.effects import storage, writes
-from te_dynamo.passes.graph import EXAMPLE, fake_mode_of, infer, is_call, tensor
+from te_dynamo.passes.graph import EXAMPLE, example, fake_mode_of, infer, is_call, tensor
 
 LINEAR = torch._C._nn.linear
 SDPA = torch._C._nn.scaled_dot_product_attention
@@ -211,6 +211,8 @@ def _method(node: Node) -> None:
         else:
             shape = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list, torch.Size)) else rest
             shape = node.kwargs.get("dims", node.kwargs.get("shape", shape))
+            if len(rest) == 1 and isinstance(example(rest[0]), tuple):  # the size of another tensor, as one value
+                return
         if shape is None or any(isinstance(s, torch.dtype) for s in shape):  # view(dtype) reinterprets bits
             return
         _become(node, torch.permute if name == "permute" else torch.reshape, (x, tuple(shape)))

@@ -45,7 +45,7 @@ def writes(node: Node) -> list[Node]:
                 written += [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)]
         return written
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    by_name = name.endswith("_") and not name.endswith("__")
+    by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not target  # operator.and_
     if first is not None and (by_name or target in INPLACE_OPERATORS or target is operator.setitem):
         written.append(first)
     elif first is not None and node.op == "call_function":

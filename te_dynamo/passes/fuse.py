@@ -37,7 +37,7 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int, merge: boo
     """Groups the linears of `gm`, in place. merge: whether linears may share a GEMM, and so a scale."""
     choose_layouts(gm, short_sequence)
     where = regions(gm.graph, grad_enabled)
-    merges = _merges(gm.graph) if merge else {}
+    merges = _merges(gm.graph) if merge else None
     for group in _groups(gm.graph, where):
         _group(gm.graph, group, merges)
     _fuse_norms(gm.graph, regions(gm.graph, grad_enabled))
@@ -68,7 +68,7 @@ def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
 
 
 def _is_interleaved(layout: AttentionLayout) -> bool:
-    return layout.name.endswith("h3d")
+    return layout.packing == "h3d"
 
 
 def _heads_only(linear: Node, head: Any) -> bool:
@@ -92,9 +92,9 @@ def _groups(graph: Graph, where: dict[Node, tuple[int, bool]]) -> list[list[Node
     return list(found.values())
 
 
-def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge]) -> None:
+def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge] | None) -> None:
     """Turns the linears of one input into groups: first the q, k, v of each attention, then what is left."""
-    for trio, merge in merges.items():
+    for trio, merge in (merges or {}).items():
         if all(n in members for n in trio) and _movable(graph, list(trio)):
             _emit_group(graph, list(trio), merged=True, interleave=merge.interleave)
             members = [n for n in members if n not in trio]
@@ -102,7 +102,7 @@ def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Nod
         for member in members:
             _emit_group(graph, [member])
     elif members:
-        _emit_group(graph, members)
+        _emit_group(graph, members, merged=len(members) > 1 and merges is not None)
 
 
 def _movable(graph: Graph, members: list[Node]) -> bool:

@@ -22,6 +22,7 @@ from te_dynamo.lowering.linears import Layout
 from te_dynamo.lowering.providers import provider_named
 from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.canonicalize import SDPA
+from te_dynamo.passes.fuse import LAYOUT
 from te_dynamo.passes.graph import EXAMPLE, emit, erase_if_dead, is_call, tensor
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.plan import PLAN
@@ -195,12 +196,13 @@ def _lower_attention(gm: GraphModule, node: Node) -> list[Node]:
         node.target, node.args = SDPA, args
         node.kwargs = {"scale": given.get("scale"), "enable_gqa": given.get("enable_gqa", False)}
         return []
-    scale, _, sink = _state_nodes(gm, slots)
-    args = (q, k, v, mask, scale, sink)
+    scale, grad_scale, sink = _state_nodes(gm, slots)
+    fp8_args = (q, k, v, mask, scale, sink, grad_scale)
     attributes = {"causal": node.kwargs.get("causal", False), "softmax_scale": node.kwargs.get("scale")}
     attributes |= {"enable_gqa": node.kwargs.get("enable_gqa", False), "f": slots.f if slots else 0, "g": slots.g if slots else 0}
+    attributes["form"] = node.meta[LAYOUT].form
     with graph.inserting_before(node):
-        both = emit(graph, fp8_attention, args, attributes, like=node)
+        both = emit(graph, fp8_attention, fp8_args, attributes, like=node)
         out = emit(graph, operator.getitem, (both, 0), like=node)
         amax = emit(graph, operator.getitem, (both, 1), like=node) if slots and plan.trains else None
     node.replace_all_uses_with(out)

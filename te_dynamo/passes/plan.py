@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
 
@@ -75,14 +75,34 @@ def _attention(node: Node, sites: Sites, options: Options, provider: str, recipe
         mask = tensor(node.args[3]) if len(node.args) > 3 else None
         kwargs = {key: node.kwargs.get(key, default) for key, default in (("dropout_p", 0.0), ("enable_gqa", False))}
         reason = unsupported_attention(q, k, v, mask, **kwargs)
+        if reason is None and mask is not None and trains and is_learned(node.args[3]):
+            reason = "FP8 attention gives no gradient to its mask (a learned bias)"
         if reason is None:
             precision = site.recipe = recipe
         else:
             site.detail["fp8"] = reason
+    proof = node.meta.get("mask")
+    if proof is not None:
+        site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
     site.detail["precision"] = "fp8" if precision else "high"
     site.flops = _attention_flops(node)
     sites.add(site)
     return Plan(provider, precision, trains), site
+
+
+def is_learned(node: Any) -> bool:
+    """Whether a gradient could flow from `node` to an input of the graph."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if not isinstance(current, Node) or current in seen:
+            continue
+        seen.add(current)
+        value = tensor(current)
+        if current.op == "placeholder" and value is not None and value.requires_grad:
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
 
 
 def _attention_flops(node: Node) -> int:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
+from te_dynamo.ops import SEMANTIC_OPS
 from te_dynamo.passes.effects import written_between
 from te_dynamo.passes.graph import EXAMPLE, erase_if_dead
 from te_dynamo.report.sites import Sites
@@ -101,7 +102,9 @@ def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, excluded: Mapping[s
         return False
     # Later views in the graph alias the old output's fake value: the new node takes it over.
     new.meta[EXAMPLE] = match.output.meta.get(EXAMPLE, new.meta.get(EXAMPLE))
-    new.meta[ORIGIN] = match.output.name
+    for added in graph.nodes:
+        if added is new or (added not in before and added.target in SEMANTIC_OPS):
+            added.meta[ORIGIN] = match.output.name
     match.output.replace_all_uses_with(new)
     erase_if_dead(graph, match.nodes)
     return True

@@ -27,6 +27,11 @@ class Selection:
     excluded: dict[str, str]
 
 
+def origin_of(node: Node) -> str:
+    """The name of the node that a semantic node stands for: its own where a rule wrote out more than one."""
+    return node.meta.get(ORIGIN, node.name)
+
+
 def site_path(node: Node) -> str:
     """The path of a semantic node's site: its weight's owner, else the module in whose forward it stands."""
     return node.meta.get("te_path") or module_path(node)
@@ -48,11 +53,11 @@ def select(gm: GraphModule, options: Options, unsupported: UnsupportedLinear, gr
         elif is_call(node, ops.attention):
             reason = _skip_reason(node, options) or ("attention='off'" if options.attention == "off" else None)
         if reason is not None:
-            excluded[node.meta[ORIGIN]] = reason
-    taken = {n for n in gm.graph.nodes if is_call(n, ops.linear) and n.meta[ORIGIN] not in excluded}
+            excluded[origin_of(node)] = reason
+    taken = {n for n in gm.graph.nodes if is_call(n, ops.linear) and origin_of(n) not in excluded}
     for node in gm.graph.nodes:
         if is_call(node, ops.norm) and not any(user in taken for user in node.users):
-            excluded[node.meta[ORIGIN]] = "no FP8 linear reads it"
+            excluded[origin_of(node)] = "no FP8 linear reads it"
     return Selection(excluded)
 
 
