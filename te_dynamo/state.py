@@ -42,6 +42,11 @@ class SlotKey:
 class Arena:
     """All slots of one device. Tensors are [2, capacity]: a row for each direction; the history is a ring for each slot."""
 
+    scale: Tensor
+    amax: Tensor
+    history: Tensor
+    cursor: Tensor
+
     def __init__(self, device: torch.device, history: int = HISTORY) -> None:
         self.device, self.length = device, history
         self.used = [1, 1]  # index 0 stays unset: what has no slot reads it
