@@ -211,7 +211,7 @@ def _method(node: Node) -> None:
         else:
             shape = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list, torch.Size)) else rest
             shape = node.kwargs.get("dims", node.kwargs.get("shape", shape))
-            if len(rest) == 1 and isinstance(example(rest[0]), tuple):  # the size of another tensor, as one value
+            if len(rest) == 1 and isinstance(rest[0], Node) and isinstance(example(rest[0]), tuple):  # another tensor's size
                 return
         if shape is None or any(isinstance(s, torch.dtype) for s in shape):  # view(dtype) reinterprets bits
             return
