@@ -32,9 +32,7 @@ def not_worth_it(node: Node, *, training: bool, device: Device = H100) -> str | 
     x, weight = tensor(node.args[0]), tensor(node.args[1])
     if x is None or weight is None or x.device.type != "cuda":
         return None
-    tokens = 1
-    for size in x.shape[:-1]:
-        tokens *= size if isinstance(size, int) else int(size.node.hint or 1)  # a hint, not a guard
+    tokens = tokens_of(x)
     n, k = (int(s) for s in weight.shape)
     flops = 2 * tokens * n * k * (3 if training else 1)
     gained = flops / device.bf16_tflops / 1e6 - flops / device.fp8_tflops / 1e6
@@ -47,9 +45,14 @@ def not_worth_it(node: Node, *, training: bool, device: Device = H100) -> str | 
     )
 
 
-def flops_of_linear(x: torch.Tensor, weight: torch.Tensor) -> int:
-    """FLOPs of the forward GEMM, at the sizes at hand (hints where they are symbolic)."""
+def tokens_of(x: torch.Tensor) -> int:
+    """The rows of an activation [..., K]; a hint where they are symbolic, so that no guard is set."""
     tokens = 1
     for size in x.shape[:-1]:
         tokens *= size if isinstance(size, int) else int(size.node.hint or 1)
-    return 2 * tokens * int(weight.shape[0]) * int(weight.shape[1])
+    return tokens
+
+
+def flops_of_linear(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """FLOPs of the forward GEMM, at the sizes at hand (hints where they are symbolic)."""
+    return 2 * tokens_of(x) * int(weight.shape[0]) * int(weight.shape[1])

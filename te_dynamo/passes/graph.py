@@ -99,18 +99,3 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
         child.__name__ = getattr(sub, "__name__", name)
         setattr(copy, name, child)
     return copy
-
-
-def units(gm: GraphModule) -> Iterator[GraphModule]:
-    """`gm` and every sub-graph in it, each once, innermost first."""
-    seen: set[int] = set()
-
-    def visit(module: GraphModule) -> Iterator[GraphModule]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        for _, _, sub in submodules(module):
-            yield from visit(sub)
-        yield module
-
-    yield from visit(gm)
