@@ -40,6 +40,7 @@ from te_dynamo.passes.select import linear_sizes, select, unmatched_absolute_pat
 from te_dynamo.report.sites import Sites
 from te_dynamo.report.stages import Stages
 from te_dynamo.runtime import CompiledGraph, Compiler, Variant, compile_inductor, compile_without_codegen
+from te_dynamo.state.reduce import ranks
 
 Callback = Callable[[GraphModule, Sites, Options], None]
 observers: list[Callback] = []  # told of each compiled graph: (the graph as planned, or as it was left, its sites, the options)
@@ -66,12 +67,12 @@ def te_fp8(
     fused = _raise_and_fuse(gm, sites, chosen, provider, device, grad_enabled, stages)
     if not sites.taken():
         return _left_to_inductor(gm, example_inputs, sites, chosen)
-    attached = attach(fused, trains=grad_enabled, keep_infinite=chosen.like_te)
+    attached = attach(fused, trains=grad_enabled)
     stages.done("state", fused)
 
     def variant(first: bool, compiler: Compiler = compile_inductor) -> Variant:
         graph = copy_graph_module(fused)
-        lowered = lower(graph, first=first, keep_infinite=chosen.like_te)
+        lowered = lower(graph, first=first)
         stages.done("lower" if not first else "lower_first", graph)
         inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
         return Variant(compiler(graph, inputs, chosen), lowered)
@@ -82,7 +83,7 @@ def te_fp8(
     steady = variant(first=opaque or not attached.keys)
     # The first step's graph is run once or twice: it is not worth generating code for. In inference it may stay in use.
     first = variant(first=True, compiler=compile_without_codegen if grad_enabled else compile_inductor) if needs_first else None
-    _warn_about_skip(chosen, sites)
+    _warn_about_patterns(chosen, sites)
     for observer in observers:
         observer(fused, sites, chosen)
     return CompiledGraph(steady, first, attached, device, chosen, trains=grad_enabled, check=stages.verifier)
@@ -100,6 +101,8 @@ def _raise_and_fuse(
     stages.done("canonicalize", canonical)
 
     kernels = provider_named(provider)
+    group = ranks(options.amax_group)
+    peers = "" if group is None else group.group_name
 
     def unsupported(node: Any) -> str | None:
         k, n = linear_sizes(node)
@@ -123,10 +126,10 @@ def _raise_and_fuse(
 
     fused = copy_graph_module(raised)
     for unit in rewritable_units(fused):
-        fuse(unit, grad_enabled=grad_enabled, short_sequence=options.short_sequence, merge=not options.like_te)
+        fuse(unit, grad_enabled=grad_enabled, short_sequence=options.short_sequence)
     stages.done("fuse", fused)
     for unit in rewritable_units(fused):
-        plan(unit, sites, options, provider, grad_enabled=grad_enabled)
+        plan(unit, sites, options, provider, grad_enabled=grad_enabled, peers=peers)
     stages.done("plan", fused)
     return fused
 
@@ -168,10 +171,10 @@ def _left_to_inductor(gm: GraphModule, example_inputs: Sequence[Any], sites: Sit
     return compile_inductor(gm, list(example_inputs), options)
 
 
-def _warn_about_skip(options: Options, sites: Sites) -> None:
-    for pattern, path in unmatched_absolute_patterns(options.skip, [s.path for s in sites]):
+def _warn_about_patterns(options: Options, sites: Sites) -> None:
+    for pattern, path in unmatched_absolute_patterns(options.patterns(), [s.path for s in sites]):
         warnings.warn(
-            f"te_fp8: the skip pattern {pattern!r} matches no site of a graph whose paths look like {path!r}: they are relative to the "
+            f"te_fp8: the pattern {pattern!r} matches no site of a graph whose paths look like {path!r}: they are relative to the "
             "module that was compiled, and one graph may serve several modules. Remedy: compile those layers with their own options.",
             stacklevel=2,
         )

@@ -59,7 +59,7 @@ class Format(Enum):
     def of(cls, value: object) -> Format:
         """A Format from itself, its name, TE's own `Format`, or a pair of names (forward, gradients)."""
         pairs = {("E4M3", "E5M2"): "HYBRID", ("E4M3", "E4M3"): "E4M3"}
-        name = pairs.get(tuple(value)) if isinstance(value, (tuple, list)) else getattr(value, "name", value)
+        name = pairs.get(tuple(value), "") if isinstance(value, (tuple, list)) else str(getattr(value, "name", value))
         if name in cls.__members__:
             return cls[name]
         raise ValueError(

@@ -14,11 +14,12 @@ from torch.fx import GraphModule
 
 from te_dynamo.cache_key import SOURCES_HASH
 from te_dynamo.config import Options
-from te_dynamo.lowering.linears import quantize_weights
+from te_dynamo.lowering.functions import quantize_weights
 from te_dynamo.lowering.partition import OneMeasurement
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, QuantizedWeights
-from te_dynamo.state import FORWARD, GRADIENT, STATE, Group, is_fake
+from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, is_fake
+from te_dynamo.state.reduce import ranks
 
 GRAD_AMAX = 2  # its place among the state's inputs
 CACHEABLE = (
@@ -127,17 +128,12 @@ class CompiledGraph:
 
     def _new_group(self, args: Sequence[Any]) -> Group | None:
         if any(is_fake(args[i]) for i in self.weight_positions):
-            return Group.of_fake(args[self.weight_positions[0]], self.attached.forward, self.attached.gradient)
-        group = STATE.group(self.attached.keys, args, self.device, create=self.trains)
-        if group is not None and self.trains and self.options.like_te:
-            group.start_at_one()
-        return group
+            return FakeGroup(args[self.weight_positions[0]], self.attached.forward, self.attached.gradient)
+        attached, peers = self.attached, ranks(self.options.amax_group)
+        return STATE.group(attached.keys, attached.unions, args, self.device, create=self.trains, process_group=peers)
 
     def _variant(self, group: Group | None) -> Variant:
-        if self.first is None or (group is not None and (group.fake or group.complete)):
-            return self.steady
-        if group is not None and group.all_set(gradients=self.trains):
-            group.complete = True
+        if self.first is None or (group is not None and (group.fake or group.complete(gradients=self.trains))):
             return self.steady
         return self.first
 
@@ -188,7 +184,7 @@ class WeightCache:
     @torch.no_grad()
     def _quantize(wanted: QuantizedWeights, tensors: Sequence[Tensor]) -> list[Tensor]:
         views = [view(t.detach()) for view, t in zip(wanted.views, tensors, strict=True)]
-        return [part for pair in quantize_weights(views, wanted.layout) for part in pair]
+        return [part for pair in quantize_weights(views, *wanted.form.arguments()) for part in pair]
 
     def forget(self, tensors: set[int]) -> None:
         """Drops what was made of any of these tensors, by id."""

@@ -34,8 +34,8 @@ def test_every_key_is_documented():
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("recipe", "delayd", "'auto', 'delayed', 'current'. Did you mean 'delayed'?"),
-        ("recipe", None, "'auto', 'delayed', 'current'"),
+        ("recipe", "delayd", "Did you mean 'delayed'?"),
+        ("recipe", 3, "'delayed', 'current'"),
         ("provider", "triton", "'auto', 'te', 'native', 'reference'"),
         ("attention", True, "'auto', 'fp8', 'high_precision', 'off'"),
         ("skip", "lm_head", "skip=('lm_head',)"),
@@ -162,7 +162,7 @@ def test_cache_key_is_the_same_in_another_process():
 
 
 def test_public_names():
-    assert set(te_dynamo.__all__) == {"Options", "set_options", "explain", "weights_changed", "__version__"}
+    assert set(te_dynamo.__all__) == {"Options", "set_options", "explain", "recipe", "scale_state", "weights_changed", "__version__"}
     for name in te_dynamo.__all__:
         getattr(te_dynamo, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -11,6 +11,7 @@ from te_dynamo.backend import observing, te_fp8
 from te_dynamo.report.sites import Site
 from tests.models import CASES, Case, output
 from tests.numerics import sqnr
+from tests.slots import index_of
 
 slow = pytest.mark.slow
 MATRIX = [
@@ -107,8 +108,6 @@ def test_lengths_that_change_recompile_once_more_at_most(name):
 
 
 def test_per_layer_compile_gives_each_layer_its_own_scales():
-    from te_dynamo.state import STATE
-
     case = CASES["llama"]
     model = case.model()
     layers = model.model.layers
@@ -119,7 +118,7 @@ def test_per_layer_compile_gives_each_layer_its_own_scales():
         for _ in range(2):
             output(model(**case.inputs())).square().mean().backward()
     assert len(seen) == 1  # one graph serves all layers
-    scales = [STATE.slots[id(layer.mlp.down_proj.weight), 0, "input"] for layer in layers]
+    scales = [index_of(layer.mlp.down_proj.weight, "input") for layer in layers]
     assert len(set(scales)) == len(layers)
     reference = case.model()
     assert 20 < sqnr(output(reference(**case.inputs())), output(model(**case.inputs())))

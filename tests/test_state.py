@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from te_dynamo.backend import observing, te_fp8
+from te_dynamo.recipe import DelayedScaling
 from te_dynamo.state import FORWARD, GRADIENT, STATE, Arena, Group
 from tests.numerics import sqnr
+from tests.slots import CPU, ROLES, all_slots, history_of, index_of
 
-CPU = torch.device("cpu")
 FLOAT32_MAX = torch.finfo(torch.float32).max
 FP8_MAX = (448.0, 57344.0)
 SIZE = 16
-ROLES = {"input": FORWARD, "weight": FORWARD, "grad_output": GRADIENT}
 
 
 # --- the definition: scale = fp8_max / (the largest of the last `length` amaxes)
@@ -56,10 +56,18 @@ class Definition:
         return self.amaxes[1 - self.length :] if self.length > 1 else []
 
 
+def arena_of(length: int, forward: int, gradient: int) -> Arena:
+    """An arena with so many slots, numbered from 1, whose recipe is TE's: an infinite amax enters the history."""
+    arena = Arena(CPU)
+    for direction, count in ((FORWARD, forward), (GRADIENT, gradient)):
+        arena.configure(direction, list(arena.take(direction, count)), DelayedScaling(amax_history_len=length, like_te=True))
+        arena.scale[direction] = 0.0
+    return arena
+
+
 def ring(arena: Arena, direction: int, index: int) -> list[float]:
     """A slot's past amaxes, newest last."""
-    entries = torch.roll(arena.history[direction, index], -int(arena.cursor[direction, index]))
-    return [a for a in entries[1:].tolist() if a != 0]
+    return [a for a in history_of(arena, direction, index)[1:].tolist() if a != 0]
 
 
 # Zero, subnormal, tiny, ordinary, huge, infinite.
@@ -74,8 +82,8 @@ STEPS = st.lists(st.tuples(AMAX, AMAX, AMAX, AMAX), min_size=1, max_size=24)
 @given(STEPS, st.integers(2, 5))
 @settings(max_examples=150, deadline=None)
 def test_a_roll_is_the_published_update(steps, length):
-    arena = Arena(CPU, length)
-    slots = [(FORWARD, i) for i in arena.take(FORWARD, 2)] + [(GRADIENT, i) for i in arena.take(GRADIENT, 2)]
+    arena = arena_of(length, forward=2, gradient=2)
+    slots = [(direction, i) for direction in (FORWARD, GRADIENT) for i in (1, 2)]
     definitions = [Definition(FP8_MAX[direction], length) for direction, _ in slots]
     for amaxes in steps:
         for slot, definition, amax in zip(slots, definitions, amaxes, strict=True):
@@ -92,7 +100,7 @@ def test_a_roll_is_the_published_update(steps, length):
 @given(st.lists(st.lists(AMAX, min_size=1, max_size=3), min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
 def test_what_is_recorded_between_two_rolls_counts_with_its_largest(steps):
-    arena = Arena(CPU, 4)
+    arena = arena_of(4, forward=4, gradient=3)
     together = Group(arena, ([1, 2], [1]), [])
     apart = Group(arena, ([4, 3], [3, 2]), [])  # not side by side, as where another graph made some of the slots
     definition = Definition(FP8_MAX[FORWARD], 4)
@@ -102,7 +110,6 @@ def test_what_is_recorded_between_two_rolls_counts_with_its_largest(steps):
             apart.record(torch.tensor([amax, amax / 2]))
             own = apart.grad_amax(recording=True)
             own.copy_(torch.maximum(own, torch.tensor([amax, 1.0])))
-        arena.used = [5, 5]
         arena.roll()
         definition.update(max(amaxes))
         assert arena.scale[FORWARD, 1] == arena.scale[FORWARD, 4] == definition.scale
@@ -157,24 +164,12 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> Arena:
-    """An arena whose histories are short enough to roll over."""
-    arena = Arena(CPU, 4)
-    monkeypatch.setitem(STATE.arenas, CPU, arena)
-    return arena
-
-
 def compiled(model: nn.Module, fullgraph: bool = True, dynamic: bool | None = None, **options: Any) -> Any:
     return torch.compile(model, backend=te_fp8, fullgraph=fullgraph, dynamic=dynamic, options={"recipe": "delayed", **options})
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-
-def index_of(weight: Tensor, role: str, ordinal: int = 0) -> int:
-    return STATE.slots[id(weight), ordinal, role]
 
 
 def amaxes(weight: Tensor, role: str, ordinal: int = 0) -> list[float]:
@@ -195,7 +190,7 @@ def state_of(model: nn.Module) -> dict[str, tuple[float, list[float]]]:
 
 def slots_of(model: nn.Module) -> dict[Any, int]:
     ids = {id(p) for p in model.parameters()}
-    return {key: index for key, index in STATE.slots.items() if key[0] in ids}
+    return {key: index for key, index in all_slots().items() if key[0] in ids}
 
 
 def batches(count: int, tokens: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -218,9 +213,9 @@ def train(model: nn.Module, call: Any, steps: list[tuple[Tensor, Tensor]]) -> li
 # --- what is recorded
 
 
-def test_the_steps_follow_the_definition(short):
+def test_the_steps_follow_the_definition():
     model = nn.Linear(SIZE, SIZE)
-    call = compiled(model)
+    call = compiled(model, recipe=DelayedScaling(amax_history_len=4))
     tensors = {role: Definition(FP8_MAX[direction], 4) for role, direction in ROLES.items()}
     for step, (x, dy) in enumerate(batches(9)):
         x, dy = (x * 0, dy) if step == 3 else (x, dy * 0) if step == 5 else (x / (step + 1) ** 2, dy)
@@ -279,17 +274,33 @@ def test_only_training_with_grad_records(mode):
     assert state_of(model) != before
 
 
-@pytest.mark.parametrize("mode", ["eval with grad", "no_grad", "inference_mode"])
-def test_what_was_recorded_counts_at_the_next_forward_of_any_kind(mode):
+def test_what_was_recorded_counts_from_the_end_of_the_backward():
     model = Net()
     call = compiled(model)
     train(model, call, batches(2))
-    model.train("eval" not in mode)
     weight, arena = model.blocks[0].up.weight, STATE.arenas[CPU]
-    assert len(ring(arena, FORWARD, index_of(weight, "input"))) == 1
+    assert len(ring(arena, FORWARD, index_of(weight, "input"))) == len(ring(arena, GRADIENT, index_of(weight, "grad_output"))) == 2
+    assert not arena.amax.any()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval with grad", "no_grad", "inference_mode"])
+def test_a_forward_without_a_backward_counts_from_the_next_forward_that_records(mode):
+    """As in TE, whose forward slots roll with every forward."""
+    model = Net()
+    call = compiled(model)
+    train(model, call, batches(2))
+    weight, arena = model.blocks[0].up.weight, STATE.arenas[CPU]
+    for _ in range(3):
+        call(batches(1)[0][0])
+    assert len(ring(arena, FORWARD, index_of(weight, "input"))) == 4
+    model.train("eval" not in mode)
     with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)():
         call(batches(1)[0][0])
-    assert len(ring(arena, FORWARD, index_of(weight, "input"))) == 2
+    assert len(ring(arena, FORWARD, index_of(weight, "input"))) == (5 if mode == "train" else 4)
+    model.train()
+    call(batches(1)[0][0])
+    assert len(ring(arena, FORWARD, index_of(weight, "input"))) == (6 if mode == "train" else 5)
+    STATE.roll()
     assert not arena.amax.any()
     model.train()
     train(model, call, batches(2))
@@ -345,11 +356,10 @@ def test_gradient_accumulation_rolls_with_every_microbatch():
     assert sqnr(exact, model.weight.grad) > 15
 
 
-def test_two_calls_before_one_backward(monkeypatch):
+def test_two_calls_before_one_backward():
     """The second call rolls, and its scale is another; the first call's backward still has that of its own forward."""
-    monkeypatch.setitem(STATE.arenas, CPU, Arena(CPU, 2))
     model = nn.Linear(SIZE, SIZE)
-    call = compiled(model)
+    call = compiled(model, recipe=DelayedScaling(amax_history_len=2))
     (x, dy), (other, _) = batches(2)
     train(model, call, [(100 * x, dy), (x, dy)])
     model.zero_grad()
@@ -380,7 +390,7 @@ def test_a_graph_that_is_kept_runs_backward_twice():
     for a, b in zip(once, [x.grad, *(p.grad for p in model.parameters())], strict=True):
         torch.testing.assert_close(2 * a, b)
     assert len(amaxes(model.blocks[0].up.weight, "input")) == 3
-    assert len(amaxes(model.blocks[0].up.weight, "grad_output")) == 3
+    assert len(amaxes(model.blocks[0].up.weight, "grad_output")) == 4  # as in TE, every backward is one
 
 
 # --- whose state it is: the same, however the model is compiled and called
@@ -528,9 +538,10 @@ def test_slots_are_given_back_when_a_model_dies():
         gc.collect()
         return value
 
-    before = dict(STATE.slots)
+    collected(None)
+    before = all_slots()
     collected(a_short_life())
-    assert STATE.slots == before
+    assert all_slots() == before
     used = list(STATE.arenas[CPU].used)
     for _ in range(3):
         collected(a_short_life())
@@ -538,8 +549,9 @@ def test_slots_are_given_back_when_a_model_dies():
 
 
 def test_a_slot_that_is_used_again_starts_unset():
-    arena = Arena(CPU, 4)
+    arena = Arena(CPU)
     slots = arena.take(FORWARD, 3)
+    arena.configure(FORWARD, list(slots), DelayedScaling(amax_history_len=4, like_te=True))
     arena.amax[FORWARD, 1:4] = 7.0
     arena.roll()
     arena.amax[FORWARD, 1:4] = 9.0
@@ -580,9 +592,9 @@ def test_a_layer_that_takes_a_dead_one_s_place_starts_fresh(provider):
 
 
 def test_an_arena_grows_without_losing_what_a_pending_backward_writes():
-    arena = Arena(CPU, 4)
-    count = arena.scale.shape[1] - 1
-    group = Group(arena, (list(arena.take(FORWARD, count)), list(arena.take(GRADIENT, count))), [])
+    count = Arena(CPU).capacity - 1
+    arena = arena_of(4, forward=count, gradient=count)
+    group = Group(arena, (range(1, count + 1), range(1, count + 1)), [])
     pending = group.grad_amax(recording=True)
     more = arena.take(GRADIENT, 1)
     pending.fill_(2.0)

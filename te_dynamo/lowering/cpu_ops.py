@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from te_dynamo.lowering import linears
-from te_dynamo.lowering.fp8 import E4M3
+from te_dynamo.lowering.fp8 import casting_of
 from te_dynamo.lowering.linears import NATIVE_CPU, Layout, Needs, Scale
 
 
@@ -48,21 +48,25 @@ def linears_fwd(
     merged: bool,
     interleave: int,
     out_dtype: torch.dtype,
+    recipe: str,
+    peers: str,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """x [..., K] -> (outputs [..., N] of each GEMM, x8 [T, K], scales used [1 + GEMMs], amax [2n])."""
     layout = _layout(weights, merged, interleave)
     scales = _scales(scale, f, 2 * len(weights))
-    ys, x8, used, amaxes = linears.forward(NATIVE_CPU, _rows(x), weights, biases, scales, layout, out_dtype, first=True)
+    casting = casting_of(recipe, peers)
+    ys, x8, used, amaxes = linears.forward(NATIVE_CPU, _rows(x), weights, biases, scales, layout, out_dtype, casting, first=True)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys], x8, torch.stack([s.value for s in used]), _amax(amaxes)
 
 
 @linears_fwd.register_fake
-def _(x, weights, biases, scale, f, merged, interleave, out_dtype):
+def _(x, weights, biases, scale, f, merged, interleave, out_dtype, recipe, peers):
     layout = _layout(weights, merged, interleave)
     f32 = {"dtype": torch.float32}
     ys = [x.new_empty(*x.shape[:-1], sum(layout.sizes[i] for i in block), dtype=out_dtype) for block in layout.blocks()]
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return ys, x.new_empty(rows, x.shape[-1], dtype=E4M3), x.new_empty(1 + len(ys), **f32), x.new_empty(2 * len(weights), **f32)
+    x8 = x.new_empty(rows, x.shape[-1], dtype=casting_of(recipe).forward)
+    return ys, x8, x.new_empty(1 + len(ys), **f32), x.new_empty(2 * len(weights), **f32)
 
 
 @torch.library.custom_op("te_dynamo::linears_bwd", mutates_args=())
@@ -79,20 +83,24 @@ def linears_bwd(
     need_weights: list[bool],
     need_biases: list[bool],
     x_dtype: torch.dtype,
+    recipe: str,
+    peers: str,
 ) -> tuple[list[Tensor], Tensor]:
     """grads [..., N] of each GEMM -> (the wanted ones of dx [..., K], each dw, each db f32, in this order; amax [n])."""
     layout = _layout(weights, merged, interleave)
     needs = Needs(need_x, tuple(need_weights), tuple(need_biases))
     rows, scales = [_rows(t) for t in grads], _scales(grad_scale, g, len(weights))
-    forward_scales = _scales(used, 0, used.shape[0])
-    dx, dws, dbs, amaxes = linears.backward(NATIVE_CPU, rows, x8, weights, forward_scales, scales, layout, needs, x_dtype, first=True)
+    forward_scales, casting = _scales(used, 0, used.shape[0]), casting_of(recipe, peers)
+    dx, dws, dbs, amaxes = linears.backward(
+        NATIVE_CPU, rows, x8, weights, forward_scales, scales, layout, needs, x_dtype, casting, first=True
+    )
     if dx is not None:
         dx = dx.reshape(*grads[0].shape[:-1], dx.shape[-1])
     return [t for t in (dx, *dws, *dbs) if t is not None], _amax(amaxes)
 
 
 @linears_bwd.register_fake
-def _(grads, x8, weights, used, grad_scale, g, merged, interleave, need_x, need_weights, need_biases, x_dtype):
+def _(grads, x8, weights, used, grad_scale, g, merged, interleave, need_x, need_weights, need_biases, x_dtype, recipe, peers):
     new = grads[0].new_empty
     out = [new(*grads[0].shape[:-1], weights[0].shape[1], dtype=x_dtype)] if need_x else []
     out += [new(w.shape, dtype=w.dtype) for w, needed in zip(weights, need_weights, strict=True) if needed]
@@ -112,16 +120,17 @@ def linears_inference(
     merged: bool,
     interleave: int,
     out_dtype: torch.dtype,
+    recipe: str,
 ) -> list[Tensor]:
     """x [..., K], the FP8 weight [N, K] and scale_inv of each GEMM -> the output [..., N] of each GEMM."""
     layout = Layout(tuple(sizes), merged, interleave)
     scales = _scales(scale, f, 1)
-    ys = linears.inference(NATIVE_CPU, _rows(x), w8s, w_invs, biases, scales, layout, out_dtype, first=True)
+    ys = linears.inference(NATIVE_CPU, _rows(x), w8s, w_invs, biases, scales, layout, out_dtype, casting_of(recipe), first=True)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 @linears_inference.register_fake
-def _(x, w8s, w_invs, biases, scale, f, sizes, merged, interleave, out_dtype):
+def _(x, w8s, w_invs, biases, scale, f, sizes, merged, interleave, out_dtype, recipe):
     return [x.new_empty(*x.shape[:-1], w8.shape[0], dtype=out_dtype) for w8 in w8s]
 
 

@@ -7,12 +7,18 @@ and a NaN element does not count towards the amax (C's fmaxf).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from te_dynamo.recipe import from_key
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
+EXPONENT = 0x7F800000  # of a float32
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -34,7 +40,38 @@ def amax(x: Tensor) -> Tensor:
     return row_amax(x if x.dim() else x.unsqueeze(0)).amax()
 
 
-def scale_of(amax: Tensor, dtype: torch.dtype, margin: int = 0) -> Tensor:
+@dataclass(frozen=True)
+class Casting:
+    """How a recipe with one scale a tensor casts: the dtypes of forward tensors and of gradients, and what becomes of an amax.
+
+    margin: powers of two left unused; power_2_scale: the scale's mantissa is cut off; amax_epsilon: the least amax; peers:
+    the name of the process group whose ranks share the first scale of a slot, "" for none.
+    """
+
+    forward: torch.dtype = E4M3
+    gradient: torch.dtype = E5M2
+    margin: float = 0
+    power_2_scale: bool = False
+    amax_epsilon: float = 0.0
+    peers: str = ""
+
+    def scale_of(self, amax: Tensor, dtype: torch.dtype) -> Tensor:
+        """The scale for a largest magnitude under this recipe (see `scale_of`)."""
+        if self.amax_epsilon:
+            amax = amax.clamp(min=self.amax_epsilon)
+        scale = scale_of(amax, dtype, self.margin)
+        return power_of_2(scale) if self.power_2_scale else scale
+
+
+@lru_cache
+def casting_of(recipe: str, peers: str = "") -> Casting:
+    """The Casting of a recipe's key. `peers` counts for recipes with state only: the others look at their own rank."""
+    values = from_key(recipe)
+    options = {name: getattr(values, name) for name in ("margin", "power_2_scale", "amax_epsilon") if hasattr(values, name)}
+    return Casting(values.fp8_format.forward, values.fp8_format.gradient, peers=peers if values.stateful else "", **options)
+
+
+def scale_of(amax: Tensor, dtype: torch.dtype, margin: float = 0) -> Tensor:
     """The scale for a largest magnitude: fp8_max / amax / 2**margin, in float32, elementwise.
 
     1 where the amax is 0, infinite or NaN; float32's maximum where the quotient overflows. Tensor by tensor, since
@@ -43,6 +80,11 @@ def scale_of(amax: Tensor, dtype: torch.dtype, margin: int = 0) -> Tensor:
     scale = torch.full_like(amax, FP8_MAX[dtype] * 2.0**-margin) / amax
     usable = (amax > 0) & torch.isfinite(amax)
     return torch.where(usable, scale.clamp(max=FLOAT32_MAX), torch.ones_like(amax))
+
+
+def power_of_2(scale: Tensor) -> Tensor:
+    """The largest power of two that is not above a scale (f32, positive): its mantissa is cut off."""
+    return (scale.view(torch.int32) & EXPONENT).view(torch.float32)
 
 
 def saturated(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

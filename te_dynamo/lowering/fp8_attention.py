@@ -28,7 +28,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from te_dynamo.lowering import fp8
-from te_dynamo.lowering.fp8 import E4M3, E5M2
+from te_dynamo.lowering.first_use import agreed
+from te_dynamo.lowering.fp8 import E4M3, Casting, casting_of
 
 FORWARD_SLOTS = ("q", "k", "v", "s", "o")
 GRADIENT_SLOTS = ("do", "dp", "dqkv")
@@ -102,10 +103,12 @@ def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
 
 
-def _scale(scale: Tensor | None, index: int, amax: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale(scale: Tensor | None, index: int, amax: Tensor, dtype: torch.dtype, casting: Casting) -> Tensor:
     """The scale in slot `index`; from the tensor's own amax where the slot is unset (0 or NaN) or there are no slots."""
-    own = fp8.scale_of(amax, dtype)
-    return own if scale is None else torch.where(scale[index] > 0, scale[index], own)
+    if scale is None:
+        return casting.scale_of(amax, dtype)
+    own = casting.scale_of(agreed(amax, scale[index], casting.peers), dtype)
+    return torch.where(scale[index] > 0, scale[index], own)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
@@ -131,21 +134,24 @@ def forward(
     softmax_scale: float,
     quantize_output: bool,
     form: str,
+    recipe: str = "",
+    peers: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention with FP8 operands.
 
     q: [B, H, S, D]; k: [B, H_kv, S_kv, D]; v: [B, H_kv, S_kv, D_v], H a multiple of H_kv; mask: bool (True attends) or
     float (added), broadcastable to [B, H, S, S_kv]; scale: float32 [n] with this site's slots (q, k, v, s, o) from `f`
     on, an unset one (0, NaN, or no tensor at all) being taken from the tensor's own amax; form: a key of `FORMATS`, how
-    all 4-d results lie in memory.
+    all 4-d results lie in memory; recipe: its key, "" for HYBRID; peers: the group whose ranks share first scales, or "".
 
     Returns (o, o8, q8, k8, v8, scale_inv, lse, amax): o [B, H, S, D_v] in q's dtype, rounded through FP8 if
     `quantize_output`; o8 the same in E4M3 (empty otherwise); q8, k8, v8 E4M3; scale_inv, amax float32 [5]; lse float32
     [B, H, S], the log of the sum of exp(scores).
     """
+    casting = casting_of(recipe, peers) if recipe else Casting()
     b, h, s, _ = q.shape
     peaks = [fp8.amax(x) for x in (q, k, v)]
-    scales = [_scale(scale, f + i, peak, E4M3) for i, peak in enumerate(peaks)]
+    scales = [_scale(scale, f + i, peak, E4M3, casting) for i, peak in enumerate(peaks)]
     q8, k8, v8 = (_empty(x, x.shape, form, E4M3).copy_(fp8.quantize(x, c, E4M3)) for x, c in zip((q, k, v), scales, strict=True))
     inv_q, inv_k, inv_v = (c.reciprocal() for c in scales)
     qf, kf, vf = q8.float(), _per_head(k8, h), _per_head(v8, h)
@@ -162,7 +168,7 @@ def forward(
     for i, block in enumerate(blocks):
         lse[block.queries] = torch.logsumexp(scores(i), -1)
         peak_s = torch.maximum(peak_s, fp8.amax(_softmax(scores(i).amax(-1, keepdim=True), lse[block.queries])))
-    scale_s = _scale(scale, f + 3, peak_s, E4M3)
+    scale_s = _scale(scale, f + 3, peak_s, E4M3, casting)
     inv_s = scale_s.reciprocal()
 
     out = q.new_empty((b, h, s, v.shape[3]), dtype=torch.float32)
@@ -171,7 +177,7 @@ def forward(
         out[block.queries] = (s8.float() @ vf[block.keys]) * (inv_s * inv_v)
 
     peak_o = fp8.amax(out)
-    scale_o = _scale(scale, f + 4, peak_o, E4M3)
+    scale_o = _scale(scale, f + 4, peak_o, E4M3, casting)
     inv_o = scale_o.reciprocal()
     o = _empty(q, out.shape, form, q.dtype)
     if quantize_output:
@@ -198,6 +204,8 @@ def backward(
     softmax_scale: float,
     quantize_gradients: bool,
     form: str,
+    recipe: str = "",
+    peers: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `forward`, from what it returned (o: `o8` if the output was quantised, else `o`).
 
@@ -205,13 +213,15 @@ def backward(
     Returns (dq, dk, dv, amax): in do's dtype and the shapes of q8, k8, v8, rounded through E5M2 with one scale if
     `quantize_gradients`; amax float32 [3].
     """
+    casting = casting_of(recipe, peers) if recipe else Casting()
+    gradient = casting.gradient
     b, h, s, _ = q8.shape
     h_kv, s_kv = k8.shape[1:3]
     inv_q, inv_k, inv_v, inv_s, inv_o = scale_inv.unbind()
     peak_do = fp8.amax(do)
-    scale_do = _scale(scale, g, peak_do, E5M2)
+    scale_do = _scale(scale, g, peak_do, gradient, casting)
     inv_do = scale_do.reciprocal()
-    dof = fp8.quantize(do, scale_do, E5M2).float()
+    dof = fp8.quantize(do, scale_do, gradient).float()
     qf, kf, vf = q8.float(), _per_head(k8, h), _per_head(v8, h)
     delta = (dof * o.float()).sum(-1, keepdim=True) * (inv_do * inv_o if o.dtype == E4M3 else inv_do)
     factor = inv_q * inv_k * softmax_scale
@@ -227,14 +237,14 @@ def backward(
     peak_dp = do.new_zeros((), dtype=torch.float32)
     for i in range(len(blocks)):
         peak_dp = torch.maximum(peak_dp, fp8.amax(softmax_and_gradient(i)[1]))
-    scale_dp = _scale(scale, g + 1, peak_dp, E5M2)
+    scale_dp = _scale(scale, g + 1, peak_dp, gradient, casting)
     inv_dp = scale_dp.reciprocal()
 
     dq, dk, dv = (torch.zeros_like(x) for x in (qf, kf, vf))
     for i, block in enumerate(blocks):
         probabilities, dp = softmax_and_gradient(i)
         s8 = fp8.quantize(probabilities, inv_s.reciprocal(), E4M3).float()
-        dp8 = fp8.quantize(dp, scale_dp, E5M2).float()
+        dp8 = fp8.quantize(dp, scale_dp, gradient).float()
         dq[block.queries] = dp8 @ kf[block.keys]
         dk[block.keys] += dp8.mT @ qf[block.queries]
         dv[block.keys] += s8.mT @ dof[block.queries]
@@ -245,8 +255,8 @@ def backward(
 
     peak_dqkv = torch.stack([fp8.amax(x) for x in gradients]).amax()
     if quantize_gradients:
-        scale_dqkv = _scale(scale, g + 2, peak_dqkv, E5M2)
-        gradients = [fp8.dequantize(fp8.quantize(x, scale_dqkv, E5M2), scale_dqkv.reciprocal()) for x in gradients]
+        scale_dqkv = _scale(scale, g + 2, peak_dqkv, gradient, casting)
+        gradients = [fp8.dequantize(fp8.quantize(x, scale_dqkv, gradient), scale_dqkv.reciprocal()) for x in gradients]
     dq, dk, dv = (_empty(do, x.shape, form, do.dtype).copy_(x) for x in gradients)
     return dq, dk, dv, torch.stack([peak_do, peak_dp, peak_dqkv])
 
@@ -262,14 +272,15 @@ def _without_autocast(definition: Callable[..., Any]) -> Callable[..., Any]:
 # The operations take any strides and give those of `form`, so that Inductor need not copy an operand.
 torch.library.define(
     "te_dynamo::attention_fwd",
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? scale, int f, bool causal, float softmax_scale, bool quantize_output, str form)"
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? scale, int f, bool causal, float softmax_scale, bool quantize_output, str form,"
+    " str recipe='', str peers='')"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 torch.library.define(
     "te_dynamo::attention_bwd",
     "(Tensor do, Tensor o, Tensor q8, Tensor k8, Tensor v8, Tensor? mask, Tensor scale_inv, Tensor lse, Tensor? scale, int g, bool causal,"
-    " float softmax_scale, bool quantize_gradients, str form) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float softmax_scale, bool quantize_gradients, str form, str recipe='', str peers='') -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 torch.library.impl("te_dynamo::attention_fwd", "default", _without_autocast(forward))
@@ -288,6 +299,8 @@ def _forward_fake(
     softmax_scale: float,
     quantize_output: bool,
     form: str,
+    recipe: str = "",
+    peers: str = "",
 ) -> tuple[Tensor, ...]:
     b, h, s, _ = q.shape
     shape = (b, h, s, v.shape[3])
@@ -303,8 +316,24 @@ def _forward_fake(
 
 
 @torch.library.register_fake("te_dynamo::attention_bwd")
-def _backward_fake(do: Tensor, o: Tensor, q8: Tensor, k8: Tensor, v8: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    form = rest[-1]
+def _backward_fake(
+    do: Tensor,
+    o: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    mask: Any,
+    scale_inv: Any,
+    lse: Any,
+    scale: Any,
+    g: int,
+    causal: bool,
+    softmax_scale: float,
+    quantize_gradients: bool,
+    form: str,
+    recipe: str = "",
+    peers: str = "",
+) -> tuple[Tensor, ...]:
     return *(_empty(do, x.shape, form, do.dtype) for x in (q8, k8, v8)), do.new_empty(3, dtype=torch.float32)
 
 
@@ -342,12 +371,14 @@ class Attention(torch.autograd.Function):
         quantize_output: bool,
         quantize_gradients: bool,
         form: str,
+        recipe: str,
+        peers: str,
     ) -> tuple[Tensor, Tensor]:
         o, o8, q8, k8, v8, scale_inv, lse, amax = torch.ops.te_dynamo.attention_fwd(
-            q, k, v, mask, scale, f, causal, softmax_scale, quantize_output, form
+            q, k, v, mask, scale, f, causal, softmax_scale, quantize_output, form, recipe, peers
         )
         ctx.save_for_backward(o8 if quantize_output else o, q8, k8, v8, mask, scale_inv, lse, scale if grad_scale is None else grad_scale)
-        ctx.attributes = (g, causal, softmax_scale, quantize_gradients, form)
+        ctx.attributes = (g, causal, softmax_scale, quantize_gradients, form, recipe, peers)
         ctx.has_sink = sink is not None
         ctx.mark_non_differentiable(amax)
         return o, amax
@@ -356,7 +387,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor, _: None) -> tuple[Tensor | None, ...]:
         dq, dk, dv, amax = torch.ops.te_dynamo.attention_bwd(do, *ctx.saved_tensors, *ctx.attributes)
-        return dq, dk, dv, None, None, amax if ctx.has_sink else None, *[None] * 8
+        return dq, dk, dv, None, None, amax if ctx.has_sink else None, *[None] * 10
 
 
 def attention(
@@ -377,12 +408,14 @@ def attention(
     quantize_output: bool = False,
     quantize_gradients: bool = False,
     form: str = "bshd",
+    recipe: str = "",
+    peers: str = "",
 ) -> tuple[Tensor, Tensor]:
     """`scaled_dot_product_attention` in FP8: what a lowered graph calls.
 
-    q, k, v, mask, scale, f, form: as in `forward`; g: the first of the gradient slots, in `grad_scale` or, where that is None, in
-    `scale`; sink: None, or float32 [3] that
-    requires grad: the "gradient" it gets is the amax of (do, dp, dqkv), which travels that way out of the backward.
+    q, k, v, mask, scale, f, form, recipe, peers: as in `forward`; g: the first of the gradient slots, in `grad_scale` or, where
+    that is None, in `scale`; sink: None, or float32 [3] that requires grad: the "gradient" it gets is the amax of (do, dp, dqkv),
+    which travels that way out of the backward.
     softmax_scale: None is 1/sqrt(D). Returns (o, amax): o [B, H, S, D_v]; amax float32 [5], not differentiable.
     Raises ValueError with the reason that `unsupported` gives.
     """
@@ -392,6 +425,6 @@ def attention(
     softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         tensors = (q, k, v, mask, scale, sink, grad_scale)
-        return Attention.apply(*tensors, f, g, causal, softmax_scale, quantize_output, quantize_gradients, form)
-    o, *_, amax = torch.ops.te_dynamo.attention_fwd(q, k, v, mask, scale, f, causal, softmax_scale, quantize_output, form)
+        return Attention.apply(*tensors, f, g, causal, softmax_scale, quantize_output, quantize_gradients, form, recipe, peers)
+    o, *_, amax = torch.ops.te_dynamo.attention_fwd(q, k, v, mask, scale, f, causal, softmax_scale, quantize_output, form, recipe, peers)
     return o, amax

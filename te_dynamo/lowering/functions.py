@@ -13,39 +13,33 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering.linears import Layout, Needs
-from te_dynamo.lowering.linears import quantize_weights as _quantize_weights
-from te_dynamo.lowering.providers import Scales, provider_named
+from te_dynamo.lowering.providers import Scales, provider_for
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sink: Tensor, grad_amax: Tensor, sizes: Sequence[int], keep_infinite: bool) -> tuple[Tensor, ...]:
-        ctx.grad_amax, ctx.keep_infinite = grad_amax, keep_infinite
+    def forward(ctx, sink: Tensor, grad_amax: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.grad_amax = grad_amax
         return torch.split(sink, sizes)
 
     @staticmethod
     def backward(ctx, *amaxes: Tensor):
-        ctx.grad_amax.copy_(torch.maximum(ctx.grad_amax, usable(torch.cat(amaxes), ctx.keep_infinite)))
-        return None, None, None, None
+        ctx.grad_amax.copy_(torch.maximum(ctx.grad_amax, torch.cat(amaxes)))
+        return None, None, None
 
 
-def usable(amax: Tensor, keep_infinite: bool) -> Tensor:
-    """What of an amax may enter a history: an infinite one would freeze its scale until it rolls out."""
-    return amax if keep_infinite else torch.where(torch.isfinite(amax), amax, torch.zeros_like(amax))
-
-
-def collect(sink: Tensor, grad_amax: Tensor, sizes: Sequence[int], keep_infinite: bool) -> tuple[Tensor, ...]:
+def collect(sink: Tensor, grad_amax: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Splits `sink` [G] into a piece for each site; in backward the pieces' amaxes are max-written into `grad_amax` [G].
 
     One packed write, in the backward graph itself: it happens under `backward()`, `autograd.grad` and
     `backward(inputs=...)` alike.
     """
-    return _Collect.apply(sink, grad_amax, sizes, keep_infinite)
+    return _Collect.apply(sink, grad_amax, sizes)
 
 
-def record(amaxes: Sequence[Tensor], keep_infinite: bool) -> Tensor:
+def record(amaxes: Sequence[Tensor]) -> Tensor:
     """The forward amaxes of a graph as one tensor [F], outside of autograd."""
-    return usable(torch.cat([torch.detach(a) for a in amaxes]), keep_infinite)
+    return torch.cat([torch.detach(a) for a in amaxes])
 
 
 def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -55,27 +49,28 @@ def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scales, grad_scales, sink, provider, layout, out_dtype, first, *weights_and_biases):
+    def forward(ctx, x, scales, grad_scales, sink, provider, recipe, peers, layout, out_dtype, first, *weights_and_biases):
         n = len(layout.sizes)
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
-        ys, x8, used, amax = provider_named(provider).linears_forward(x, weights, biases, scales, layout, out_dtype, first)
+        kernels = provider_for(provider, recipe)
+        ys, x8, used, amax = kernels.linears_forward(x, weights, biases, scales, layout, out_dtype, recipe, peers, first)
         wanted = ctx.needs_input_grad[-2 * n :]
         ctx.needs = Needs(ctx.needs_input_grad[0], tuple(wanted[:n]), tuple(wanted[n:]))
         ctx.save_for_backward(x8 if any(ctx.needs.weights) else None, *weights, *used)
-        ctx.attributes = (provider, grad_scales, layout, first, x.dtype, [None if b is None else b.dtype for b in biases])
+        ctx.attributes = (provider, recipe, peers, grad_scales, layout, first, x.dtype, [None if b is None else b.dtype for b in biases])
         ctx.mark_non_differentiable(amax)
         return (*ys, amax)
 
     @staticmethod
     def backward(ctx, *grads):
-        provider, grad_scales, layout, first, x_dtype, bias_dtypes = ctx.attributes
+        provider, recipe, peers, grad_scales, layout, first, x_dtype, bias_dtypes = ctx.attributes
         n = len(layout.sizes)
         x8, *rest = ctx.saved_tensors
-        dx, dws, dbs, amax = provider_named(provider).linears_backward(
-            grads[:-1], x8, rest[:n], rest[n:], grad_scales, layout, ctx.needs, x_dtype, first
+        dx, dws, dbs, amax = provider_for(provider, recipe).linears_backward(
+            grads[:-1], x8, rest[:n], rest[n:], grad_scales, layout, ctx.needs, x_dtype, recipe, peers, first
         )
         dbs = [None if db is None else db.to(dtype) for db, dtype in zip(dbs, bias_dtypes, strict=True)]
-        return (dx, None, None, amax if ctx.needs_input_grad[3] else None, *[None] * 4, *dws, *dbs)
+        return (dx, None, None, amax if ctx.needs_input_grad[3] else None, *[None] * 6, *dws, *dbs)
 
 
 def linears(
@@ -87,6 +82,8 @@ def linears(
     sink: Tensor | None,
     *,
     provider: str,
+    recipe: str,
+    peers: str,
     merged: bool,
     interleave: int,
     out_dtype: torch.dtype,
@@ -96,10 +93,11 @@ def linears(
 
     x: [..., K]; weights: [N_i, K]; biases: [N_i] or None; scales: 2n of them, an input's and a weight's in turn;
     grad_scales: n; sink: f32 [n], the piece of the sink, or None. The outputs are [..., N_i], or [..., heads,
-    interleave]; amax is f32 [2n]. first: a slot whose scale is 0 takes it from its own tensor.
+    interleave]; amax is f32 [2n]. recipe: its key; peers: the process
+    group whose ranks share first scales, or ""; first: a slot whose scale is 0 takes it from its own tensor.
     """
     layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
-    *ys, amax = _Linears.apply(x, scales, grad_scales, sink, provider, layout, out_dtype, first, *weights, *biases)
+    *ys, amax = _Linears.apply(x, scales, grad_scales, sink, provider, recipe, peers, layout, out_dtype, first, *weights, *biases)
     return [*(layout.split(ys[0]) if merged else ys), amax]
 
 
@@ -111,6 +109,8 @@ def linears_inference(
     scales: Scales,
     *,
     provider: str,
+    recipe: str,
+    peers: str,
     sizes: Sequence[int],
     merged: bool,
     interleave: int,
@@ -122,10 +122,11 @@ def linears_inference(
     x: [..., K]; w8s, w_invs: the FP8 weight [N, K] and its f32 scale_inv for each GEMM; the rest as in `linears`.
     """
     layout = Layout(tuple(sizes), merged, interleave)
-    ys = provider_named(provider).linears_inference(x, w8s, w_invs, biases, scales, layout, out_dtype, first)
+    ys = provider_for(provider, recipe).linears_inference(x, w8s, w_invs, biases, scales, layout, out_dtype, recipe, peers, first)
     return list(layout.split(ys[0])) if merged else list(ys)
 
 
-def quantize_weights(weights: Sequence[Tensor], merged: bool, interleave: int) -> list[tuple[Tensor, Tensor]]:
+def quantize_weights(weights: Sequence[Tensor], merged: bool, interleave: int, provider: str, recipe: str) -> list[tuple[Tensor, Tensor]]:
     """(FP8 weight [N, K], f32 scale_inv) for each GEMM of linears with these weights [N_i, K]."""
-    return _quantize_weights(weights, Layout(tuple(w.shape[0] for w in weights), merged, interleave))
+    layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
+    return provider_for(provider, recipe).quantize_weights(weights, layout, recipe)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import te_dynamo.lowering.kernels.transpose  # noqa: F401  (registers its operator)
-from te_dynamo.lowering.fp8 import E4M3, E5M2, amax, dequantize, quantize, row_amax, saturated, scale_of
+from te_dynamo.lowering.first_use import agreed
+from te_dynamo.lowering.fp8 import Casting, amax, dequantize, quantize, row_amax, saturated
 from te_dynamo.lowering.partition import kept_for_backward, made_again_in_backward
 
 
@@ -105,13 +106,16 @@ class Layout:
         return list(y.split(list(self.sizes), -1))
 
 
-def pick(scales: Sequence[Scale] | None, index: int, rows: Tensor, dtype: torch.dtype, first: bool) -> Scale:
+def pick(scales: Sequence[Scale] | None, index: int, rows: Tensor, dtype: torch.dtype, casting: Casting, first: bool) -> Scale:
     """The scale of one tensor: the slot's, or the tensor's own where there is none. rows: the tensor's amaxes by row."""
     if scales is not None and not first:
         return scales[index]
-    own = scale_of(rows.amax() if rows.numel() else rows.sum(), dtype)
-    if scales is not None:
-        own = torch.where(scales[index].value > 0, scales[index].value, own)
+    largest = rows.amax() if rows.numel() else rows.sum()
+    if scales is None:
+        own = casting.scale_of(largest, dtype)
+    else:
+        slot = scales[index].value
+        own = torch.where(slot > 0, slot, casting.scale_of(agreed(largest, slot, casting.peers), dtype))
     return Scale(own, own.reciprocal())
 
 
@@ -136,24 +140,25 @@ def forward(
     scales: Sequence[Scale] | None,
     layout: Layout,
     out_dtype: torch.dtype,
+    casting: Casting,
     first: bool,
 ) -> tuple[list[Tensor], Tensor, list[Scale], list[Tensor]]:
     """x [T, K] -> (outputs [T, N] of each GEMM, x8 [T padded, K], the scales of x and of each GEMM's weight, 2n amaxes by row)."""
     tokens = x.shape[0]
     x_amax = row_amax(x)
-    x_scale = pick(scales, 0, x_amax, E4M3, first)
-    scaled = pad_rows(saturated(x, x_scale.value, E4M3), gemm.multiple)
+    x_scale = pick(scales, 0, x_amax, casting.forward, casting, first)
+    scaled = pad_rows(saturated(x, x_scale.value, casting.forward), gemm.multiple)
     with kept_for_backward():
-        x8 = gemm.operand(scaled.to(E4M3))
+        x8 = gemm.operand(scaled.to(casting.forward))
     ys, used, amaxes = [], [x_scale], [x_amax] * (2 * len(weights))
     for block in layout.blocks():
         with made_again_in_backward():
             w = layout.join([weights[i] for i in block])
         w_amax = row_amax(w)
-        w_scale = pick(scales, 2 * block[0] + 1, w_amax, E4M3, first)
+        w_scale = pick(scales, 2 * block[0] + 1, w_amax, casting.forward, casting, first)
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)
         with made_again_in_backward():
-            w8 = quantize(w, w_scale.value, E4M3)
+            w8 = quantize(w, w_scale.value, casting.forward)
         y = gemm(x8, w8, x_scale.inverse, w_scale.inverse, out_dtype, bias, True)
         ys.append(y[:tokens] if gemm.multiple > 1 else y)
         used.append(w_scale)
@@ -191,6 +196,7 @@ def backward(
     layout: Layout,
     needs: Needs,
     x_dtype: torch.dtype,
+    casting: Casting,
     first: bool,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor]]:
     """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, n amaxes by row)."""
@@ -204,11 +210,11 @@ def backward(
     for block, grad, w_scale in zip(layout.blocks(), grads, w_scales, strict=True):
         tokens = grad.shape[0]
         g_amax = row_amax(grad)
-        g_scale = pick(scales, block[0], g_amax, E5M2, first)
-        g8 = gemm.operand(pad_rows(saturated(grad, g_scale.value, E5M2), gemm.multiple).to(E5M2))
+        g_scale = pick(scales, block[0], g_amax, casting.gradient, casting, first)
+        g8 = gemm.operand(pad_rows(saturated(grad, g_scale.value, casting.gradient), gemm.multiple).to(casting.gradient))
         if needs.x:
             with made_again_in_backward():
-                w8t = gemm.cast_transposed(layout.join([weights[i] for i in block]), w_scale.value, E4M3)
+                w8t = gemm.cast_transposed(layout.join([weights[i] for i in block]), w_scale.value, casting.forward)
             part = gemm(g8, w8t, g_scale.inverse, w_scale.inverse, x_dtype)[:tokens]
             dx = part if dx is None else dx.float() + part.float()
         if any(needs.weights[i] for i in block):
@@ -255,12 +261,13 @@ def inference(
     scales: Sequence[Scale] | None,
     layout: Layout,
     out_dtype: torch.dtype,
+    casting: Casting,
     first: bool,
 ) -> list[Tensor]:
     """x [T, K] and, for each GEMM, the FP8 weight [N, K] and its f32 scale_inv -> the output [T, N] of each GEMM."""
     tokens = x.shape[0]
-    x_scale = pick(scales, 0, row_amax(x), E4M3, first)
-    x8 = pad_rows(saturated(x, x_scale.value, E4M3), gemm.multiple).to(E4M3)
+    x_scale = pick(scales, 0, row_amax(x), casting.forward, casting, first)
+    x8 = pad_rows(saturated(x, x_scale.value, casting.forward), gemm.multiple).to(casting.forward)
     ys = []
     for block, w8, w_inv in zip(layout.blocks(), w8s, w_invs, strict=True):
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)
@@ -268,13 +275,13 @@ def inference(
     return ys
 
 
-def quantize_weights(weights: Sequence[Tensor], layout: Layout) -> list[tuple[Tensor, Tensor]]:
+def quantize_weights(weights: Sequence[Tensor], layout: Layout, casting: Casting) -> list[tuple[Tensor, Tensor]]:
     """(FP8 weight [N, K], f32 scale_inv) of each GEMM, each weight scaled by its own amax."""
     result = []
     for block in layout.blocks():
         w = layout.join([weights[i].detach() for i in block])
-        scale = scale_of(amax(w), E4M3)
-        result.append((quantize(w, scale, E4M3), scale.reciprocal()))
+        scale = casting.scale_of(amax(w), casting.forward)
+        result.append((quantize(w, scale, casting.forward), scale.reciprocal()))
     return result
 
 

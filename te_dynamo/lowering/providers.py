@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering import cpu_ops, linears
+from te_dynamo.lowering.fp8 import casting_of
 from te_dynamo.lowering.linears import Gemm, Layout, Needs, Scale
 from te_dynamo.lowering.scalars import largest_of
 
@@ -44,6 +45,8 @@ class Provider(Protocol):
         scales: Scales,
         layout: Layout,
         out_dtype: torch.dtype,
+        recipe: str,
+        peers: str,
         first: bool,
     ) -> tuple[list[Tensor], Tensor, Sequence[Tensor], Tensor]: ...
 
@@ -57,8 +60,12 @@ class Provider(Protocol):
         layout: Layout,
         needs: Needs,
         x_dtype: torch.dtype,
+        recipe: str,
+        peers: str,
         first: bool,
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor]: ...
+
+    def quantize_weights(self, weights: Sequence[Tensor], layout: Layout, recipe: str) -> list[tuple[Tensor, Tensor]]: ...
 
     def linears_inference(
         self,
@@ -69,11 +76,20 @@ class Provider(Protocol):
         scales: Scales,
         layout: Layout,
         out_dtype: torch.dtype,
+        recipe: str,
+        peers: str,
         first: bool,
     ) -> list[Tensor]: ...
 
 
-class Generated:
+class PerTensor:
+    """What providers with one scale a tensor have in common."""
+
+    def quantize_weights(self, weights: Sequence[Tensor], layout: Layout, recipe: str) -> list[tuple[Tensor, Tensor]]:
+        return linears.quantize_weights(weights, layout, casting_of(recipe))
+
+
+class Generated(PerTensor):
     """Quantization as plain torch, left to Inductor to fuse with its neighbours, around a provider's GEMM."""
 
     opaque = False
@@ -87,22 +103,24 @@ class Generated:
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(dtype)
 
-    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, first):
-        rows = x.reshape(-1, x.shape[-1])
-        ys, x8, used, amaxes = linears.forward(self.gemm, rows, weights, biases, _pairs(scales), layout, out_dtype, first)
+    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, recipe, peers, first):
+        rows, casting = x.reshape(-1, x.shape[-1]), casting_of(recipe, peers)
+        ys, x8, used, amaxes = linears.forward(self.gemm, rows, weights, biases, _pairs(scales), layout, out_dtype, casting, first)
         ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
         return ys, x8, [t for pair in used for t in pair], largest_of(amaxes)
 
-    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, first):
-        lead = grads[0].shape[:-1]
+    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, recipe, peers, first):
+        lead, casting = grads[0].shape[:-1], casting_of(recipe, peers)
         rows = [t.reshape(-1, t.shape[-1]) for t in grads]
         forward_scales = [Scale(*pair) for pair in zip(used[::2], used[1::2], strict=True)]
-        dx, dws, dbs, amaxes = linears.backward(self.gemm, rows, x8, weights, forward_scales, _pairs(scales), layout, needs, x_dtype, first)
+        dx, dws, dbs, amaxes = linears.backward(
+            self.gemm, rows, x8, weights, forward_scales, _pairs(scales), layout, needs, x_dtype, casting, first
+        )
         return (None if dx is None else dx.reshape(*lead, dx.shape[-1])), dws, dbs, largest_of(amaxes)
 
-    def linears_inference(self, x, w8s, w_invs, biases, scales, layout, out_dtype, first):
+    def linears_inference(self, x, w8s, w_invs, biases, scales, layout, out_dtype, recipe, peers, first):
         rows = x.reshape(-1, x.shape[-1])
-        ys = linears.inference(self.gemm, rows, w8s, w_invs, biases, _pairs(scales), layout, out_dtype, first)
+        ys = linears.inference(self.gemm, rows, w8s, w_invs, biases, _pairs(scales), layout, out_dtype, casting_of(recipe), first)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -126,7 +144,7 @@ class NativeOnGPU(Generated):
         return unsupported_dtype(dtype)
 
 
-class NativeOnCPU:
+class NativeOnCPU(PerTensor):
     """One opaque operator a site and direction (see `cpu_ops`)."""
 
     name = "native"
@@ -138,26 +156,26 @@ class NativeOnCPU:
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(dtype)
 
-    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, first):
+    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, recipe, peers, first):
         scale, f = scales or (None, 0)
         ys, x8, used, amax = torch.ops.te_dynamo.linears_fwd(
-            x, list(weights), list(biases), scale, f, layout.merged, layout.interleave, out_dtype
+            x, list(weights), list(biases), scale, f, layout.merged, layout.interleave, out_dtype, recipe, peers
         )
         return ys, x8, [used], amax
 
-    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, first):
+    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, recipe, peers, first):
         grad_scale, g = scales or (None, 0)
         wanted = (needs.x, list(needs.weights), list(needs.biases))
         present, amax = torch.ops.te_dynamo.linears_bwd(
-            list(grads), x8, list(weights), used[0], grad_scale, g, layout.merged, layout.interleave, *wanted, x_dtype
+            list(grads), x8, list(weights), used[0], grad_scale, g, layout.merged, layout.interleave, *wanted, x_dtype, recipe, peers
         )
         dx, *rest = cpu_ops.spread(present, [needs.x, *needs.weights, *needs.biases])
         return dx, rest[: len(weights)], rest[len(weights) :], amax
 
-    def linears_inference(self, x, w8s, w_invs, biases, scales, layout, out_dtype, first):
+    def linears_inference(self, x, w8s, w_invs, biases, scales, layout, out_dtype, recipe, peers, first):
         scale, f = scales or (None, 0)
         return torch.ops.te_dynamo.linears_inference(
-            x, list(w8s), list(w_invs), list(biases), scale, f, list(layout.sizes), layout.merged, layout.interleave, out_dtype
+            x, list(w8s), list(w_invs), list(biases), scale, f, list(layout.sizes), layout.merged, layout.interleave, out_dtype, recipe
         )
 
 
@@ -188,6 +206,11 @@ def provider_named(key: str) -> Any:
     if name == "native" and device in NATIVE:
         return NATIVE[device]
     raise KeyError(f"no provider is called {key!r}")
+
+
+def provider_for(key: str, recipe: str) -> Any:
+    """The provider of a key, in its form for a recipe (its key)."""
+    return provider_named(key)
 
 
 def choose(requested: str, device: torch.device) -> tuple[str | None, str | None]:

@@ -21,6 +21,7 @@ from te_dynamo.passes.graph import EXAMPLE, emit, is_call, tensor
 from te_dynamo.passes.layout import Layout as AttentionLayout
 from te_dynamo.passes.layout import attention_shape, choose_layout, qkv_linears
 from te_dynamo.passes.regions import regions
+from te_dynamo.passes.select import RECIPE
 
 LAYOUT = "te_layout"
 MEMBERS = "te_members"
@@ -33,11 +34,11 @@ class Merge:
     interleave: int
 
 
-def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int, merge: bool) -> None:
-    """Groups the linears of `gm`, in place. merge: whether linears may share a GEMM, and so a scale."""
+def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
+    """Groups the linears of `gm`, in place."""
     choose_layouts(gm, short_sequence)
     where = regions(gm.graph, grad_enabled)
-    merges = _merges(gm.graph) if merge else None
+    merges = _merges(gm.graph)
     for group in _groups(gm.graph, where):
         _group(gm.graph, group, merges)
     _fuse_norms(gm.graph, regions(gm.graph, grad_enabled))
@@ -57,7 +58,7 @@ def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
     result = {}
     for node in graph.nodes:
         trio = qkv_linears(node) if is_call(node, ops.attention) else None
-        if trio is None or len(set(trio)) != 3 or len({(n.args[0], n.kwargs["out_dtype"]) for n in trio}) != 1:
+        if trio is None or len(set(trio)) != 3 or len({(n.args[0], n.kwargs["out_dtype"], n.meta[RECIPE]) for n in trio}) != 1:
             continue
         layout: AttentionLayout = node.meta[LAYOUT]
         head = tensor(node.args[0]).shape[-1]
@@ -84,17 +85,22 @@ def _splits_heads(user: Node, linear: Node, head: Any) -> bool:
 
 
 def _groups(graph: Graph, where: dict[Node, tuple[int, bool]]) -> list[list[Node]]:
-    """The linears of each input, output dtype and region, in the graph's order."""
+    """The linears of each input, output dtype, recipe and region, in the graph's order."""
     found: dict[Any, list[Node]] = {}
     for node in graph.nodes:
         if is_call(node, ops.linear):
-            found.setdefault((node.args[0], node.kwargs["out_dtype"], where[node]), []).append(node)
+            key = (node.args[0], node.kwargs["out_dtype"], node.meta[RECIPE], where[node])
+            found.setdefault(key, []).append(node)
     return list(found.values())
 
 
-def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge] | None) -> None:
-    """Turns the linears of one input into groups: first the q, k, v of each attention, then what is left."""
-    for trio, merge in (merges or {}).items():
+def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge]) -> None:
+    """Turns the linears of one input into groups: first the q, k, v of each attention, then what is left.
+
+    Linears that share a GEMM share a scale, which TE's do not: they are not merged where they must be like its own.
+    """
+    may_merge = not getattr(members[0].meta[RECIPE], "like_te", False)
+    for trio, merge in merges.items() if may_merge else ():
         if all(n in members for n in trio) and _movable(graph, list(trio)):
             _emit_group(graph, list(trio), merged=True, interleave=merge.interleave)
             members = [n for n in members if n not in trio]
@@ -102,7 +108,7 @@ def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Nod
         for member in members:
             _emit_group(graph, [member])
     elif members:
-        _emit_group(graph, members, merged=len(members) > 1 and merges is not None)
+        _emit_group(graph, members, merged=len(members) > 1 and may_merge)
 
 
 def _movable(graph: Graph, members: list[Node]) -> bool:
@@ -140,6 +146,7 @@ def _emit_group(graph: Graph, members: list[Node], *, merged: bool = False, inte
         kwargs = {"out_dtype": dtype, "merged": merged, "interleave": interleave}
         group = emit(graph, ops.linears, (x, weights, biases), kwargs, like=members[0])
         outputs = [emit(graph, operator.getitem, (group, i), like=m) for i, m in enumerate(members)]
+    group.meta[RECIPE] = members[0].meta[RECIPE]
     group.meta[MEMBERS] = [_site_meta(m) for m in members]
     for member, output in zip(members, outputs, strict=True):
         _replace(graph, member, output, interleave)
@@ -196,7 +203,7 @@ def _emit_norm_linears(graph: Graph, norm: Node, group: Node) -> None:
     with graph.inserting_before(group):
         fused = emit(graph, ops.norm_linears, (x, weight, bias, group.args[1], group.args[2]), kwargs, like=group)
         h = emit(graph, operator.getitem, (fused, 0), like=norm)
-    fused.meta[MEMBERS] = group.meta[MEMBERS]
+    fused.meta[MEMBERS], fused.meta[RECIPE] = group.meta[MEMBERS], group.meta[RECIPE]
     h.meta[EXAMPLE] = norm.meta[EXAMPLE]
     for output in list(group.users):  # all are getitem
         output.args = (fused, output.args[1] + 1)

@@ -30,12 +30,25 @@ from te_dynamo.passes.weights import WeightRef, weight_of
 
 
 @dataclass(frozen=True)
+class QuantizedAs:
+    """How the weights of a site are joined and quantised."""
+
+    layout: Layout
+    provider: str
+    recipe: str
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What `functions.quantize_weights` takes after the weights."""
+        return self.layout.merged, self.layout.interleave, self.provider, self.recipe
+
+
+@dataclass(frozen=True)
 class QuantizedWeights:
     """Weights that a graph takes in FP8: where they are among the inputs, how each is viewed, and how they are joined."""
 
     arguments: tuple[int, ...]
     views: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
-    layout: Layout
+    form: QuantizedAs
 
 
 @dataclass
@@ -46,15 +59,15 @@ class Lowered:
     records: bool = False
 
 
-def lower(gm: GraphModule, *, first: bool, keep_infinite: bool) -> Lowered:
+def lower(gm: GraphModule, *, first: bool) -> Lowered:
     """Rewrites `gm` and its sub-graphs in place. first: unset scales are taken from the tensor itself, in the graph."""
     lowered = Lowered()
-    _lower(gm, {}, lowered, first=first, keep_infinite=keep_infinite, top=True)
+    _lower(gm, {}, lowered, first=first, top=True)
     gm.recompile()
     return lowered
 
 
-def _lower(gm: GraphModule, done: dict[int, bool], lowered: Lowered, *, first: bool, keep_infinite: bool, top: bool) -> bool:
+def _lower(gm: GraphModule, done: dict[int, bool], lowered: Lowered, *, first: bool, top: bool) -> bool:
     """Whether the graph returns recorded amaxes as its last output."""
     graph = gm.graph
     bodies = {call.node: call.body for call in calls(gm)}
@@ -63,7 +76,7 @@ def _lower(gm: GraphModule, done: dict[int, bool], lowered: Lowered, *, first: b
         if node in bodies:
             body = bodies[node]
             if id(body) not in done:
-                done[id(body)] = _lower(body, done, lowered, first=first, keep_infinite=keep_infinite, top=False)
+                done[id(body)] = _lower(body, done, lowered, first=first, top=False)
                 body.recompile()
             if done[id(body)]:
                 with graph.inserting_before(node.next):
@@ -75,7 +88,7 @@ def _lower(gm: GraphModule, done: dict[int, bool], lowered: Lowered, *, first: b
         elif is_call(node, ops.linear):
             raise AssertionError("a linear outside of a group reached the lowering")
     if amaxes:
-        _return_amaxes(gm, amaxes, keep_infinite, top)
+        _return_amaxes(gm, amaxes)
     lowered.records = bool(amaxes)
     graph.lint()
     return bool(amaxes)
@@ -90,13 +103,13 @@ def _output_of_call(graph: Any, call: Node, body: GraphModule) -> Node:
     return node
 
 
-def _return_amaxes(gm: GraphModule, amaxes: Sequence[Node], keep_infinite: bool, top: bool) -> None:
+def _return_amaxes(gm: GraphModule, amaxes: Sequence[Node]) -> None:
     output = next(n for n in gm.graph.nodes if n.op == "output")
     results = output.args[0]
     if not isinstance(results, (tuple, list)):
         raise NotImplementedError("a graph that returns a single value, not a tuple")
     with gm.graph.inserting_before(output):
-        packed = emit(gm.graph, functions.record, (list(amaxes), keep_infinite), like=amaxes[-1])
+        packed = emit(gm.graph, functions.record, (list(amaxes),), like=amaxes[-1])
     output.args = ((*results, packed),)
 
 
@@ -106,7 +119,8 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
         return _lower_norm_linears(gm, node, lowered, first, top)
     x, weights, biases = node.args
     refs = [weight_of(w) for w in weights]
-    attributes = {"provider": plan.provider, "merged": node.kwargs["merged"], "interleave": node.kwargs["interleave"]}
+    attributes = {"provider": plan.provider, "recipe": plan.recipe.key, "peers": plan.peers}
+    attributes |= {"merged": node.kwargs["merged"], "interleave": node.kwargs["interleave"]}
     attributes |= {"out_dtype": node.kwargs["out_dtype"], "first": first}
     scale, grad_scale, sink = _state_nodes(gm, slots)
     packed = provider_named(plan.provider).opaque
@@ -115,7 +129,7 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
         grad_scales = _scales(grad_scale, slots.g, len(refs), packed) if slots else None
         if not plan.trains and top and all(_replayable(r) for r in refs):
             layout = Layout(tuple(int(tensor(w).shape[0]) for w in weights), attributes["merged"], attributes["interleave"])
-            w8s, inverses = _weight_inputs(gm, refs, layout, lowered)
+            w8s, inverses = _weight_inputs(gm, refs, QuantizedAs(layout, plan.provider, plan.recipe.key), lowered)
             inference_args = (x, w8s, inverses, biases, scales)
             new = emit(graph, functions.linears_inference, inference_args, attributes | {"sizes": list(layout.sizes)}, like=node)
             amax = None
@@ -200,7 +214,7 @@ def _lower_attention(gm: GraphModule, node: Node) -> list[Node]:
     fp8_args = (q, k, v, mask, scale, sink, grad_scale)
     attributes = {"causal": node.kwargs.get("causal", False), "softmax_scale": node.kwargs.get("scale")}
     attributes |= {"enable_gqa": node.kwargs.get("enable_gqa", False), "f": slots.f if slots else 0, "g": slots.g if slots else 0}
-    attributes["form"] = node.meta[LAYOUT].form
+    attributes |= {"form": node.meta[LAYOUT].form, "recipe": plan.recipe.key, "peers": plan.peers}
     with graph.inserting_before(node):
         both = emit(graph, fp8_attention, fp8_args, attributes, like=node)
         out = emit(graph, operator.getitem, (both, 0), like=node)
@@ -226,14 +240,14 @@ def _replay(ref: WeightRef) -> Callable[[torch.Tensor], torch.Tensor]:
     return view
 
 
-def _weight_inputs(gm: GraphModule, refs: Sequence[WeightRef], layout: Layout, lowered: Lowered) -> tuple[list[Node], list[Node]]:
+def _weight_inputs(gm: GraphModule, refs: Sequence[WeightRef], form: QuantizedAs, lowered: Lowered) -> tuple[list[Node], list[Node]]:
     """New last inputs of the graph: the FP8 weight and scale_inv of each GEMM."""
     graph = gm.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     position = {n: i for i, n in enumerate(placeholders)}
-    lowered.weights.append(QuantizedWeights(tuple(position[r.root] for r in refs), tuple(_replay(r) for r in refs), layout))
+    lowered.weights.append(QuantizedWeights(tuple(position[r.root] for r in refs), tuple(_replay(r) for r in refs), form))
     views = [r.chain[-1] if r.chain else r.root for r in refs]
-    pairs = emit(graph, functions.quantize_weights, (views, layout.merged, layout.interleave), like=placeholders[-1])
+    pairs = emit(graph, functions.quantize_weights, (views, *form.arguments()), like=placeholders[-1])
     w8s: list[Node] = []
     inverses: list[Node] = []
     for i, pair in enumerate(pairs.meta[EXAMPLE]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -14,40 +14,46 @@ from te_dynamo.lowering.fp8_attention import unsupported as unsupported_attentio
 from te_dynamo.passes.fuse import LAYOUT, MEMBERS
 from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.regions import regions
-from te_dynamo.passes.select import site_path
+from te_dynamo.passes.select import RECIPE, site_path
+from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
 from te_dynamo.report.sites import Site, Sites, module_path
 
 PLAN = "te_plan"
 SITE = "te_site"
-Recipe = Literal["delayed", "current"]
 
 
 @dataclass(frozen=True)
 class Plan:
     """provider: its key (see `lowering.providers`); recipe: None for what stays in high precision; trains: whether the site
-    has gradients, and so records its amaxes."""
+    has gradients, and so records its amaxes; peers: the name of the process group whose ranks share first scales, or ""."""
 
     provider: str
     recipe: Recipe | None
     trains: bool
+    peers: str = ""
 
 
-def plan(gm: GraphModule, sites: Sites, options: Options, provider: str, *, grad_enabled: bool) -> None:
+def plan(gm: GraphModule, sites: Sites, options: Options, provider: str, *, grad_enabled: bool, peers: str = "") -> None:
     """Puts a `Plan` and its `Site` on every semantic node of `gm`."""
     where = regions(gm.graph, grad_enabled)
-    recipe: Recipe = "current" if options.recipe == "current" else "delayed"
     for node in gm.graph.nodes:
         if is_call(node, ops.linears, ops.norm_linears):
-            node.meta[PLAN] = Plan(provider, recipe, where[node][1])
+            recipe = node.meta[RECIPE]
+            node.meta[PLAN] = Plan(provider, recipe, where[node][1], peers_of(recipe, peers))
             node.meta[SITE] = _linear_sites(node, sites, provider, recipe)
         elif is_call(node, ops.attention):
-            node.meta[PLAN], node.meta[SITE] = _attention(node, sites, options, provider, recipe, where[node][1])
+            node.meta[PLAN], node.meta[SITE] = _attention(node, sites, options, provider, where[node][1], peers)
         elif is_call(node, ops.norm):
             node.meta[PLAN] = Plan(provider, None, where[node][1])
             node.meta[SITE] = Site("norm", module_path(node), node.name, provider=provider.partition(":")[0])
 
 
-def _linear_sites(node: Node, sites: Sites, provider: str, recipe: str) -> Site:
+def peers_of(recipe: Recipe, peers: str) -> str:
+    """The ranks that share the first scales of a site: those that share its amaxes."""
+    return peers if getattr(recipe, "reduce_amax", False) else ""
+
+
+def _linear_sites(node: Node, sites: Sites, provider: str, recipe: Recipe) -> Site:
     fused = node.target is ops.norm_linears
     x, weights = node.args[0], node.args[3 if fused else 1]
     taken = []
@@ -57,7 +63,7 @@ def _linear_sites(node: Node, sites: Sites, provider: str, recipe: str) -> Site:
             path=member.get("te_path", ""),
             node=member.get("te_origin", node.name),
             provider=provider.partition(":")[0],
-            recipe=recipe,
+            recipe=recipe.name,
             flops=flops_of_linear(tensor(x), tensor(weight)),
         )
         if node.kwargs["merged"]:
@@ -66,19 +72,22 @@ def _linear_sites(node: Node, sites: Sites, provider: str, recipe: str) -> Site:
     return taken[0]
 
 
-def _attention(node: Node, sites: Sites, options: Options, provider: str, recipe: Recipe, trains: bool) -> tuple[Plan, Site]:
+def _attention(node: Node, sites: Sites, options: Options, provider: str, trains: bool, peers: str) -> tuple[Plan, Site]:
     q, k, v = (tensor(a) for a in node.args[:3])
     layout = node.meta[LAYOUT].name
     site = Site("attention", site_path(node), node.meta.get("te_origin", node.name), provider=provider.partition(":")[0], layout=layout)
+    wanted: Recipe | None = node.meta[RECIPE]
     precision: Recipe | None = None
-    if options.attention == "fp8":
+    if wanted is not None and (options.attention == "fp8" or (options.attention == "auto" and wanted.fp8_attention)):
         mask = tensor(node.args[3]) if len(node.args) > 3 else None
         kwargs = {key: node.kwargs.get(key, default) for key, default in (("dropout_p", 0.0), ("enable_gqa", False))}
         reason = unsupported_attention(q, k, v, mask, **kwargs)
         if reason is None and mask is not None and trains and is_learned(node.args[3]):
             reason = "FP8 attention gives no gradient to its mask (a learned bias)"
+        if reason is None and not isinstance(wanted, (DelayedScaling, Float8CurrentScaling)):
+            reason = f"FP8 attention has one scale a tensor; the recipe {wanted.name!r} has no such thing"
         if reason is None:
-            precision = site.recipe = recipe
+            precision, site.recipe = wanted, wanted.name
         else:
             site.detail["fp8"] = reason
     proof = node.meta.get("mask")
@@ -87,7 +96,7 @@ def _attention(node: Node, sites: Sites, options: Options, provider: str, recipe
     site.detail["precision"] = "fp8" if precision else "high"
     site.flops = _attention_flops(node)
     sites.add(site)
-    return Plan(provider, precision, trains), site
+    return Plan(provider, precision, trains, peers_of(wanted, peers)), site
 
 
 def is_learned(node: Any) -> bool:

@@ -17,6 +17,7 @@ from te_dynamo.passes.logits import find_logits
 from te_dynamo.passes.rules import ORIGIN
 from te_dynamo.report.sites import module_path
 
+RECIPE = "te_recipe"
 UnsupportedLinear = Callable[[Node], "str | None"]
 
 
@@ -43,11 +44,13 @@ def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
 
 
 def select(gm: GraphModule, options: Options, unsupported: UnsupportedLinear, grad_enabled: bool) -> Selection:
-    """Looks at the raised graph `gm`, and changes nothing."""
+    """Looks at the raised graph `gm`; it gains nothing but each site's recipe, in `meta["te_recipe"]`."""
     logits = set() if options.include_logits else find_logits(gm)
     excluded: dict[str, str] = {}
     for node in gm.graph.nodes:
         reason = None
+        if is_call(node, ops.linear, ops.attention):
+            node.meta[RECIPE] = options.recipe_of(site_path(node))
         if is_call(node, ops.linear):
             reason = _linear_reason(node, node in logits, options, unsupported, grad_enabled)
         elif is_call(node, ops.attention):
@@ -69,6 +72,8 @@ def _skip_reason(node: Node, options: Options) -> str | None:
 def _linear_reason(node: Node, is_logits: bool, options: Options, unsupported: UnsupportedLinear, grad_enabled: bool) -> str | None:
     if is_logits:
         return "the logits stay in high precision (include_logits=False)"
+    if node.meta[RECIPE] is None:
+        return "its recipe is None: high precision"
     return _skip_reason(node, options) or unsupported(node) or not_worth_it(node, training=grad_enabled)
 
 

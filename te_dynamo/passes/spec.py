@@ -396,8 +396,14 @@ def _members(node: Node) -> Iterator[Problem]:
 def _recipe_has_slots(node: Node) -> Iterator[Problem]:
     """A delayed site that was given no slots runs on its own amax; lowering copes, but its scale would be lost."""
     plan = node.meta.get(PLAN)
-    if node.target in ops.SEMANTIC_OPS and isinstance(plan, Plan) and plan.recipe == "current" and SLOTS in node.meta:
-        yield Problem("current scaling with slots", "only delayed scaling has state")
+    if (
+        node.target in ops.SEMANTIC_OPS
+        and isinstance(plan, Plan)
+        and plan.recipe is not None
+        and not plan.recipe.stateful
+        and SLOTS in node.meta
+    ):
+        yield Problem(f"{plan.recipe.name} scaling with slots", "only delayed scaling has state")
 
 
 def _lowered_target(node: Node) -> Iterator[Problem]:

@@ -405,7 +405,7 @@ def _comment(node: Node, source: bool = False) -> str:
     elif source and isinstance(value, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in value.shape):
         notes.append("symbolic sizes are their hints")
     if plan is not None:
-        notes.append(f"{plan.provider}, {f'{plan.recipe} scaling' if plan.recipe else 'high precision'}")
+        notes.append(f"{plan.provider}, {f'{plan.recipe.name} scaling' if plan.recipe else 'high precision'}")
     if layout is not None:
         notes.append(f"layout {layout.name}")
     if slots is not None:

@@ -17,7 +17,7 @@ from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.utils import _compilation_metrics, clear_compilation_metrics, counters, get_compilation_metrics
 from torch.utils._pytree import tree_map_only
 
-from te_dynamo.state import STATE, ScaleState
+from te_dynamo.state import STATE
 
 TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -62,7 +62,7 @@ def untouched(model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[Memory]:
     """
     with ExitStack() as stack:
         stack.enter_context(_random_states())
-        stack.enter_context(_no_scale_state())
+        stack.enter_context(STATE.set_aside())
         stack.enter_context(_own_dynamo_records())
         stack.enter_context(_own_tensors(model))
         memory = Memory([*model.parameters(), *inputs])
@@ -82,21 +82,6 @@ def _random_states() -> Iterator[None]:
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(arrays)
-
-
-@contextmanager
-def _no_scale_state() -> Iterator[None]:
-    """While open there is no scale state; what comes to be is gone afterwards."""
-    attributes = vars(STATE)
-    before = dict(attributes)
-    attributes.update(vars(ScaleState()))
-    try:
-        yield
-    finally:
-        for finalizer in STATE.watched.values():
-            finalizer.detach()
-        attributes.clear()
-        attributes.update(before)
 
 
 @contextmanager

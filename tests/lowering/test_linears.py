@@ -7,9 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from te_dynamo.lowering import functions
 from te_dynamo.lowering.fp8 import E4M3, amax, row_amax
-from te_dynamo.lowering.linears import Layout, quantize_weights
+from te_dynamo.lowering.linears import Layout
+from te_dynamo.recipe import DelayedScaling
 
 SIZE = 1024
+RECIPE = DelayedScaling().key
 PROVIDERS = ("reference", "native:cpu", "native:cuda")  # the last is what is generated for a GPU, computed by a CPU here
 FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # bits of mantissa, least exponent, largest value
 
@@ -46,6 +48,8 @@ def run(provider: str, x: Tensor, weights, biases, *, scales=None, grad_scales=N
         grad_scales,
         sink,
         provider=provider,
+        recipe=RECIPE,
+        peers="",
         merged=merged,
         interleave=interleave,
         out_dtype=x.dtype,
@@ -163,8 +167,8 @@ def test_inference_gives_what_training_gives(provider):
     weights = [torch.randn(32, 64, dtype=torch.bfloat16) for _ in range(3)]
     for merged, interleave in ((False, 0), (True, 0), (True, 16)):
         layout = Layout((32, 32, 32), merged, interleave)
-        w8s, inverses = zip(*quantize_weights(weights, layout), strict=True)
-        options = {"merged": merged, "interleave": interleave, "out_dtype": torch.bfloat16, "first": True}
+        w8s, inverses = zip(*functions.quantize_weights(weights, merged, interleave, provider, RECIPE), strict=True)
+        options = {"recipe": RECIPE, "peers": "", "merged": merged, "interleave": interleave, "out_dtype": torch.bfloat16, "first": True}
         ys = functions.linears_inference(x, w8s, inverses, [None] * 3, None, provider=provider, sizes=layout.sizes, **options)
         *expected, _ = run(provider, x, weights, [None] * 3, merged=merged, interleave=interleave)
         assert all(torch.equal(a, b) for a, b in zip(ys, expected, strict=True))
@@ -178,22 +182,23 @@ def samples():
     grads, flags = [torch.randn(2, 8, 16) for _ in weights], (False, 0)
     ops = torch.ops.te_dynamo
     return {
-        "linears_fwd": (ops.linears_fwd, (x, weights, biases, scale, 1, *flags, torch.bfloat16)),
-        "linears_fwd merged": (ops.linears_fwd, (x, weights, [None, None], None, 0, True, 8, torch.float32)),
+        "linears_fwd": (ops.linears_fwd, (x, weights, biases, scale, 1, *flags, torch.bfloat16, RECIPE, "")),
+        "linears_fwd merged": (ops.linears_fwd, (x, weights, [None, None], None, 0, True, 8, torch.float32, RECIPE, "")),
         "linears_bwd": (
             ops.linears_bwd,
-            (grads, x8, weights, torch.ones(3), torch.ones(2), 0, *flags, True, [True, False], [True, False], torch.float32),
+            (grads, x8, weights, torch.ones(3), torch.ones(2), 0, *flags, True, [True, False], [True, False], torch.float32, RECIPE, ""),
         ),
         "linears_bwd without": (
             ops.linears_bwd,
-            (grads, None, weights, torch.ones(3), None, 0, *flags, True, [False, False], [False, False], torch.float32),
+            (grads, None, weights, torch.ones(3), None, 0, *flags, True, [False, False], [False, False], torch.float32, RECIPE, ""),
         ),
         "linears_inference": (
             ops.linears_inference,
-            (x, [w.to(E4M3) for w in weights], [torch.ones(())] * 2, biases, scale, 0, [16, 16], *flags, torch.float32),
+            (x, [w.to(E4M3) for w in weights], [torch.ones(())] * 2, biases, scale, 0, [16, 16], *flags, torch.float32, RECIPE),
         ),
         "unpack": (ops.unpack, (torch.rand(5),)),
         "largest": (ops.largest, ([torch.rand(3), torch.rand(4), torch.rand(0)], [0, 1, 0, 2])),
+        "agreed": (ops.agreed, (torch.rand(()), torch.ones(()), "0")),
         "transpose": (ops.transpose, (x8,)),
     }
 
@@ -213,7 +218,7 @@ def test_opcheck(name, monkeypatch):
 
 def test_every_operator_is_checked():
     checked = {op.default.name() for op, _ in samples().values()}
-    ours = {"linears_fwd", "linears_bwd", "linears_inference", "unpack", "largest", "transpose"}
+    ours = {"linears_fwd", "linears_bwd", "linears_inference", "unpack", "largest", "agreed", "transpose"}
     assert checked == {f"te_dynamo::{name}" for name in ours}
 
 

@@ -24,6 +24,7 @@ from te_dynamo.report.explain import ISOLATED, OUTSIDE, UNRECOGNISED
 from te_dynamo.report.sites import Site
 from te_dynamo.runtime import compile_without_codegen
 from te_dynamo.state import STATE
+from tests.slots import all_slots
 
 LINEAR_FLOPS = 2 * 16 * 64 * 64
 
@@ -608,8 +609,8 @@ def scale_state() -> dict:
         rows[device] = (id(arena), tuple(arena.used), [t.data_ptr() for t in tensors], [t[:, :n].tolist() for t in tensors])
     return {
         "arenas": rows,
-        "slots": dict(STATE.slots),
-        "watched": set(STATE.watched),
+        "slots": all_slots(),
+        "watched": set(STATE.homes.watched),
         "visited": set(STATE.visited),
         "backward": STATE.backward_seen,
         "version": STATE.version,

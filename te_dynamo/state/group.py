@@ -1,0 +1,106 @@
+"""The slots of one graph's sites for one set of weights, as the graph wants them packed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from te_dynamo.state.arena import FORWARD, GRADIENT, Arena
+
+
+class Group:
+    """Reads scales for a call, and takes the amaxes that it recorded."""
+
+    fake = False
+
+    def __init__(self, arena: Arena, indices: tuple[Sequence[int], Sequence[int]], owners: Iterable[nn.Module]) -> None:
+        self.arena = arena
+        self.slots = frozenset((direction, i) for direction in (FORWARD, GRADIENT) for i in indices[direction])
+        self.where = tuple(_location(i, arena.device) for i in indices)
+        self.owners = tuple({id(o): weakref.ref(o) for o in owners}.values())
+        self._complete = -1  # the arena's version at which every scale was seen to be set
+        with torch.inference_mode(False):
+            self.sink = torch.zeros(len(indices[GRADIENT]), device=arena.device, requires_grad=True)
+            self.scratch = torch.zeros(len(indices[GRADIENT]), device=arena.device)  # of calls that must not be recorded
+            self.own_grad_amax = None if isinstance(self.where[GRADIENT], slice) else torch.zeros_like(self.scratch)
+        if self.own_grad_amax is not None:
+            arena.flushers.append(weakref.ref(self))
+
+    def complete(self, gradients: bool) -> bool:
+        """Whether every scale was set; asked once for each version of the arena, since on a GPU it waits for the device."""
+        if self._complete != self.arena.version and self._all_set(gradients):
+            self._complete = self.arena.version
+        return self._complete == self.arena.version
+
+    def _all_set(self, gradients: bool) -> bool:
+        directions = (FORWARD, GRADIENT) if gradients else (FORWARD,)
+        return all(bool((self.arena.scale[d][self.where[d]] > 0).all()) for d in directions)
+
+    def training(self) -> bool:
+        """Whether the modules that own the weights are in training mode, as they are now (raw parameters always are)."""
+        return all(owner.training for reference in self.owners if (owner := reference()) is not None)
+
+    def scales(self, direction: int, snapshot: bool) -> Tensor:
+        """[slots] f32; a snapshot is a copy that no later roll reaches."""
+        where = self.where[direction]
+        scale = self.arena.scale[direction]
+        if isinstance(where, slice):
+            return scale[where].clone() if snapshot else scale[where]
+        return scale.index_select(0, where)
+
+    def grad_amax(self, recording: bool) -> Tensor:
+        """Where backward max-writes the gradients' amaxes."""
+        if not recording:
+            return self.scratch
+        if self.own_grad_amax is not None:
+            return self.own_grad_amax
+        return self.arena.amax.data[GRADIENT][self.where[GRADIENT]]
+
+    def record(self, amax: Tensor) -> None:
+        """Max-writes the forward amaxes [slots] of a call."""
+        self._record(FORWARD, amax)
+
+    def flush(self) -> None:
+        """Brings the gradients' amaxes of slots that do not stand side by side into the arena."""
+        if self.own_grad_amax is not None:
+            self._record(GRADIENT, self.own_grad_amax)
+            self.own_grad_amax.zero_()
+
+    @torch.no_grad()
+    def _record(self, direction: int, amax: Tensor) -> None:
+        where, target = self.where[direction], self.arena.amax[direction]
+        if isinstance(where, slice):
+            torch.maximum(target[where], amax, out=target[where])
+        else:
+            target.scatter_reduce_(0, where, amax, "amax")
+
+
+class FakeGroup(Group):
+    """State of the right shapes, in the fake mode of the weights (a trial run on shapes only): nothing is recorded."""
+
+    fake = True
+
+    def __init__(self, weight: Tensor, forward: int, gradient: int) -> None:
+        assert isinstance(weight, FakeTensor)
+        with weight.fake_mode, torch.inference_mode(False):
+            self._scales = [torch.zeros(n, device=weight.device) for n in (forward, gradient)]
+            self.sink = torch.zeros(gradient, device=weight.device, requires_grad=True)
+            self.scratch = torch.zeros(gradient, device=weight.device)
+
+    def scales(self, direction: int, snapshot: bool) -> Tensor:
+        return self._scales[direction]
+
+    def grad_amax(self, recording: bool) -> Tensor:
+        return self.scratch
+
+
+def _location(indices: Sequence[int], device: torch.device) -> slice | Tensor:
+    """A slice where the slots stand side by side, else an index tensor."""
+    start = indices[0] if indices else 0
+    if list(indices) == list(range(start, start + len(indices))):
+        return slice(start, start + len(indices))
+    return torch.tensor(list(indices), device=device)

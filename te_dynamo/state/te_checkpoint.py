@@ -1,0 +1,121 @@
+"""Transformer Engine's `_extra_state`: a pickle, in a uint8 tensor or an io.BytesIO, of the scales and histories of a module.
+
+`scale_fwd` f32 [3 n] and `amax_history_fwd` f32 [length, 3 n] for n GEMMs: input, weight, output of each; `scale_bwd` f32
+[2 n] and `amax_history_bwd`: the gradients of output and input. (TE 2.20, pytorch/module/base.py, get_extra_state.)
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SUFFIX = "_extra_state"
+PER_GEMM = {"fwd": (("input", "weight"), 3), "bwd": (("grad_output",), 2)}  # the roles that have a place here, and the stride
+
+
+def entries_of_te(state_dict: Mapping[str, Any], names: Mapping[str, Any] | Callable[[str], Any] | None) -> dict[str, Tensor]:
+    """Scale-state entries, as `ModelScaleState.state_dict` names them, out of a TE model's `state_dict()`."""
+    result: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if key != SUFFIX and not key.endswith("." + SUFFIX):
+            continue
+        path = key.removesuffix(SUFFIX).removesuffix(".")
+        state = _read(key, value)
+        ours = _renamed(path, names)
+        if not state or "scale_fwd" not in state or ours is None:
+            continue
+        for gemm, name in enumerate([ours] if isinstance(ours, str) else ours):
+            for pass_, (roles, stride) in PER_GEMM.items():
+                scales, history = state[f"scale_{pass_}"], state[f"amax_history_{pass_}"]
+                if scales.numel() < (gemm + 1) * stride:
+                    raise ValueError(
+                        f"te_fp8: {key} holds {scales.numel()} scales of {pass_}; GEMM {gemm} ({name!r}) would need {(gemm + 1) * stride}"
+                    )
+                for i, role in enumerate(roles):
+                    slot = f"{name}.{role}" if name else role
+                    result[f"{slot}.scale"] = scales[gemm * stride + i].clone()
+                    result[f"{slot}.amax_history"] = history[:, gemm * stride + i].clone()
+    return result
+
+
+def _renamed(path: str, names: Mapping[str, Any] | Callable[[str], Any] | None) -> Any:
+    if names is None:
+        return path
+    return names(path) if callable(names) else names.get(path, path)
+
+
+def _read(key: str, value: Any) -> dict[str, Any] | None:
+    """What an entry holds; None where there is no state."""
+    if value is None:
+        return None
+    if isinstance(value, io.BytesIO):
+        data = value.getvalue()
+    elif isinstance(value, Tensor) and value.dtype == torch.uint8:
+        data = value.detach().cpu().numpy().tobytes()
+    else:
+        raise ValueError(f"te_fp8: {key} is a {type(value).__name__}; Transformer Engine keeps a uint8 tensor or an io.BytesIO there")
+    if not data:
+        return None
+    try:
+        if zipfile.is_zipfile(io.BytesIO(data)):  # torch.save's form, in older checkpoints
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=False, pickle_module=_Restricted)
+        else:
+            loaded = _Unpickler(io.BytesIO(data)).load()
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"te_fp8: {key} cannot be read: {error}") from error
+    return loaded if isinstance(loaded, dict) else None
+
+
+class _Inert:
+    """What stands for an object of Transformer Engine's own (the recipe): it holds what it is given, and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_ADMITTED = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "FloatStorage"),
+    ("torch", "ByteStorage"),
+    ("torch", "Size"),
+    ("torch.storage", "UntypedStorage"),
+    ("torch.storage", "TypedStorage"),
+    ("torch.storage", "_load_from_bytes"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits tensors and plain containers. A recipe, which TE keeps beside them, becomes an inert object."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _load_storage  # as it is, it would unpickle anything
+        if (module, name) in _ADMITTED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith("transformer_engine."):
+            return _Inert
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no tensor and no plain container")
+
+
+def _load_storage(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+class _Restricted:
+    """What `torch.load` wants of a pickle module."""
+
+    Unpickler = _Unpickler
+    load = staticmethod(lambda file, **kwargs: _Unpickler(file, **kwargs).load())

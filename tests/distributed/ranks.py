@@ -1,0 +1,229 @@
+"""What the ranks of `test_distributed.py` run: `torchrun --nproc-per-node 2 -m tests.distributed.ranks CASE FOLDER`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import te_dynamo
+from te_dynamo.backend import observing, te_fp8
+from te_dynamo.recipe import DelayedScaling
+
+SIZE, SAMPLES, STEPS = 32, 8, 4
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(SIZE)
+        self.up, self.down = nn.Linear(SIZE, 2 * SIZE), nn.Linear(2 * SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def batches(steps: int = STEPS) -> list[Tensor]:
+    """The same on every rank; the two halves of a batch have very different amaxes, each the larger one in turn."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for step in range(steps):
+        x = torch.randn(SAMPLES, SIZE, generator=generator)
+        x[(slice(0, SAMPLES // 2), slice(SAMPLES // 2, SAMPLES))[step % 2]] *= 8
+        found.append(x)
+    return found
+
+
+def mine(x: Tensor) -> Tensor:
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def train(model: nn.Module, steps: list[Tensor], each: Callable[[Tensor], Tensor] = mine, optimizer: Any = None) -> list[Tensor]:
+    """Outputs. The loss is a sum over the samples, and DDP's mean over the ranks is undone: a rank's gradients are those that
+    its samples have in one process."""
+    outputs = []
+    for x in steps:
+        y = model(each(x))
+        y.square().sum().backward()
+        outputs.append(y.detach())
+        if optimizer is not None:
+            for p in model.parameters():
+                p.grad.mul_(dist.get_world_size())
+            optimizer.step()
+            optimizer.zero_grad()
+    return outputs
+
+
+def scales(model: nn.Module) -> dict[str, Tensor]:
+    return te_dynamo.scale_state(model).state_dict()
+
+
+def same_on_all_ranks(values: dict[str, Tensor]) -> bool:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, values)
+    return all(v.keys() == everyone[0].keys() and all(torch.equal(v[k], everyone[0][k]) for k in v) for v in everyone)
+
+
+def one_process(steps: list[Tensor], learning_rate: float = 0.0) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The scale state and the outputs of one process that sees all of each batch."""
+    torch._dynamo.reset()
+    model = Net()
+    compiled = torch.compile(model, backend=te_fp8, options={"recipe": DelayedScaling(reduce_amax=False)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    outputs = []
+    for x in steps:
+        y = compiled(x)
+        y.square().sum().backward()
+        outputs.append(y.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    return scales(model), outputs
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not different, {k: (a[k], b[k]) for k in different[:3]}
+
+
+def ddp(folder: Path) -> None:
+    """Buckets of one layer, so Dynamo's DDP optimizer splits the graph."""
+    model = Net()
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.005)
+    compiled = torch.compile(wrapped, backend="te_fp8")
+    graphs: list[Any] = []
+    with observing(lambda gm, sites, options: graphs.append(gm)):
+        outputs = train(compiled, batches())
+    assert len(graphs) > 1, "the DDP optimizer did not split the graph"
+    found = scales(wrapped)
+    assert found.keys() == scales(model).keys() and "layers.0.up.input.scale" in found
+    assert same_on_all_ranks(found)
+    everything, all_outputs = one_process(batches())
+    assert_same(found, everything)
+    for y, z in zip(outputs, all_outputs, strict=True):  # the first too: its scale is the group's
+        assert torch.equal(y, mine(z))
+
+
+def collectives(folder: Path) -> None:
+    """One a step, whatever the number of sites."""
+    for layers in (1, 3):
+        torch._dynamo.reset()
+        model = Net(layers)
+        compiled = torch.compile(model, backend="te_fp8")
+        train(compiled, batches(2))
+        counted = []
+        original = dist.all_reduce
+
+        @functools.wraps(original)
+        def counting(*args: Any, original: Any = original, counted: list[Any] = counted, **kwargs: Any) -> Any:
+            counted.append(args)
+            return original(*args, **kwargs)
+
+        dist.all_reduce = counting
+        try:
+            train(compiled, batches(3))
+        finally:
+            dist.all_reduce = original
+        assert len(counted) == 3, len(counted)
+
+
+def apart(folder: Path) -> None:
+    """reduce_amax=False, and a group of one rank: each rank has its own scales, and saves alone."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    for options in ({"recipe": DelayedScaling(reduce_amax=False)}, {"amax_group": alone}):
+        torch._dynamo.reset()
+        model = Net()
+        train(torch.compile(model, backend="te_fp8", options=options), batches())
+        assert not same_on_all_ranks({k: v for k, v in scales(model).items() if "input" in k})
+    model = Net()
+    train(torch.compile(model, backend="te_fp8", options={"amax_group": dist.group.WORLD}), batches())
+    assert same_on_all_ranks(scales(model))
+    if dist.get_rank() == 0:
+        assert scales(model)  # no other rank takes part
+    dist.barrier()
+
+
+def sharded() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """FSDP2, activation checkpointing and per-layer compile."""
+    model = Net()
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = checkpoint_wrapper(layer)
+        model.layers[i].compile(backend="te_fp8")
+        fully_shard(model.layers[i])
+    fully_shard(model)
+    return model, torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def fsdp(folder: Path) -> None:
+    model, _ = sharded()
+    train(model, batches())
+    found = scales(model)
+    assert {k.rsplit(".", 2)[0] for k in found} == {f"layers.{i}.{name}" for i in range(2) for name in ("up", "down")}
+    assert same_on_all_ranks(found)
+    everything, _ = one_process(batches())
+    assert_same(found, everything)
+    assert not any("scale" in key or "amax" in key for key in model.state_dict())
+
+
+def fsdp_save(folder: Path) -> None:
+    """Sharded weights and scales go into one checkpoint; what follows is kept for whoever resumes."""
+    model, optimizer = sharded()
+    train(model, batches(3), optimizer=optimizer)
+    dcp.save({"model": model.state_dict(), "scales": scales(model)}, checkpoint_id=str(folder / "checkpoint"))
+    outputs = train(model, batches(5)[3:], optimizer=optimizer)
+    torch.save(outputs, folder / f"outputs{dist.get_rank()}.pt")
+    if dist.get_rank() == 0:
+        torch.save(scales(model), folder / "scales.pt")
+
+
+def fsdp_resume(folder: Path) -> None:
+    """On any number of ranks."""
+    model, optimizer = sharded()
+    saved: dict[str, Any] = {"model": model.state_dict()}
+    metadata = dcp.FileSystemReader(str(folder / "checkpoint")).read_metadata().state_dict_metadata
+    saved["scales"] = {k.removeprefix("scales."): torch.empty(m.size) for k, m in metadata.items() if k.startswith("scales.")}
+    dcp.load(saved, checkpoint_id=str(folder / "checkpoint"))
+    model.load_state_dict(saved["model"])
+    te_dynamo.scale_state(model).load_state_dict(saved["scales"])
+    outputs = train(model, batches(5)[3:], optimizer=optimizer)
+    expected = [torch.load(folder / f"outputs{rank}.pt") for rank in range(2)]
+    for step, y in enumerate(outputs):
+        whole = torch.cat([e[step] for e in expected])
+        torch.testing.assert_close(y, mine(whole), rtol=1e-5, atol=1e-5)
+        assert step > 0 or torch.equal(y, mine(whole))
+    then = torch.load(folder / "scales.pt")
+    assert then.keys() == scales(model).keys()
+    torch.testing.assert_close(scales(model), then, rtol=1e-4, atol=1e-6)
+
+
+CASES = {f.__name__: f for f in (ddp, collectives, apart, fsdp, fsdp_save, fsdp_resume)}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        CASES[sys.argv[1]](Path(sys.argv[2]))
+    finally:
+        dist.destroy_process_group()

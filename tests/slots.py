@@ -1,0 +1,27 @@
+"""Looking at the scale state, past its public names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from te_dynamo.state import FORWARD, GRADIENT, STATE, Arena
+
+CPU = torch.device("cpu")
+ROLES = {"input": FORWARD, "weight": FORWARD, "grad_output": GRADIENT}
+
+
+def index_of(weight: Tensor, role: str, ordinal: int = 0) -> int:
+    """The slot of one of a weight's tensors, in its arena."""
+    return STATE.homes.by_weight[id(weight)].slots[ordinal, role][2]
+
+
+def history_of(arena: Arena, direction: int, index: int) -> Tensor:
+    """A slot's history [length], entry 0 being written, entry 1 the oldest."""
+    return arena.in_order(direction, index)
+
+
+def all_slots() -> dict[tuple[int, int, str], int]:
+    """Every slot of the process: (id of the weight, ordinal, role) -> its index."""
+    homes = STATE.homes.by_weight.items()
+    return {(identity, *slot): index for identity, home in homes for slot, (_, _, index) in home.slots.items()}
