@@ -17,7 +17,7 @@ Transformer Engine's way (2.20).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Quantized(NamedTuple):
 
 
 class Granularity(Protocol):
+    """A frozen value: equal ones quantise equally."""
+
     def quantize(self, t: Tensor) -> Quantized:
         """t: [R, C], float32, bfloat16 or float16, of any strides. The results are contiguous and share no memory with it."""
         ...
@@ -54,7 +56,26 @@ class Granularity(Protocol):
 
 
 @dataclass(frozen=True)
-class Blocks:
+class _FP8:
+    """FP8 with a scale for each `rows` x `columns`; None: all of them."""
+
+    scale_dtype: ClassVar[torch.dtype]
+
+    dtype: torch.dtype
+    rows: int | None
+    columns: int | None
+
+    def dequantize(self, quantized: Quantized, columns: int) -> Tensor:
+        data = _blocks(quantized.data.float(), self.rows, self.columns)
+        return _matrix(data * _spread(quantized.scale_inv.float()), *quantized.data.shape)
+
+    def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
+        grid = (_count(rows, self.rows), _count(columns, self.columns))
+        return Quantized(like.new_empty(rows, columns, dtype=self.dtype), like.new_empty(grid, dtype=self.scale_dtype))
+
+
+@dataclass(frozen=True)
+class Blocks(_FP8):
     """FP8 with a scale for each `rows` x `columns`: fp8_max / amax, float32; None: all of them.
 
     data [R, C] in `dtype`; scale_inv float32 [blocks down, blocks across].
@@ -62,9 +83,8 @@ class Blocks:
     power_of_2: the scale's mantissa is cut off. epsilon: the least amax. An amax of 0, or an infinite one, has scale 1.
     """
 
-    dtype: torch.dtype
-    rows: int | None
-    columns: int | None
+    scale_dtype = torch.float32
+
     power_of_2: bool = False
     epsilon: float = 0.0
 
@@ -76,40 +96,25 @@ class Blocks:
         data = fp8.quantize(blocks, _spread(scale), self.dtype)
         return Quantized(_matrix(data, *t.shape), scale.reciprocal())
 
-    def dequantize(self, quantized: Quantized, columns: int) -> Tensor:
-        data = _blocks(quantized.data.float(), self.rows, self.columns)
-        return _matrix(data * _spread(quantized.scale_inv), *quantized.data.shape)
-
-    def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        grid = (_count(rows, self.rows), _count(columns, self.columns))
-        return Quantized(like.new_empty(rows, columns, dtype=self.dtype), like.new_empty(grid, dtype=torch.float32))
-
 
 @dataclass(frozen=True)
-class MX:
+class MX(_FP8):
     """FP8 with a power of two for each `rows` x 32: amax / fp8_max, rounded up.
 
     data [R, C] in `dtype`; scale_inv float8_e8m0fnu [blocks down, blocks across]. An amax of 0 has the smallest scale_inv,
     2**-127; an infinite one the largest, 2**127.
     """
 
-    dtype: torch.dtype
-    rows: int = 1
-    columns: int = 32
+    scale_dtype = torch.float8_e8m0fnu
+
+    rows: int | None = 1
+    columns: int | None = 32
 
     def quantize(self, t: Tensor) -> Quantized:
         blocks = _blocks(t.float(), self.rows, self.columns)
         exponent = _exponent_above(_amax(blocks) * (1 / FP8_MAX[self.dtype]))
         data = fp8.quantize(blocks, _spread(torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent)), self.dtype)
         return Quantized(_matrix(data, *t.shape), (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu))
-
-    def dequantize(self, quantized: Quantized, columns: int) -> Tensor:
-        data = _blocks(quantized.data.float(), self.rows, self.columns)
-        return _matrix(data * _spread(quantized.scale_inv.float()), *quantized.data.shape)
-
-    def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        grid = (_count(rows, self.rows), _count(columns, self.columns))
-        return Quantized(like.new_empty(rows, columns, dtype=self.dtype), like.new_empty(grid, dtype=torch.float8_e8m0fnu))
 
 
 @dataclass(frozen=True)

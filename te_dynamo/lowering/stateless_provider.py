@@ -13,8 +13,8 @@ from te_dynamo.lowering import stateless
 from te_dynamo.lowering.cpu_ops import spread
 from te_dynamo.lowering.granularity import Quantized
 from te_dynamo.lowering.linears import Layout
-from te_dynamo.lowering.providers import ALIGNMENT_ON_GPU, unsupported_dtype
-from te_dynamo.lowering.stateless import operands_of
+from te_dynamo.lowering.providers import unsupported_dtype
+from te_dynamo.lowering.stateless import ALIGNMENT_ON_GPU, operands_of
 from te_dynamo.recipe import Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 
 # Why torch._scaled_mm does not compute a recipe, as a clause.
