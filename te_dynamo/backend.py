@@ -23,7 +23,7 @@ import torch
 from torch.fx import GraphModule
 
 from te_dynamo.config import Options
-from te_dynamo.lowering.providers import choose, provider_named
+from te_dynamo.lowering.providers import choose, choose_for, provider_for, provider_named
 from te_dynamo.passes.attach import attach
 from te_dynamo.passes.canonicalize import canonicalize
 from te_dynamo.passes.fuse import fuse
@@ -36,7 +36,7 @@ from te_dynamo.passes.raise_attention import ATTENTION_RULES
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.raise_norm import NORM_RULES
 from te_dynamo.passes.rules import apply
-from te_dynamo.passes.select import linear_sizes, select, unmatched_absolute_patterns
+from te_dynamo.passes.select import RECIPE, linear_sizes, select, unmatched_absolute_patterns
 from te_dynamo.report.sites import Sites
 from te_dynamo.report.stages import Stages
 from te_dynamo.runtime import CompiledGraph, Compiler, Variant, compile_inductor, compile_without_codegen
@@ -100,13 +100,14 @@ def _raise_and_fuse(
         canonicalize(unit)
     stages.done("canonicalize", canonical)
 
-    kernels = provider_named(provider)
     group = ranks(options.amax_group)
     peers = "" if group is None else group.group_name
 
     def unsupported(node: Any) -> str | None:
         k, n = linear_sizes(node)
-        return kernels.unsupported_linear(device, k, n, node.kwargs["out_dtype"])
+        recipe = node.meta[RECIPE]
+        key, _ = choose_for(recipe, options.provider, provider, device)
+        return provider_for(key, recipe.key).unsupported_linear(device, k, n, node.kwargs["out_dtype"])
 
     excluded: dict[str, str] = {}
     while True:
@@ -129,7 +130,7 @@ def _raise_and_fuse(
         fuse(unit, grad_enabled=grad_enabled, short_sequence=options.short_sequence)
     stages.done("fuse", fused)
     for unit in rewritable_units(fused):
-        plan(unit, sites, options, provider, grad_enabled=grad_enabled, peers=peers)
+        plan(unit, sites, options, provider, device, grad_enabled=grad_enabled, peers=peers)
     stages.done("plan", fused)
     return fused
 
@@ -160,8 +161,7 @@ def _added_inputs(graph: GraphModule, given: int) -> list[Any]:
 
 def _left_to_inductor(gm: GraphModule, example_inputs: Sequence[Any], sites: Sites, options: Options) -> Callable[..., Any]:
     """Nothing was taken: the graph is Inductor's, exactly as Dynamo gave it. FP8 asked for is never silently bf16."""
-    asked_for = any(p != "*" for p in options.skip) or not options.skip
-    if asked_for and sites.all:
+    if sites.all and not options.leaves_everything():
         message = f"te_fp8: nothing in this graph could be computed in FP8. {sites.commonest_reasons()}"
         if options.strict:
             raise RuntimeError(message)

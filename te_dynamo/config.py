@@ -120,6 +120,10 @@ class Options:
             return replace(chosen, like_te=True)
         return chosen
 
+    def leaves_everything(self) -> bool:
+        """Whether the user asked for no FP8 at all."""
+        return "*" in self.skip or all(recipe is None for _, recipe in self._recipe_patterns())
+
     def patterns(self) -> tuple[str, ...]:
         """Every pattern that is meant for some site."""
         return (*self.skip, *(pattern for pattern, _ in self._recipe_patterns()))

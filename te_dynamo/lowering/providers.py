@@ -11,11 +11,11 @@ from torch import Tensor
 
 from te_dynamo.lowering import cpu_ops, linears
 from te_dynamo.lowering.fp8 import casting_of
+from te_dynamo.lowering.limits import unaligned, unsupported_dtype
 from te_dynamo.lowering.linears import Gemm, Layout, Needs, Scale
 from te_dynamo.lowering.scalars import largest_of
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALIGNMENT_ON_GPU = 16  # FP8 GEMM on NVIDIA: K and N; the token count is padded inside
+from te_dynamo.lowering.stateless_provider import Stateless
+from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe, from_key
 
 # The scales of a site: None is current scaling. A provider that is `opaque` takes the packed scales [F] of its graph and
 # the index of its first, the others the site's own and their reciprocals, each a 0-d tensor: a kernel that Inductor
@@ -138,10 +138,7 @@ class NativeOnGPU(Generated):
         return None
 
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
-        for name, size in (("in_features", k), ("out_features", n)):
-            if size % ALIGNMENT_ON_GPU:
-                return f"{name} {size} is not a multiple of {ALIGNMENT_ON_GPU}, which FP8 GEMMs on a GPU need"
-        return unsupported_dtype(dtype)
+        return unaligned(k, n) or unsupported_dtype(dtype)
 
 
 class NativeOnCPU(PerTensor):
@@ -189,12 +186,11 @@ class TransformerEngine:
         return "the transformer_engine provider is not part of this release"
 
 
-def unsupported_dtype(dtype: torch.dtype) -> str | None:
-    return None if dtype in DTYPES else f"dtype {str(dtype).removeprefix('torch.')} has no FP8 path (float32, bfloat16, float16 do)"
-
-
 REFERENCE = Generated("reference", linears.REFERENCE)
 NATIVE: dict[str, NativeOnCPU | NativeOnGPU] = {"cpu": NativeOnCPU(), "cuda": NativeOnGPU("native", linears.NATIVE_CUDA)}
+
+
+PER_TENSOR = (DelayedScaling, Float8CurrentScaling)
 
 
 @cache
@@ -208,9 +204,11 @@ def provider_named(key: str) -> Any:
     raise KeyError(f"no provider is called {key!r}")
 
 
+@cache
 def provider_for(key: str, recipe: str) -> Any:
     """The provider of a key, in its form for a recipe (its key)."""
-    return provider_named(key)
+    values = from_key(recipe)
+    return provider_named(key) if isinstance(values, PER_TENSOR) else Stateless(key.partition(":")[0], values)
 
 
 def choose(requested: str, device: torch.device) -> tuple[str | None, str | None]:
@@ -229,3 +227,19 @@ def choose(requested: str, device: torch.device) -> tuple[str | None, str | None
     if requested == "native":
         raise RuntimeError(f"te_fp8: provider='native' is not available: {reason}. Remedy: provider='auto' or 'reference'.")
     return None, reason
+
+
+def choose_for(recipe: Recipe, requested: str, chosen: str, device: torch.device) -> tuple[str, str | None]:
+    """The key of the provider of a site with this recipe, where `chosen` is the graph's; and why it is another, if it is.
+
+    Raises RuntimeError where the provider that was asked for by name does not have the recipe.
+    """
+    if isinstance(recipe, PER_TENSOR) or chosen == "reference":
+        return chosen, None
+    reason = Stateless(chosen.partition(":")[0], recipe).unavailable(device)
+    if reason is None:
+        return chosen, None
+    if requested != "auto":
+        message = f"provider={requested!r} does not have the recipe {recipe.name!r}: {reason}"
+        raise RuntimeError(f"te_fp8: {message}. Remedy: provider='auto' or 'reference'.")
+    return "reference", reason

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from te_dynamo.lowering.granularity import MX, NVFP4, Blocks, Granularity, Quantized
+from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
 from te_dynamo.lowering.linears import Layout, Needs, join_biases, scaled_mm
 from te_dynamo.recipe import Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
-
-ALIGNMENT_ON_GPU = 16  # torch._scaled_mm there: K and N
 
 
 @dataclass(frozen=True)

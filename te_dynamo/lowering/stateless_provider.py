@@ -12,9 +12,9 @@ import te_dynamo.lowering.stateless_ops  # noqa: F401  (registers its operators)
 from te_dynamo.lowering import stateless
 from te_dynamo.lowering.cpu_ops import spread
 from te_dynamo.lowering.granularity import Quantized
+from te_dynamo.lowering.limits import unaligned, unsupported_dtype
 from te_dynamo.lowering.linears import Layout
-from te_dynamo.lowering.providers import unsupported_dtype
-from te_dynamo.lowering.stateless import ALIGNMENT_ON_GPU, operands_of
+from te_dynamo.lowering.stateless import operands_of
 from te_dynamo.recipe import Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 
 # Why torch._scaled_mm does not compute a recipe, as a clause.
@@ -52,13 +52,10 @@ class Stateless:
         return None
 
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
-        if self.name == "native" and device.type == "cuda":
-            for name, size in (("in_features", k), ("out_features", n)):
-                if size % ALIGNMENT_ON_GPU:
-                    return f"{name} {size} is not a multiple of {ALIGNMENT_ON_GPU}, which FP8 GEMMs on a GPU need"
-        return unsupported_dtype(dtype)
+        on_gpu = self.name == "native" and device.type == "cuda"
+        return (unaligned(k, n) if on_gpu else None) or unsupported_dtype(dtype)
 
-    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, first):
+    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, recipe, peers, first):
         keep = any(w.requires_grad for w in weights)
         ys, kept = torch.ops.te_dynamo.stateless_fwd(
             x, list(weights), list(biases), *self.kernel, layout.merged, layout.interleave, out_dtype, keep
@@ -66,7 +63,7 @@ class Stateless:
         x8, *used = kept or ([x] if keep else [None])
         return ys, x8, used, x.new_empty(0, dtype=torch.float32)
 
-    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, first):
+    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, recipe, peers, first):
         wanted = (needs.x, list(needs.weights), list(needs.biases))
         saved = [] if x8 is None else [x8, *used]
         present = torch.ops.te_dynamo.stateless_bwd(
@@ -75,10 +72,10 @@ class Stateless:
         dx, *rest = spread(present, [needs.x, *needs.weights, *needs.biases])
         return dx, rest[: len(weights)], rest[len(weights) :], grads[0].new_empty(0, dtype=torch.float32)
 
-    def linears_inference(self, x, w8s, w_invs, biases, scales, layout, out_dtype, first):
+    def linears_inference(self, x, w8s, w_invs, biases, scales, layout, out_dtype, recipe, peers, first):
         sizes, rows = list(layout.sizes), (layout.merged, layout.interleave)
         return torch.ops.te_dynamo.stateless_inference(x, list(w8s), list(w_invs), list(biases), *self.kernel, sizes, *rows, out_dtype)
 
-    def quantize_weights(self, weights: Sequence[Tensor], layout: Layout) -> list[Quantized]:
+    def quantize_weights(self, weights: Sequence[Tensor], layout: Layout, recipe: str) -> list[Quantized]:
         """(data [N, ...], scale_inv) of the weight of each GEMM."""
         return stateless.quantize_weights(self.operands, weights, layout)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from te_dynamo import ops
 from te_dynamo.config import Options
 from te_dynamo.lowering.cost import flops_of_linear
 from te_dynamo.lowering.fp8_attention import unsupported as unsupported_attention
+from te_dynamo.lowering.providers import choose_for
 from te_dynamo.passes.fuse import LAYOUT, MEMBERS
 from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.regions import regions
@@ -33,14 +35,17 @@ class Plan:
     peers: str = ""
 
 
-def plan(gm: GraphModule, sites: Sites, options: Options, provider: str, *, grad_enabled: bool, peers: str = "") -> None:
+def plan(
+    gm: GraphModule, sites: Sites, options: Options, provider: str, device: torch.device, *, grad_enabled: bool, peers: str = ""
+) -> None:
     """Puts a `Plan` and its `Site` on every semantic node of `gm`."""
     where = regions(gm.graph, grad_enabled)
     for node in gm.graph.nodes:
         if is_call(node, ops.linears, ops.norm_linears):
             recipe = node.meta[RECIPE]
-            node.meta[PLAN] = Plan(provider, recipe, where[node][1], peers_of(recipe, peers))
-            node.meta[SITE] = _linear_sites(node, sites, provider, recipe)
+            key, reason = choose_for(recipe, options.provider, provider, device)
+            node.meta[PLAN] = Plan(key, recipe, where[node][1], peers_of(recipe, peers))
+            node.meta[SITE] = _linear_sites(node, sites, key, recipe, reason)
         elif is_call(node, ops.attention):
             node.meta[PLAN], node.meta[SITE] = _attention(node, sites, options, provider, where[node][1], peers)
         elif is_call(node, ops.norm):
@@ -53,7 +58,7 @@ def peers_of(recipe: Recipe, peers: str) -> str:
     return peers if getattr(recipe, "reduce_amax", False) else ""
 
 
-def _linear_sites(node: Node, sites: Sites, provider: str, recipe: Recipe) -> Site:
+def _linear_sites(node: Node, sites: Sites, provider: str, recipe: Recipe, instead: str | None) -> Site:
     fused = node.target is ops.norm_linears
     x, weights = node.args[0], node.args[3 if fused else 1]
     taken = []
@@ -66,6 +71,8 @@ def _linear_sites(node: Node, sites: Sites, provider: str, recipe: Recipe) -> Si
             recipe=recipe.name,
             flops=flops_of_linear(tensor(x), tensor(weight)),
         )
+        if instead is not None:
+            site.detail["provider"] = instead
         if node.kwargs["merged"]:
             site.detail["merged"] = len(node.meta[MEMBERS])
         taken.append(sites.add(site))

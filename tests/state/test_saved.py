@@ -298,11 +298,13 @@ def test_every_way_of_saving(how, tmp_path):
 
 def test_nothing_shows_in_the_model(tmp_path):
     model = Net()
-    keys_before, pickled_before = list(model.state_dict()), pickle.dumps(model)
+    keys_before, under_inductor = list(model.state_dict()), copy.deepcopy(model)
     train(compiled(model))
-    model.zero_grad()
+    train(torch.compile(under_inductor))
+    for m in (model, under_inductor):
+        m.zero_grad()
     assert list(model.state_dict()) == keys_before
-    assert pickle.dumps(model) == pickled_before
+    assert pickle.dumps(model) == pickle.dumps(under_inductor)  # Dynamo itself leaves a mark on parameters
     Net().load_state_dict(model.state_dict(), strict=True)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -391,7 +393,8 @@ def test_loading_without_strict_leaves_the_rest_alone():
     train(compiled(model))
     state = te_dynamo.scale_state(model)
     before = state.state_dict()
-    part = {k: v + 1 for k, v in before.items() if k.startswith("blocks.0")} | {f"blocks.7.up.input.{e}": torch.ones(()) for e in ENDINGS}
+    part = {k: v + 1 if k.endswith("scale") else v for k, v in before.items() if k.startswith("blocks.0")}
+    part |= {f"blocks.7.up.input.{e}": torch.ones(()) for e in ENDINGS}
     result = state.load_state_dict(part, strict=False)
     assert set(result.unexpected_keys) == keys("blocks.7.up.input")
     assert set(result.missing_keys) == linear_keys("blocks.1.up", "blocks.1.down")
@@ -556,7 +559,7 @@ def test_an_entry_that_would_run_code_is_refused(form, capsys):
     else:
         torch.save(harmful, buffer)
     entry: Any = buffer if form == "BytesIO" else torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="builtins.print, which is no tensor"):
+    with pytest.raises(ValueError, match="print, which is no tensor"):
         te_dynamo.scale_state(nn.Linear(4, 4)).load_te({"_extra_state": entry})
     assert "must not run" not in capsys.readouterr().out
 

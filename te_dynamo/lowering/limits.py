@@ -1,0 +1,22 @@
+"""What every FP8 linear here is limited to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT_ON_GPU = 16  # FP8 GEMM on NVIDIA: K and N; the token count is padded inside
+
+
+def unsupported_dtype(dtype: torch.dtype) -> str | None:
+    return None if dtype in DTYPES else f"dtype {str(dtype).removeprefix('torch.')} has no FP8 path (float32, bfloat16, float16 do)"
+
+
+def unaligned(k: Any, n: Any) -> str | None:
+    """Why a GPU cannot multiply by a weight [n, k] in FP8."""
+    for name, size in (("in_features", k), ("out_features", n)):
+        if size % ALIGNMENT_ON_GPU:
+            return f"{name} {size} is not a multiple of {ALIGNMENT_ON_GPU}, which FP8 GEMMs on a GPU need"
+    return None
