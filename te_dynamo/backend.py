@@ -37,6 +37,7 @@ from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.raise_norm import NORM_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.select import RECIPE, linear_sizes, select, unmatched_absolute_patterns
+from te_dynamo.passes.undo import Rewrites
 from te_dynamo.report.sites import Sites
 from te_dynamo.report.stages import Stages
 from te_dynamo.runtime import CompiledGraph, Compiler, Variant, compile_inductor, compile_without_codegen
@@ -70,15 +71,17 @@ def te_fp8(
     attached = attach(fused, trains=grad_enabled)
     stages.done("state", fused)
 
+    opaque = provider_named(provider).opaque
+    needs_first = not opaque and bool(attached.keys)
+    read_again = needs_first or bool(observers)
+
     def variant(first: bool, compiler: Compiler = compile_inductor) -> Variant:
-        graph = copy_graph_module(fused)
+        graph = copy_graph_module(fused) if read_again else fused
         lowered = lower(graph, first=first)
         stages.done("lower" if not first else "lower_first", graph)
         inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
         return Variant(compiler(graph, inputs, chosen), lowered)
 
-    opaque = provider_named(provider).opaque
-    needs_first = not opaque and bool(attached.keys)
     # With opaque operators one graph serves all: they look at the scales themselves.
     steady = variant(first=opaque or not attached.keys)
     # The first step's graph is run once or twice: it is not worth generating code for. In inference it may stay in use.
@@ -92,13 +95,14 @@ def te_fp8(
 def _raise_and_fuse(
     gm: GraphModule, sites: Sites, options: Options, provider: str, device: torch.device, grad_enabled: bool, stages: Stages
 ) -> GraphModule:
-    """Stages 1 to 4. Raising is done again without the sites that turn out not to be taken, which so stay as they were."""
-    canonical = copy_graph_module(gm)
-    mark_parameters(canonical)
-    stages.start(canonical)
-    for unit in rewritable_units(canonical):
+    """Stages 1 to 4, on a copy of Dynamo's graph. What is raised and turns out not to be taken is put back as it was."""
+    graph = copy_graph_module(gm)
+    mark_parameters(graph)
+    stages.start(graph)
+    units = rewritable_units(graph)
+    for unit in units:
         canonicalize(unit)
-    stages.done("canonicalize", canonical)
+    stages.done("canonicalize", graph)
 
     group = ranks(options.amax_group)
     peers = "" if group is None else group.group_name
@@ -109,38 +113,25 @@ def _raise_and_fuse(
         key, _ = choose_for(recipe, options.provider, provider, device)
         return provider_for(key, recipe.key).unsupported_linear(device, k, n, node.kwargs["out_dtype"])
 
-    excluded: dict[str, str] = {}
-    while True:
-        sites.clear()
-        raised = copy_graph_module(canonical)
-        for unit in rewritable_units(raised):
-            _raise(unit, sites, excluded)
-        found: dict[str, str] = {}
-        for unit in rewritable_units(raised):
-            found |= select(unit, options, unsupported, grad_enabled).excluded
-        if not found.keys() - excluded.keys():
-            break
-        excluded |= found
-    for unit in rewritable_units(raised):
+    for unit in units:
+        rewrites = Rewrites()
+        # Attention first: opaque calls that hold linears are written out, and the linears are raised after it.
+        for rules in (ATTENTION_RULES, (*LINEAR_RULES, *NORM_RULES)):
+            apply(rules, unit, sites, rewrites)
+        while excluded := select(unit, options, unsupported, grad_enabled):
+            rewrites.restore(unit.graph, excluded, sites)
+        unit.graph.lint()
+    for unit in units:
         simplify_masks(unit, sites)
-    stages.done("raise", raised)
-
-    fused = copy_graph_module(raised)
-    for unit in rewritable_units(fused):
+        unit.recompile()
+    stages.done("raise", graph)
+    for unit in units:
         fuse(unit, grad_enabled=grad_enabled, short_sequence=options.short_sequence)
-    stages.done("fuse", fused)
-    for unit in rewritable_units(fused):
+    stages.done("fuse", graph)
+    for unit in units:
         plan(unit, sites, options, provider, device, grad_enabled=grad_enabled, peers=peers)
-    stages.done("plan", fused)
-    return fused
-
-
-def _raise(unit: GraphModule, sites: Sites, excluded: Mapping[str, str]) -> None:
-    """Attention first: opaque calls that hold linears are written out, and the linears are raised after it."""
-    for rules in (ATTENTION_RULES, (*LINEAR_RULES, *NORM_RULES)):
-        apply(rules, unit, sites, excluded)
-    unit.graph.lint()
-    unit.recompile()
+    stages.done("plan", graph)
+    return graph
 
 
 def _wants_gradients(gm: GraphModule) -> bool:

@@ -171,7 +171,6 @@ def canonicalize(gm: GraphModule) -> None:
             _method(node)
             _arguments(node)
             _remove_identity(graph, node)
-    graph.lint()
     gm.recompile()
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from te_dynamo.passes.graph import tensor
 
@@ -64,17 +64,14 @@ def storage(node: Any) -> int | None:
         return None
 
 
-def written_between(graph: Graph, nodes: Iterable[Node]) -> Node | None:
+def written_between(nodes: Iterable[Node]) -> Node | None:
     """The first node that writes memory which `nodes` (a pattern, anywhere in the graph) read or make, while it is in use:
     after the first and before the last of them. None where there is no such write."""
     members = set(nodes)
     memory = {storage(n) for m in members for n in (m, *m.all_input_nodes)} - {None}
-    last = max(members, key=list(graph.nodes).index)
-    started = False
-    for node in graph.nodes:
-        started = started or node in members
-        if node is last:
-            return None
-        if started and node not in members and any(storage(w) is None or storage(w) in memory for w in writes(node)):
+    node, last = min(members), max(members)
+    while node is not last:
+        if node not in members and any(storage(w) is None or storage(w) in memory for w in writes(node)):
             return node
+        node = node.next
     return None

@@ -101,45 +101,41 @@ def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Nod
     """
     may_merge = not getattr(members[0].meta[RECIPE], "like_te", False)
     for trio, merge in merges.items() if may_merge else ():
-        if all(n in members for n in trio) and _movable(graph, list(trio)):
+        if all(n in members for n in trio) and _movable(list(trio)):
             _emit_group(graph, list(trio), merged=True, interleave=merge.interleave)
             members = [n for n in members if n not in trio]
-    if len(members) > 1 and not _movable(graph, members):
+    if len(members) > 1 and not _movable(members):
         for member in members:
             _emit_group(graph, [member])
     elif members:
         _emit_group(graph, members, merged=len(members) > 1 and may_merge)
 
 
-def _movable(graph: Graph, members: list[Node]) -> bool:
+def _movable(members: list[Node]) -> bool:
     """Whether the members may all be computed where the first result is needed."""
-    if written_between(graph, members) is not None:
+    if written_between(members) is not None:
         return False
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    place = _first_use(members, order)
-    return all(_can_precede(dependency, order, place) for m in members for dependency in m.all_input_nodes)
+    place = _first_use(members)
+    return all(_can_precede(dependency, place) for m in members for dependency in m.all_input_nodes)
 
 
-def _first_use(members: Iterable[Node], order: dict[Node, int]) -> int:
+def _first_use(members: Iterable[Node]) -> Node:
     """Where a group goes: before the first use of any member, and no later than its last member, so in their region."""
-    last = max(order[m] for m in members)
-    return min([last, *(order[user] for m in members for user in m.users)])
+    return min([max(members), *(user for m in members for user in m.users)])
 
 
-def _can_precede(node: Node, order: dict[Node, int], place: int) -> bool:
+def _can_precede(node: Node, place: Node) -> bool:
     """Whether a node stands before `place`, or depends only on what does and can be moved there (views of weights)."""
-    if order[node] < place:
+    if node < place:
         return True
-    return node.op in ("call_function", "call_method") and all(_can_precede(n, order, place) for n in node.all_input_nodes)
+    return node.op in ("call_function", "call_method") and all(_can_precede(n, place) for n in node.all_input_nodes)
 
 
 def _emit_group(graph: Graph, members: list[Node], *, merged: bool = False, interleave: int = 0) -> None:
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    nodes = list(graph.nodes)
-    place = nodes[_first_use(members, order)]
+    place = _first_use(members)
     for member in members:
         for dependency in member.all_input_nodes:
-            _hoist(dependency, place, order)
+            _hoist(dependency, place)
     x, dtype = members[0].args[0], members[0].kwargs["out_dtype"]
     weights, biases = [m.args[1] for m in members], [m.args[2] if len(m.args) > 2 else None for m in members]
     with graph.inserting_before(place):
@@ -167,10 +163,10 @@ def _replace(graph: Graph, member: Node, output: Node, interleave: int) -> None:
     graph.erase_node(member)
 
 
-def _hoist(node: Node, place: Node, order: dict[Node, int]) -> None:
-    if order[node] > order[place]:
+def _hoist(node: Node, place: Node) -> None:
+    if place < node:
         for dependency in node.all_input_nodes:
-            _hoist(dependency, place, order)
+            _hoist(dependency, place)
         place.prepend(node)
 
 
@@ -181,8 +177,7 @@ def _fuse_norms(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
         if not is_call(norm, ops.norm) or norm.kwargs.get("dims", 1) != 1:
             continue
         others = [user for user in norm.users if user is not group]
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        if any(order[user] < order[group] for user in others) or written_between(graph, [norm, group]) is not None:
+        if any(user < group for user in others) or written_between([norm, group]) is not None:
             continue
         if where[norm] != where[group]:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+
+from te_dynamo.passes.shapes import SHAPES
 
 EXAMPLE = "example_value"  # Dynamo's name for a node's fake value
 INHERITED_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -43,21 +46,28 @@ def fake_mode_of(graph: Graph) -> Any:
     return contextlib.nullcontext()
 
 
-def emit(graph: Graph, target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, like: Node) -> Node:
-    """A new call of `target` at the graph's insertion point, with its fake value, and placed in the model as `like` is."""
+def emit(
+    graph: Graph, target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, like: Node, value: Any = None
+) -> Node:
+    """A new call of `target` at the graph's insertion point, with its fake value, and placed in the model as `like` is.
+
+    value: the fake value, where the caller knows it: else `target` is run on those of its arguments.
+    """
     node = graph.call_function(target, tuple(args), kwargs or {})
     for key in INHERITED_META:
         if key in like.meta:
             node.meta[key] = like.meta[key]
-    node.meta[EXAMPLE] = infer(node, fake_mode_of(graph))
+    node.meta[EXAMPLE] = infer(node, fake_mode_of(graph)) if value is None else value
     return node
 
 
 def infer(node: Node, fake_mode: Any) -> Any:
     """Runs a node's target on the fake values of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), example)
+    if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+        return args[0][args[1]]
     with fake_mode, torch.no_grad(), torch.amp.autocast("cpu", enabled=False):
-        return node.target(*args, **kwargs)
+        return SHAPES.get(node.target, node.target)(*args, **kwargs)
 
 
 def submodules(gm: GraphModule) -> Iterator[tuple[Node, str, GraphModule]]:
@@ -71,8 +81,7 @@ def submodules(gm: GraphModule) -> Iterator[tuple[Node, str, GraphModule]]:
 
 def erase_if_dead(graph: Graph, nodes: Sequence[Node]) -> None:
     """Erases those of `nodes` that nothing uses any more, users first. Only for nodes known to be pure."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in sorted((n for n in set(nodes) if n in order), key=order.__getitem__, reverse=True):
+    for node in sorted({n for n in nodes if not n._erased}, reverse=True):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
 

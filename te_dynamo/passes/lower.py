@@ -23,7 +23,7 @@ from te_dynamo.lowering.providers import provider_named
 from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.canonicalize import SDPA
 from te_dynamo.passes.fuse import LAYOUT
-from te_dynamo.passes.graph import EXAMPLE, emit, erase_if_dead, is_call, tensor
+from te_dynamo.passes.graph import EXAMPLE, emit, erase_if_dead, fake_mode_of, is_call, tensor
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.plan import PLAN
 from te_dynamo.passes.weights import WeightRef, weight_of
@@ -63,6 +63,7 @@ def lower(gm: GraphModule, *, first: bool) -> Lowered:
     """Rewrites `gm` and its sub-graphs in place. first: unset scales are taken from the tensor itself, in the graph."""
     lowered = Lowered()
     _lower(gm, {}, lowered, first=first, top=True)
+    gm.graph.lint()
     gm.recompile()
     return lowered
 
@@ -90,7 +91,6 @@ def _lower(gm: GraphModule, done: dict[int, bool], lowered: Lowered, *, first: b
     if amaxes:
         _return_amaxes(gm, amaxes)
     lowered.records = bool(amaxes)
-    graph.lint()
     return bool(amaxes)
 
 
@@ -131,11 +131,18 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
             layout = Layout(tuple(int(tensor(w).shape[0]) for w in weights), attributes["merged"], attributes["interleave"])
             w8s, inverses = _weight_inputs(gm, refs, QuantizedAs(layout, plan.provider, plan.recipe.key), lowered)
             inference_args = (x, w8s, inverses, biases, scales)
-            new = emit(graph, functions.linears_inference, inference_args, attributes | {"sizes": list(layout.sizes)}, like=node)
+            new = emit(
+                graph,
+                functions.linears_inference,
+                inference_args,
+                attributes | {"sizes": list(layout.sizes)},
+                like=node,
+                value=node.meta[EXAMPLE],
+            )
             amax = None
         else:
             args = (x, weights, biases, scales, grad_scales, sink)
-            new = emit(graph, functions.linears, args, attributes, like=node)
+            new = emit(graph, functions.linears, args, attributes, like=node, value=[*node.meta[EXAMPLE], _amax_of(node, 2 * len(refs))])
             amax = emit(graph, operator.getitem, (new, len(refs)), like=node) if slots and plan.trains else None
     node.replace_all_uses_with(new)
     graph.erase_node(node)
@@ -222,6 +229,13 @@ def _lower_attention(gm: GraphModule, node: Node) -> list[Node]:
     node.replace_all_uses_with(out)
     graph.erase_node(node)
     return [] if amax is None else [amax]
+
+
+def _amax_of(node: Node, count: int) -> torch.Tensor:
+    """The fake value of a site's amaxes."""
+    y = node.meta[EXAMPLE][0]
+    with fake_mode_of(node.graph):
+        return torch.empty(count, device=y.device)
 
 
 def _replayable(ref: WeightRef | None) -> bool:

@@ -96,8 +96,6 @@ def simplify_masks(gm: GraphModule, sites: Sites) -> None:
             dropped.append(mask)
     if dropped:
         erase_if_dead(gm.graph, [n for n in _upstream(dropped) if interpreter.is_pure(n)])
-        gm.graph.lint()
-        gm.recompile()
 
 
 # --- Formulas over integers, and their decision ---------------------------------------------------------------------

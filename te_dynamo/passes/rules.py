@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from te_dynamo.ops import SEMANTIC_OPS
 from te_dynamo.passes.effects import written_between
 from te_dynamo.passes.graph import EXAMPLE, erase_if_dead
+from te_dynamo.passes.undo import Rewrite, Rewrites
 from te_dynamo.report.sites import Sites
 
 ORIGIN = "te_origin"  # the name of the node that a semantic op stands for
@@ -60,22 +61,22 @@ class Rule(ABC):
         """The replacement of `match.output`, built with `emit` at the graph's insertion point (before the output)."""
 
 
-def apply(rules: Sequence[Rule], gm: GraphModule, sites: Sites, excluded: Mapping[str, str] | None = None) -> None:
+def apply(rules: Sequence[Rule], gm: GraphModule, sites: Sites, done: Rewrites | None = None) -> None:
     """Applies each rule wherever it matches, in the graph's order; the first rule that matches a node wins.
 
-    excluded: the names of pattern outputs to leave as they are, each with the reason.
+    done: gets what was rewritten.
     """
     graph = gm.graph
     for node in list(graph.nodes):
         if node.op != "call_function" or node._erased:
             continue
         for rule in rules:
-            if node.target in rule.ends_at and _try(rule, graph, node, sites, excluded or {}):
+            if node.target in rule.ends_at and _try(rule, graph, node, sites, done):
                 break
 
 
-def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, excluded: Mapping[str, str]) -> bool:
-    before = set(graph.nodes)
+def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, done: Rewrites | None) -> bool:
+    last: Node | None = None  # before what the rule adds
     try:
         match = rule.match(node)
         if match is None:
@@ -83,28 +84,37 @@ def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, excluded: Mapping[s
         if isinstance(match, Declined):
             sites.declined(node, rule.kind, match.reason)
             return False
-        if match.output.name in excluded:
-            sites.declined(node, rule.kind, excluded[match.output.name])
-            return True
-        writer = written_between(graph, match.nodes)
+        writer = written_between(match.nodes)
         if writer is not None:
             sites.declined(node, rule.kind, f"{writer.name} ({writer.target}) writes in place to memory that the pattern is using")
             return False
+        last = match.output.prev
         with graph.inserting_before(match.output):
             new = rule.rewrite(graph, match)
     except Exception as error:
         if sites.strict:
             raise
-        for added in reversed([n for n in graph.nodes if n not in before]):
+        for added in reversed(_between(last, match.output) if last is not None else []):
             graph.erase_node(added)
         log.warning("te_dynamo: %s failed on %s and was undone: %s", type(rule).__name__, node.name, error)
         sites.declined(node, rule.kind, f"the rule {type(rule).__name__} failed: {type(error).__name__}: {error}")
         return False
     # Later views in the graph alias the old output's fake value: the new node takes it over.
     new.meta[EXAMPLE] = match.output.meta.get(EXAMPLE, new.meta.get(EXAMPLE))
-    for added in graph.nodes:
-        if added is new or (added not in before and added.target in SEMANTIC_OPS):
+    for added in _between(last, match.output):
+        if added is new or added.target in SEMANTIC_OPS:
             added.meta[ORIGIN] = match.output.name
+    new.meta[ORIGIN] = match.output.name
+    if done is not None:
+        done.record(Rewrite(rule.kind, match.output, match.output.name, new, _between(last, match.output)), match.nodes)
     match.output.replace_all_uses_with(new)
     erase_if_dead(graph, match.nodes)
     return True
+
+
+def _between(first: Node, last: Node) -> list[Node]:
+    """The nodes between two nodes of a graph, in order."""
+    found = []
+    while (last := last.prev) is not first:
+        found.append(last)
+    return found[::-1]

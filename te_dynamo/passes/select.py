@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -21,13 +20,6 @@ RECIPE = "te_recipe"
 UnsupportedLinear = Callable[[Node], "str | None"]
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Why raised nodes are not taken, by the name of the node that each stands for."""
-
-    excluded: dict[str, str]
-
-
 def origin_of(node: Node) -> str:
     """The name of the node that a semantic node stands for: its own where a rule wrote out more than one."""
     return node.meta.get(ORIGIN, node.name)
@@ -43,8 +35,11 @@ def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
     return next((p for p in patterns if fnmatchcase(path, p)), None)
 
 
-def select(gm: GraphModule, options: Options, unsupported: UnsupportedLinear, grad_enabled: bool) -> Selection:
-    """Looks at the raised graph `gm`; it gains nothing but each site's recipe, in `meta["te_recipe"]`."""
+def select(gm: GraphModule, options: Options, unsupported: UnsupportedLinear, grad_enabled: bool) -> dict[str, str]:
+    """Which semantic nodes of the raised graph `gm` are not taken: the name of the node that each stands for, and why.
+
+    The graph gains each site's recipe, in `meta["te_recipe"]`.
+    """
     logits = set() if options.include_logits else find_logits(gm)
     excluded: dict[str, str] = {}
     for node in gm.graph.nodes:
@@ -61,7 +56,7 @@ def select(gm: GraphModule, options: Options, unsupported: UnsupportedLinear, gr
     for node in gm.graph.nodes:
         if is_call(node, ops.norm) and not any(user in taken for user in node.users):
             excluded[origin_of(node)] = "no FP8 linear reads it"
-    return Selection(excluded)
+    return excluded
 
 
 def _skip_reason(node: Node, options: Options) -> str | None:
