@@ -1,10 +1,11 @@
 """Prints what te_dynamo costs, as ratios to Inductor in the same run.
 
-    python -m benchmarks [--only compile|call|saved] [--json FILE] [--repeat N]
+    python -m benchmarks [--only compile|call|saved|state] [--json FILE] [--repeat N]
 
 compile: CPU time of the first forward and backward of a 32-layer Llama, cold and in a second process (caches warm).
 call:    a training step of 20 tiny linears (the host's cost), and of a small Llama, on one thread of a CPU.
 saved:   bytes that linears leave allocated for backward.
+state:   what delayed scaling costs beyond current scaling: kernels and collectives of an update, time of a step with 200 sites.
 Each figure is a process of its own; the two sides of a ratio run one after the other. On a CPU FP8 is for its numerics: the
 step's ratio is no promise for a GPU (see `benchmarks/lab.py` for that).
 """
@@ -68,13 +69,24 @@ def saved_rows() -> Iterator[Row]:
     yield f"bytes saved for backward by linears ({fp8 / 1e6:.2f} MB against {inductor / 1e6:.2f} MB)", fp8 / inductor, 0.55
 
 
+def state_rows() -> Iterator[Row]:
+    for how in ("whole", "layers"):
+        few, many = (child("state", how, {"layers": n}) for n in (4, 32))
+        for what in ("kernels", "collectives"):
+            counts = f"{few[what]:.0f} for 4 layers, {many[what]:.0f} for 32"
+            yield f"{what} of an update, {how} compiled: {counts}", many[what] / few[what], 1.0
+    runs = [(child("sites", "te_fp8", DELAYED), child("sites", "te_fp8", CURRENT)) for _ in range(3)]
+    ratio = statistics.median(a["step_us"] / b["step_us"] for a, b in runs)
+    yield "a step with 200 sites, with state (delayed) to without (current)", ratio, 1.05
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("compile", "call", "saved"))
+    parser.add_argument("--only", choices=("compile", "call", "saved", "state"))
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--repeat", type=int, default=3, help="pairs of runs for the call times (default: %(default)s)")
     arguments = parser.parse_args()
-    sections = {"saved": saved_rows, "call": lambda: call_rows(arguments.repeat), "compile": compile_rows}
+    sections = {"saved": saved_rows, "state": state_rows, "call": lambda: call_rows(arguments.repeat), "compile": compile_rows}
     found = []
     for name, section in sections.items():
         if arguments.only in (None, name):

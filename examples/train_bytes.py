@@ -6,6 +6,7 @@ import pydoc_data.topics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,11 +80,18 @@ def draw_batches(data: Tensor, setup: Setup) -> Tensor:
     return data[starts + torch.arange(setup.length)]
 
 
-def train(model: LlamaForCausalLM, batches: Tensor, setup: Setup, backend: str, on_step: Callable[[float], None]) -> Run:
+def train(
+    model: LlamaForCausalLM,
+    batches: Tensor,
+    setup: Setup,
+    backend: str,
+    on_step: Callable[[float], None],
+    options: dict[str, Any] | None = None,
+) -> Run:
     """Train with AdamW on float32 weights and bfloat16 autocast; `on_step` gets each step's loss."""
     run = Run(backend)
     torch.compiler.reset()
-    model.compile(backend=backend)
+    model.compile(backend=backend, options=options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setup.lr, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(1, setup.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(

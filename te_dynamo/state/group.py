@@ -19,7 +19,7 @@ class Group:
 
     def __init__(self, arena: Arena, indices: tuple[Sequence[int], Sequence[int]], owners: Iterable[nn.Module]) -> None:
         self.arena = arena
-        self.slots = frozenset((direction, i) for direction in (FORWARD, GRADIENT) for i in indices[direction])
+        self.slots = frozenset((arena.device, direction, i) for direction in (FORWARD, GRADIENT) for i in indices[direction])
         self.where = tuple(_location(i, arena.device) for i in indices)
         self.owners = tuple({id(o): weakref.ref(o) for o in owners}.values())
         self._complete = -1  # the arena's version at which every scale was seen to be set

@@ -53,7 +53,7 @@ class ScaleState:
         self.arrivals: list[Any] = []  # told of new slots: a scale state that was loaded before they were there
         self.reduction = Reduction()
         self.version = 0  # counts what makes a lookup stale
-        self.visited: set[tuple[torch.device, tuple[int, int]]] = set()
+        self.visited: set[tuple[torch.device, int, int]] = set()
         self.backward_seen = False
         self.awaited = -1  # the backward at whose end a roll will happen
 
@@ -168,7 +168,7 @@ class ScaleState:
         nothing moves. One that does not record may be all that is seen outside (a reentrant checkpoint's first pass)."""
         if torch._C._current_graph_task_id() != -1:
             return
-        slots = set() if group is None else {(group.arena.device, s) for s in group.slots}
+        slots = frozenset() if group is None else group.slots
         if self.backward_seen or not self.visited.isdisjoint(slots):
             self.roll()
         self.visited |= slots
