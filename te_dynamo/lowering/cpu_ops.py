@@ -55,7 +55,8 @@ def linears_fwd(
     layout = _layout(weights, merged, interleave)
     scales = _scales(scale, f, 2 * len(weights))
     casting = casting_of(recipe, peers)
-    ys, x8, used, amaxes = linears.forward(NATIVE_CPU, _rows(x), weights, biases, scales, layout, out_dtype, casting, first=True)
+    ys, x8, used, amaxes, _ = linears.forward(NATIVE_CPU, _rows(x), weights, biases, scales, layout, out_dtype, casting, first=True)
+    assert x8 is not None
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys], x8, torch.stack([s.value for s in used]), _amax(amaxes)
 
 
@@ -92,7 +93,7 @@ def linears_bwd(
     rows, scales = [_rows(t) for t in grads], _scales(grad_scale, g, len(weights))
     forward_scales, casting = _scales(used, 0, used.shape[0]), casting_of(recipe, peers)
     dx, dws, dbs, amaxes = linears.backward(
-        NATIVE_CPU, rows, x8, weights, forward_scales, scales, layout, needs, x_dtype, casting, first=True
+        NATIVE_CPU, rows, x8, weights, forward_scales, [], scales, layout, needs, x_dtype, casting, first=True
     )
     if dx is not None:
         dx = dx.reshape(*grads[0].shape[:-1], dx.shape[-1])

@@ -13,12 +13,13 @@ being the caller's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import te_dynamo.lowering.kernels.cast_transpose
 import te_dynamo.lowering.kernels.transpose  # noqa: F401  (registers its operator)
 from te_dynamo.lowering.first_use import agreed
 from te_dynamo.lowering.fp8 import Casting, amax, dequantize, quantize, row_amax, saturated
@@ -35,37 +36,6 @@ class Scale(NamedTuple):
 # gemm(a, b, a_scale_inv, b_scale_inv, out_dtype, bias, fast): a [M, K], b [N, K], both FP8 -> a @ b.T + bias [M, N] in
 # out_dtype; fast: the hardware may accumulate with fewer bits (as TE does in forward, and not in backward).
 GemmFunction = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype, "Tensor | None", bool], Tensor]
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """How a provider multiplies.
-
-    contiguous: operands must lie with K innermost (Hopper's FP8 GEMM is TN only), so that backward writes transposed
-    copies; else views do. multiple: the token count is padded to it.
-    """
-
-    function: GemmFunction
-    contiguous: bool
-    multiple: int = 1
-
-    def __call__(
-        self, a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
-    ) -> Tensor:
-        return self.function(a, b, a_inv, b_inv, out_dtype, bias, fast)
-
-    def operand(self, t: Tensor) -> Tensor:
-        """`t`, which more than one kernel reads, as something that lies in memory: Inductor would else store it for each."""
-        return t.as_strided(t.shape, t.stride()) if self.contiguous else t
-
-    def transposed(self, t: Tensor) -> Tensor:
-        """`t.t()` as an operand, of a `t` that lies in memory."""
-        return torch.ops.te_dynamo.transpose(t) if self.contiguous else t.t()
-
-    def cast_transposed(self, t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """`quantize(t).t()` as an operand, in one kernel: only the copy is written."""
-        t8t = quantize(t, scale, dtype).t()
-        return self.operand(t8t.contiguous()) if self.contiguous else t8t
 
 
 @dataclass(frozen=True)
@@ -132,6 +102,114 @@ def pad_rows(x: Tensor, multiple: int) -> Tensor:
     return torch.cat([x, x.new_zeros(multiple - 1, x.shape[1])])[:padded]
 
 
+class Quantized(NamedTuple):
+    """A matrix in FP8: as it is, transposed (either may be missing), its scale, and amaxes of which the largest is its own."""
+
+    data: Tensor | None
+    transposed: Tensor | None
+    scale: Scale
+    amax: Tensor
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where one tensor's scale is found: `scales[index]`, or in itself where `scales` is None or, with `first`, unset."""
+
+    scales: Sequence[Scale] | None
+    index: int
+    casting: Casting
+    first: bool
+
+    @property
+    def known(self) -> Scale | None:
+        """The scale, where the tensor itself need not be measured for it."""
+        return self.scales[self.index] if self.scales is not None and not self.first else None
+
+    def pick(self, amax: Tensor, dtype: torch.dtype) -> Scale:
+        """The scale of a tensor with these amaxes."""
+        return self.known or pick(self.scales, self.index, amax, dtype, self.casting, self.first)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How a provider multiplies and quantises.
+
+    contiguous: operands must lie with K innermost (Hopper's FP8 GEMM is TN only), so that backward writes transposed
+    copies; else views do. multiple: the token count is padded to it.
+    """
+
+    function: GemmFunction
+    contiguous: bool
+    multiple: int = 1
+
+    def __call__(
+        self, a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
+    ) -> Tensor:
+        return self.function(a, b, a_inv, b_inv, out_dtype, bias, fast)
+
+    def operand(self, t: Tensor) -> Tensor:
+        """`t`, which more than one kernel reads, as something that lies in memory: Inductor would else store it for each."""
+        return t.as_strided(t.shape, t.stride()) if self.contiguous else t
+
+    def transposed(self, t: Tensor) -> Tensor:
+        """`t.t()` as an operand, of a `t` that lies in memory."""
+        return torch.ops.te_dynamo.transpose(t) if self.contiguous else t.t()
+
+    def activation(self, x: Tensor, slots: Slots) -> Quantized:
+        """x [T, K], padded: left to Inductor, which fuses it with what makes x. It is what backward keeps of x."""
+        amax, dtype = row_amax(x), slots.casting.forward
+        scale = slots.pick(amax, dtype)
+        scaled = pad_rows(saturated(x, scale.value, dtype), self.multiple)
+        with kept_for_backward():
+            data = self.operand(scaled.to(dtype))
+        return Quantized(data, None, scale, amax)
+
+    def weight(self, parts: Sequence[Tensor], layout: Layout, slots: Slots) -> Quantized:
+        """The weights [N_i, K] of one GEMM, joined [N, K]. Backward makes it again."""
+        with made_again_in_backward():
+            w = layout.join(parts)
+        amax, dtype = row_amax(w), slots.casting.forward
+        scale = slots.pick(amax, dtype)
+        with made_again_in_backward():
+            return Quantized(quantize(w, scale.value, dtype), None, scale, amax)
+
+    def weight_transposed(self, parts: Sequence[Tensor], layout: Layout, scale: Scale, dtype: torch.dtype) -> Tensor:
+        """[K, N] for dgrad, where forward made none."""
+        with made_again_in_backward():
+            t = quantize(layout.join(parts), scale.value, dtype).t()
+            return self.operand(t.contiguous()) if self.contiguous else t
+
+    def gradient(self, grad: Tensor, slots: Slots, data: bool, transposed: bool) -> Quantized:
+        """grad [T, N], padded: as dgrad reads it, and as wgrad does, if they are wanted."""
+        amax, dtype = row_amax(grad), slots.casting.gradient
+        scale = slots.pick(amax, dtype)
+        g8 = self.operand(pad_rows(saturated(grad, scale.value, dtype), self.multiple).to(dtype))
+        return Quantized(g8, self.transposed(g8) if transposed else None, scale, amax)
+
+
+# cast(parts [N_i, C], scale, dtype, interleave, data, transposed) -> (FP8 [N, C], FP8 [C, N], amaxes)
+Cast = Callable[[list[Tensor], Tensor, torch.dtype, int, bool, bool], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class OnePassGemm(Gemm):
+    """One kernel reads a weight and writes it, its transposed copy and its amax. The transposed copy is kept for backward, which
+    does not read the weight again.
+
+    Activations and gradients are left to Inductor: it writes them from within the kernel that makes them, which saves more
+    than one reading does.
+    """
+
+    cast: Cast = field(kw_only=True)
+
+    def weight(self, parts: Sequence[Tensor], layout: Layout, slots: Slots) -> Quantized:
+        dtype = slots.casting.forward
+        scale = slots.known or slots.pick(torch.cat([row_amax(p) for p in parts]), dtype)
+        interleave = layout.interleave if len(parts) > 1 else 0
+        data, transposed, amax = self.cast(list(parts), scale.value, dtype, interleave, True, True)
+        return Quantized(data, transposed, scale, amax)
+
+
 def forward(
     gemm: Gemm,
     x: Tensor,
@@ -142,29 +220,22 @@ def forward(
     out_dtype: torch.dtype,
     casting: Casting,
     first: bool,
-) -> tuple[list[Tensor], Tensor, list[Scale], list[Tensor]]:
-    """x [T, K] -> (outputs [T, N] of each GEMM, x8 [T padded, K], the scales of x and of each GEMM's weight, 2n amaxes by row)."""
+) -> tuple[list[Tensor], Tensor | None, list[Scale], list[Tensor], list[Tensor]]:
+    """x [T, K] -> (outputs [T, N] of each GEMM, x8 [T padded, K], the scales of x and of each GEMM's weight, 2n amaxes, the
+    transposed FP8 weights [K, N] of the GEMMs for backward, none where it makes them itself)."""
     tokens = x.shape[0]
-    x_amax = row_amax(x)
-    x_scale = pick(scales, 0, x_amax, casting.forward, casting, first)
-    scaled = pad_rows(saturated(x, x_scale.value, casting.forward), gemm.multiple)
-    with kept_for_backward():
-        x8 = gemm.operand(scaled.to(casting.forward))
-    ys, used, amaxes = [], [x_scale], [x_amax] * (2 * len(weights))
+    x8 = gemm.activation(x, Slots(scales, 0, casting, first))
+    ys, used, amaxes, kept = [], [x8.scale], [x8.amax] * (2 * len(weights)), []
     for block in layout.blocks():
-        with made_again_in_backward():
-            w = layout.join([weights[i] for i in block])
-        w_amax = row_amax(w)
-        w_scale = pick(scales, 2 * block[0] + 1, w_amax, casting.forward, casting, first)
+        w8 = gemm.weight([weights[i] for i in block], layout, Slots(scales, 2 * block[0] + 1, casting, first))
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)
-        with made_again_in_backward():
-            w8 = quantize(w, w_scale.value, casting.forward)
-        y = gemm(x8, w8, x_scale.inverse, w_scale.inverse, out_dtype, bias, True)
+        y = gemm(x8.data, w8.data, x8.scale.inverse, w8.scale.inverse, out_dtype, bias, True)
         ys.append(y[:tokens] if gemm.multiple > 1 else y)
-        used.append(w_scale)
+        used.append(w8.scale)
+        kept += [] if w8.transposed is None else [w8.transposed]
         for i in block:
-            amaxes[2 * i + 1] = w_amax
-    return ys, x8, used, amaxes
+            amaxes[2 * i + 1] = w8.amax
+    return ys, x8.data, used, amaxes, kept
 
 
 def join_biases(
@@ -192,6 +263,7 @@ def backward(
     x8: Tensor | None,
     weights: Sequence[Tensor],
     used: Sequence[Scale],
+    kept: Sequence[Tensor],
     scales: Sequence[Scale] | None,
     layout: Layout,
     needs: Needs,
@@ -199,7 +271,7 @@ def backward(
     casting: Casting,
     first: bool,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor]]:
-    """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, n amaxes by row)."""
+    """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, n amaxes)."""
     x_scale, *w_scales = used
     with made_again_in_backward():
         x8t = None if x8 is None else gemm.transposed(x8)
@@ -207,21 +279,20 @@ def backward(
     dbs: list[Tensor | None] = [None] * len(weights)
     amaxes: list[Tensor] = list(grads[:1]) * len(weights)
     dx: Tensor | None = None
-    for block, grad, w_scale in zip(layout.blocks(), grads, w_scales, strict=True):
+    for number, (block, grad, w_scale) in enumerate(zip(layout.blocks(), grads, w_scales, strict=True)):
         tokens = grad.shape[0]
-        g_amax = row_amax(grad)
-        g_scale = pick(scales, block[0], g_amax, casting.gradient, casting, first)
-        g8 = gemm.operand(pad_rows(saturated(grad, g_scale.value, casting.gradient), gemm.multiple).to(casting.gradient))
+        wanted = any(needs.weights[i] for i in block)
+        g8 = gemm.gradient(grad, Slots(scales, block[0], casting, first), data=needs.x, transposed=wanted)
         if needs.x:
-            with made_again_in_backward():
-                w8t = gemm.cast_transposed(layout.join([weights[i] for i in block]), w_scale.value, casting.forward)
-            part = gemm(g8, w8t, g_scale.inverse, w_scale.inverse, x_dtype)[:tokens]
+            parts = [weights[i] for i in block]
+            w8t = kept[number] if kept else gemm.weight_transposed(parts, layout, w_scale, casting.forward)
+            part = gemm(g8.data, w8t, g8.scale.inverse, w_scale.inverse, x_dtype)[:tokens]
             dx = part if dx is None else dx.float() + part.float()
-        if any(needs.weights[i] for i in block):
+        if wanted:
             assert x8t is not None
-            _wgrads(gemm, layout, block, needs, g8, x8t, (g_scale.inverse, x_scale.inverse), weights, into=dws)
+            _wgrads(gemm, layout, block, needs, g8.transposed, x8t, (g8.scale.inverse, x_scale.inverse), weights, into=dws)
         for member, i in enumerate(block):
-            amaxes[i] = g_amax
+            amaxes[i] = g8.amax
             if needs.biases[i]:
                 dbs[i] = layout.rows(grad.t(), member, len(block)).sum(-1, dtype=torch.float32)
     return (None if dx is None else dx.to(x_dtype)), dws, dbs, amaxes
@@ -232,14 +303,13 @@ def _wgrads(
     layout: Layout,
     block: Sequence[int],
     needs: Needs,
-    g8: Tensor,
+    g8t: Tensor,
     x8t: Tensor,
     inverses: tuple[Tensor, Tensor],
     weights: Sequence[Tensor],
     into: list[Tensor | None],
 ) -> None:
     """The weight gradients of one GEMM's linears: one GEMM where their rows stand together, else one for each."""
-    g8t = gemm.transposed(g8)
     wanted = [i for i in block if needs.weights[i]]
     dtypes = {weights[i].dtype for i in block}
     if gemm.contiguous and not layout.interleave and len(wanted) == len(block) and len(dtypes) == 1:
@@ -266,7 +336,7 @@ def inference(
 ) -> list[Tensor]:
     """x [T, K] and, for each GEMM, the FP8 weight [N, K] and its f32 scale_inv -> the output [T, N] of each GEMM."""
     tokens = x.shape[0]
-    x_scale = pick(scales, 0, row_amax(x), casting.forward, casting, first)
+    x_scale = Slots(scales, 0, casting, first).pick(row_amax(x), casting.forward)
     x8 = pad_rows(saturated(x, x_scale.value, casting.forward), gemm.multiple).to(casting.forward)
     ys = []
     for block, w8, w_inv in zip(layout.blocks(), w8s, w_invs, strict=True):
@@ -301,5 +371,5 @@ def defined_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: to
 
 
 NATIVE_CPU = Gemm(scaled_mm, contiguous=False)
-NATIVE_CUDA = Gemm(scaled_mm, contiguous=True, multiple=16)
+NATIVE_CUDA = OnePassGemm(scaled_mm, contiguous=True, multiple=16, cast=torch.ops.te_dynamo.cast_transpose)
 REFERENCE = Gemm(defined_mm, contiguous=False)

@@ -105,16 +105,17 @@ class Generated(PerTensor):
 
     def linears_forward(self, x, weights, biases, scales, layout, out_dtype, recipe, peers, first):
         rows, casting = x.reshape(-1, x.shape[-1]), casting_of(recipe, peers)
-        ys, x8, used, amaxes = linears.forward(self.gemm, rows, weights, biases, _pairs(scales), layout, out_dtype, casting, first)
+        ys, x8, used, amaxes, kept = linears.forward(self.gemm, rows, weights, biases, _pairs(scales), layout, out_dtype, casting, first)
         ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
-        return ys, x8, [t for pair in used for t in pair], largest_of(amaxes)
+        return ys, x8, [*(t for pair in used for t in pair), *kept], largest_of(amaxes)
 
     def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, recipe, peers, first):
         lead, casting = grads[0].shape[:-1], casting_of(recipe, peers)
         rows = [t.reshape(-1, t.shape[-1]) for t in grads]
-        forward_scales = [Scale(*pair) for pair in zip(used[::2], used[1::2], strict=True)]
+        pairs = 2 * (1 + len(grads))
+        forward_scales, kept = [Scale(*pair) for pair in zip(used[:pairs:2], used[1:pairs:2], strict=True)], used[pairs:]
         dx, dws, dbs, amaxes = linears.backward(
-            self.gemm, rows, x8, weights, forward_scales, _pairs(scales), layout, needs, x_dtype, casting, first
+            self.gemm, rows, x8, weights, forward_scales, kept, _pairs(scales), layout, needs, x_dtype, casting, first
         )
         return (None if dx is None else dx.reshape(*lead, dx.shape[-1])), dws, dbs, largest_of(amaxes)
 

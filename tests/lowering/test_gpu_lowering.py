@@ -104,7 +104,7 @@ def test_the_steady_graph_has_no_cast_that_waits_for_an_amax(graphs):
     model, x = model_and_input()
     train(model, x)
     for gm in graphs:
-        goals = set(casts(gm, E4M3, E5M2))
+        goals = {*casts(gm, E4M3, E5M2), *calls(gm, ours.cast_transpose.default)}
         assert goals
         assert not any(reaches(amax, goals) for amax in [*calls(gm, aten.amax.default), *calls(gm, ours.largest.default)])
 
@@ -114,7 +114,7 @@ def test_under_current_scaling_every_cast_waits_for_its_amax(graphs):
     model, x = model_and_input()
     train(model, x, recipe="current")
     for gm in graphs[:1]:
-        goals = set(casts(gm, E4M3, E5M2))
+        goals = {*casts(gm, E4M3, E5M2), *calls(gm, ours.cast_transpose.default)}
         assert goals and any(reaches(amax, goals) for amax in calls(gm, aten.amax.default))
 
 
@@ -140,12 +140,14 @@ def test_amaxes_are_measured_once_a_graph(graphs):
     assert len(one.args[0]) <= GROUPS + 3 * BLOCKS  # an input's amax once, though three slots may hold it
 
 
-def test_inputs_are_kept_in_fp8_once_and_weights_not_at_all(graphs):
+def test_inputs_and_transposed_weights_are_kept_in_fp8_once(graphs):
     model, x = model_and_input()
     train(model, x)
     saved = saved_for_backward(graphs[0], results=2)
-    kept = [t for t in saved if t.dtype == E4M3]
-    assert sorted(tuple(t.shape) for t in kept) == sorted([(TOKENS, HIDDEN), (TOKENS, INNER)] * BLOCKS)
+    kept = [tuple(t.shape) for t in saved if t.dtype == E4M3]
+    inputs = [(TOKENS, HIDDEN), (TOKENS, INNER)] * BLOCKS
+    weights = [tuple(n.meta["val"][1].shape) for n in calls(graphs[0], ours.cast_transpose.default)]
+    assert sorted(kept) == sorted(inputs + weights) and len(weights) == GROUPS
     # in high precision: what the activation and the residual need, and not what the linears read
     rest = [t for t in saved if t.dtype == torch.bfloat16 and t.numel() >= TOKENS * HIDDEN]
     assert sum(t.numel() for t in rest) <= BLOCKS * TOKENS * (2 * INNER + HIDDEN)
@@ -158,9 +160,9 @@ def test_backward_writes_each_transposed_copy_once(graphs):
     assert not calls(forward, ours.transpose.default)
     gemms = len(calls(forward, aten._scaled_mm.default))
     assert len(calls(backward, ours.transpose.default)) == GROUPS + gemms
-    # a weight is read once, and only its transposed copy is written
-    weights = casts(backward, E4M3)
-    assert len(weights) == gemms
+    # a weight is read once in a step, by the kernel that also writes its transposed copy
+    assert len(calls(forward, ours.cast_transpose.default)) == gemms
+    assert not casts(backward, E4M3) and not calls(backward, ours.cast_transpose.default)
     assert len(casts(backward, E5M2)) == gemms
 
 
