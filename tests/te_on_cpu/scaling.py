@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.te_on_cpu.quantize import FLOAT32_MAX, FP8
+from tests.te_on_cpu.rounding import FLOAT32_MAX, FP8
 
 
 def fused_amax_and_scale_update_after_reduction(
