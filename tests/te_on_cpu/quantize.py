@@ -12,6 +12,9 @@ from torch import Tensor
 from tests.te_on_cpu import block, mx, per_tensor
 from tests.te_on_cpu.rounding import HIGH_PRECISION, amax_of
 
+COPIES_WITH_SCALES = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
+ARGUMENTS = {"_data": "data", "_transpose": "data_transpose", "_scale_inv": "fp8_scale_inv"}  # of a per-tensor one's constructor
+
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
     """`tensor` [..., K] quantized, into `output` if there is one, whose copies are made to be those that the quantizer asks for.
@@ -55,11 +58,8 @@ def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: t
     """A quantized tensor with the copies that the quantizer asks for, uninitialized: what TE's own descriptions of it say."""
     shape = tuple(shape)
     description = _describing(quantizer).storage_metadata(quantizer, dtype)
-    names = {"_data": "data", "_transpose": "data_transpose", "_scale_inv": "fp8_scale_inv"}
-    buffers = {names.get(name, name[1:]): buffer for name, buffer in _buffers(quantizer, shape).items()}
-    for name in (
-        ("data",) if "fp8_scale_inv" in buffers else ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv")
-    ):
+    buffers = {ARGUMENTS.get(name, name[1:]): buffer for name, buffer in _buffers(quantizer, shape).items()}
+    for name in ("data",) if "fp8_scale_inv" in buffers else (copy[1:] for copy in COPIES_WITH_SCALES):
         buffers.setdefault(name, None)
     arguments = {**description["nontensor_kwargs"], **buffers}
     if not quantizer.internal:
@@ -68,7 +68,7 @@ def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: t
 
 
 def _describing(quantizer: Any) -> type:
-    """The class whose `inner_tensor_specs` and `storage_metadata` hold for `quantizer`: a delayed one makes the tensors of a current one."""
+    """The class whose description of the tensors holds: a delayed quantizer makes those of a current one."""
     from transformer_engine.pytorch import Float8CurrentScalingQuantizer
 
     return Float8CurrentScalingQuantizer if is_delayed(quantizer) else type(quantizer)
@@ -84,11 +84,7 @@ def _buffers(quantizer: Any, shape: tuple[int, ...]) -> dict[str, Tensor]:
 def _make_copies(output: Any, quantizer: Any, shape: Sequence[int]) -> None:
     """Drops the copies of `output` that the quantizer does not ask for, and adds those that it lacks."""
     wanted = _buffers(quantizer, tuple(shape))
-    names = (
-        ("_data", "_transpose")
-        if hasattr(output, "_data")
-        else ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
-    )
+    names = ("_data", "_transpose") if hasattr(output, "_data") else COPIES_WITH_SCALES
     for name in names:
         if name not in wanted:
             setattr(output, name, None)
