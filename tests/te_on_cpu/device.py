@@ -74,6 +74,8 @@ _STAND_INS: dict[Any, dict[str, Any]] = {
         "get_device_capability": lambda *_, **__: capability(),
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda *_: None,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     },
     torch.cuda.nvtx: {"range_push": lambda *_: None, "range_pop": lambda *_: None},
     torch.version: {"cuda": "13.0"},

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.te_on_cpu import activation, device, norm, quantize
+from tests.te_on_cpu import activation, device, norm, quantize, sequence
+from tests.te_on_cpu.attention import fused_attn_bwd, fused_attn_fwd
+from tests.te_on_cpu.attention_support import get_fused_attn_backend
 from tests.te_on_cpu.gemm import generic_gemm
 from tests.te_on_cpu.mx import swizzle_scales_for_gemm_
 from tests.te_on_cpu.scaling import fused_amax_and_scale_update_after_reduction
@@ -40,6 +42,13 @@ STAND_INS: tuple[Callable[..., Any], ...] = (
     activation.clamped_dswiglu,
     activation.clamped_swiglu,
     *activation.stand_ins(),
+    fused_attn_bwd,
+    fused_attn_fwd,
+    get_fused_attn_backend,
+    sequence.convert_bshd_to_thd,
+    sequence.convert_thd_to_bshd,
+    sequence.fa_prepare_bwd,
+    sequence.fa_prepare_fwd,
     device.get_cublasLt_version,
     device.get_cudnn_version,
     device.get_num_cublas_streams,

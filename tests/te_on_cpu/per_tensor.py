@@ -22,7 +22,7 @@ def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> Non
         scale = quantizer.scale
     else:
         scale = scale_of(amax, fp8, quantizer.amax_epsilon, quantizer.force_pow_2_scales)
-    data = cast(values * scale, fp8)
+    data = cast(values * scale.reshape(()), fp8)
     if output._data is not None:
         output._data.copy_(data)
     if output._transpose is not None:
@@ -36,7 +36,7 @@ def dequantize(t: Any) -> Tensor:
     data = t._data
     if data is None:
         data = t._transpose.movedim(0, -1) if t._transpose.dim() else t._transpose
-    return data.contiguous().view(FP8[int(t._fp8_dtype)]).float() * t._scale_inv
+    return data.contiguous().view(FP8[int(t._fp8_dtype)]).float() * t._scale_inv.reshape(())
 
 
 def copy_for_gemm(t: Any, transposed: bool) -> Tensor | None:
@@ -45,4 +45,4 @@ def copy_for_gemm(t: Any, transposed: bool) -> Tensor | None:
     if copy is None:
         return None
     rows = copy.reshape(copy.shape[0], -1) if transposed else copy.reshape(-1, copy.shape[-1])
-    return rows.view(FP8[int(t._fp8_dtype)]).float() * t._scale_inv
+    return rows.view(FP8[int(t._fp8_dtype)]).float() * t._scale_inv.reshape(())

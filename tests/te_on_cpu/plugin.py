@@ -1,24 +1,50 @@
-"""A pytest plugin that runs TE's own tests on the stand-in: `pytest -p tests.te_on_cpu.plugin TEST_FILE`.
+"""A pytest plugin that runs TE's own tests on the stand-in, from the directory that they lie in.
 
-Attention's scores of one head of one sample are a tensor of their own here: lengths and heads are cut to 256 and 4.
+    cd TransformerEngine/tests/pytorch && python -m pytest -p tests.te_on_cpu.plugin test_recipe.py
+
+Attention's scores are tensors of their own here, so its tests are cut down: 2 samples, lengths up to 256, 4 heads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import te_on_cpu
 
+SAMPLES, LENGTH, HEADS = 2, 256, 4
 _open = contextlib.ExitStack()
-LENGTH, HEADS = 256, 4
 
 
 def pytest_configure(config: pytest.Config) -> None:
     te_on_cpu.install()
     _open.enter_context(te_on_cpu.cuda_is_cpu())
+    sys.path.insert(0, str(Path.cwd()))
+    _cut_down(importlib.import_module("utils").ModelConfig)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     _open.close()
+
+
+def _cut_down(model_config: Any) -> None:
+    """Keeps the ratio of keys' heads to queries', and unequal lengths unequal."""
+    build = model_config.__init__
+
+    def cut(self: Any, batch_size: int, max_seqlen_q: int, num_heads: int, head_dim_qk: int, **rest: Any) -> None:
+        groups, keys = rest.get("num_gqa_groups"), rest.get("max_seqlen_kv")
+        if groups is not None:
+            rest["num_gqa_groups"] = max(1, min(num_heads, HEADS) * groups // num_heads)
+        if keys is not None:
+            rest["max_seqlen_kv"] = min(keys, LENGTH)
+        queries = min(max_seqlen_q, LENGTH)
+        if keys is not None and keys != max_seqlen_q and queries == rest["max_seqlen_kv"]:
+            queries //= 2
+        build(self, min(batch_size, SAMPLES), queries, min(num_heads, HEADS), head_dim_qk, **rest)
+
+    model_config.__init__ = cut
