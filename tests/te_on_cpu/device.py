@@ -43,10 +43,13 @@ def get_num_cublas_streams() -> int:
 
 
 class _DeviceArguments(TorchFunctionMode):
-    """TE names its device "cuda" in many places: those arguments become "cpu"."""
+    """TE names its device "cuda" in many places, or by its index: those arguments become "cpu"."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*map(_on_cpu, args), **{key: _on_cpu(value) for key, value in (kwargs or {}).items()})
+        kwargs = {key: _on_cpu(value) for key, value in (kwargs or {}).items()}
+        if isinstance(kwargs.get("device"), int):
+            kwargs["device"] = "cpu"
+        return func(*map(_on_cpu, args), **kwargs)
 
 
 def _on_cpu(value: Any) -> Any:
@@ -76,6 +79,9 @@ _STAND_INS: dict[Any, dict[str, Any]] = {
         "synchronize": lambda *_: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "_lazy_init": lambda: None,
+        "_lazy_call": lambda call, **_: call(),
+        "default_generators": (torch.default_generator,),
     },
     torch.cuda.nvtx: {"range_push": lambda *_: None, "range_pop": lambda *_: None},
     torch.version: {"cuda": "13.0"},

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.te_on_cpu import activation, device, norm, quantize, sequence
+from tests.te_on_cpu import activation, device, norm, quantize, sequence, softmax
 from tests.te_on_cpu.attention import fused_attn_bwd, fused_attn_fwd
 from tests.te_on_cpu.attention_support import get_fused_attn_backend
 from tests.te_on_cpu.gemm import generic_gemm
@@ -49,6 +49,11 @@ STAND_INS: tuple[Callable[..., Any], ...] = (
     sequence.convert_thd_to_bshd,
     sequence.fa_prepare_bwd,
     sequence.fa_prepare_fwd,
+    softmax.scaled_aligned_causal_masked_softmax_forward,
+    softmax.scaled_masked_softmax_forward,
+    softmax.scaled_softmax_forward,
+    softmax.scaled_upper_triang_masked_softmax_forward,
+    *softmax.BACKWARD,
     device.get_cublasLt_version,
     device.get_cudnn_version,
     device.get_num_cublas_streams,
