@@ -17,6 +17,7 @@ HOPPER = (9, 0)
 CUDNN = 92400  # 9.24.0
 CUBLAS_LT = 130000
 _pretended = [HOPPER]
+_engine_run_backward = torch.autograd._engine_run_backward
 _make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 
 
@@ -60,6 +61,12 @@ def _wrapper_on_cpu(cls: type, *args: Any, device: Any = None, **kwargs: Any) ->
     return _make_wrapper_subclass(cls, *args, device=torch.device("cpu"), **kwargs)
 
 
+def _run_backward(*args: Any, **kwargs: Any) -> Any:
+    """A mode sees no function that is called inside of one that it sees, and `backward` is such a one: it is opened again."""
+    with _DeviceArguments():
+        return _engine_run_backward(*args, **kwargs)
+
+
 def _properties(*_: Any, **__: Any) -> SimpleNamespace:
     major, minor = capability()
     return SimpleNamespace(
@@ -84,6 +91,7 @@ _STAND_INS: dict[Any, dict[str, Any]] = {
         "default_generators": (torch.default_generator,),
     },
     torch.cuda.nvtx: {"range_push": lambda *_: None, "range_pop": lambda *_: None},
+    torch.autograd: {"_engine_run_backward": _run_backward},
     torch.version: {"cuda": "13.0"},
     torch.Tensor: {
         "is_cuda": property(lambda self: True),
