@@ -1,7 +1,8 @@
 """cuDNN's fused attention as TE calls it, one sample and all its heads at a time, in float32.
 
-FP8 (per-tensor scales) follows the graph that TE builds (C/fused_attn/fused_attn_fp8.cu): the softmax's result is cast by
-`s_quantizer` before it multiplies V, the scores' gradient by `dp_quantizer` before it multiplies K and Q. No dropout.
+FP8 (per-tensor scales) follows the graph that TE builds (C/fused_attn/fused_attn_fp8.cu) and its own emulation of it: the
+softmax's result is cast by `s_quantizer` before it multiplies V, the scores' gradient by `dp_quantizer` before it multiplies
+K and Q. A fused kernel may cast before it divides by the softmax's sum, which it knows last: that is not seen here. No dropout.
 """
 
 from __future__ import annotations

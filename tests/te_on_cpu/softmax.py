@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MASKED = -10000.0  # the score of a key that the mask hides: a row without any other is uniform
+MASKED = -10000.0  # the score of a key that the mask hides
 
 
 def scaled_softmax_forward(input: Tensor, scale: float) -> Tensor:
@@ -16,8 +16,10 @@ def scaled_softmax_forward(input: Tensor, scale: float) -> Tensor:
 
 
 def scaled_masked_softmax_forward(input: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """mask [1 or b, 1, sq, skv]: not 0 where a key is hidden."""
-    return (input.float() * scale).masked_fill(mask.bool(), MASKED).softmax(-1).to(input.dtype)
+    """mask [1 or b, 1, sq, skv]: not 0 where a key is hidden. A row that sees no key is zero (C/fused_softmax/scaled_masked_softmax.cu)."""
+    hidden = mask.bool()
+    results = (input.float() * scale).masked_fill(hidden, MASKED).softmax(-1)
+    return results.masked_fill(hidden.all(-1, keepdim=True), 0.0).to(input.dtype)
 
 
 def scaled_upper_triang_masked_softmax_forward(input: Tensor, scale: float) -> Tensor:
