@@ -65,6 +65,8 @@ def fused_attn_fwd(
         layout, mask_type, window_size, bottom_right_diagonal, q.shape[-2], attn_scale,
         max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded,
     )  # fmt: skip
+    problem.queries.check(q)
+    problem.keys.check(k)
     out = torch.zeros([*q.shape[:-1], v.shape[-1]])
     stats, largest = problem.empty_per_row(out), problem.empty_per_row(out)
     amax = torch.zeros(1)
@@ -131,6 +133,8 @@ def fused_attn_bwd(
         layout, mask_type, window_size, bottom_right_diagonal, q.shape[-2], attn_scale,
         max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded,
     )  # fmt: skip
+    problem.queries.check(q)
+    problem.keys.check(k)
     o = in_format(_values(o), _name(o_format), layout.q_format)
     d_o = in_format(_values(d_o), _name(do_format), layout.q_format)
     stats, _, *rest = aux

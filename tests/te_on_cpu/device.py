@@ -138,3 +138,6 @@ def _forget(changed: bool) -> None:
     for name in ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_NVFP4_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):
         if quantization is not None:
             setattr(quantization, name, None)
+    attention = sys.modules.get("transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention")
+    if attention is not None:
+        attention._attention_backends["backend_selection_requires_update"] = True

@@ -96,6 +96,12 @@ class Sequences:
             raise RuntimeError(f"a sequence is {max(lengths)} long, and the maximum is said to be {longest}")
         return Sequences(format, starts, lengths, longest)
 
+    def check(self, t: Tensor) -> None:
+        """Raises RuntimeError where a dense tensor has other sizes than cuDNN is told."""
+        told = {"bshd": (len(self.lengths), self.longest), "sbhd": (self.longest, len(self.lengths)), "thd": tuple(t.shape[:2])}
+        if tuple(t.shape[:2]) != told[self.format]:
+            raise RuntimeError(f"a tensor {list(t.shape)} in {self.format} of {len(self.lengths)} sequences up to {self.longest} long")
+
     def rows(self, t: Tensor, sample: int) -> Tensor:
         """A view [length, h, d] of one sample's."""
         length = self.lengths[sample]

@@ -41,9 +41,8 @@ def seen(sq: int, skv: int, mask: str, window: tuple[int, int], bottom_right: bo
     keep = torch.zeros(sq, skv, dtype=torch.bool)
     for i, j in itertools.product(range(sq), range(skv)):
         behind = i + shift - j
-        keep[i, j] = (
-            ("causal" not in mask or behind >= 0) and (window[0] < 0 or behind <= window[0]) and (window[1] < 0 or -behind <= window[1])
-        )
+        after = window[1] if "causal" not in mask else 0
+        keep[i, j] = (window[0] < 0 or behind <= window[0]) and (after < 0 or -behind <= after)
     return keep
 
 
@@ -265,11 +264,13 @@ def test_in_fp8(te, tex, layout, delayed):
 
 def test_a_lie_about_memory_is_refused(te, tex):
     q, k, v = parts_of("bs3hd", (B, SQ, H, D), (B, SQ, H, D))
-    for layout in ("bsh3d", "bshd_bshd_bshd", "bshd_bs2hd", "sb3hd"):
+    for layout in ("bsh3d", "bshd_bshd_bshd", "bshd_bs2hd"):
         with pytest.raises(RuntimeError, match="elements behind the first"):
             fwd(te, q, k, v, layout)
     with pytest.raises(RuntimeError, match="elements behind the first"):
         fwd(te, k, q, v, "bs3hd")
+    with pytest.raises(RuntimeError, match="in bshd of 2 sequences up to 32 long"):
+        fwd(te, q, k, v, "bs3hd", max_seqlen_q=32)
     with pytest.raises(RuntimeError, match="takes FP8, float16 and bfloat16"):
         fwd(te, *parts_of("bs3hd", (B, SQ, H, D), (B, SQ, H, D), torch.float32), "bs3hd")
     with pytest.raises(RuntimeError, match="cu_seqlens are int32"):

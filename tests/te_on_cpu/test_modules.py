@@ -93,7 +93,8 @@ def test_attention_trains(te, scaling, format, monkeypatch):
         return t.transpose(1, 2) if format == "bshd" else t.permute(1, 2, 0, 3)
 
     recipes = {"delayed": lambda: DelayedScaling(amax_history_len=4, fp8_dpa=True), "current": lambda: Float8CurrentScaling(fp8_dpa=True)}
-    with te_on_cpu.cuda_is_cpu():
+    # With current scaling TE has FP8 attention from compute capability 10.0 on (P/attention/dot_product_attention/utils.py:757).
+    with te_on_cpu.cuda_is_cpu(BLACKWELL if scaling == "current" else HOPPER):
         attention = te.DotProductAttention(h, d, qkv_format=format, attn_mask_type="causal")
         for _ in range(2):
             q, k, v = (torch.randn(shape).bfloat16().requires_grad_() for _ in range(3))
@@ -118,7 +119,7 @@ def test_recipes_are_where_the_hardware_has_them(te):
         with te_on_cpu.cuda_is_cpu(BLACKWELL):
             assert te.is_mxfp8_available() and te.get_device_compute_capability() == BLACKWELL
         assert not te.is_mxfp8_available() and te.get_device_compute_capability() == HOPPER
-        with te.autocast(enabled=False), pytest.raises(AssertionError, match="10"), te.autocast(enabled=True, recipe=recipe("mxfp8")):
+        with pytest.raises(RuntimeError, match="capability 10.0 or higher"), te.autocast(enabled=True, recipe=recipe("mxfp8")):
             pass
     with te_on_cpu.cuda_is_cpu((8, 0)):
         assert not te.is_fp8_available()
@@ -130,3 +131,14 @@ def test_a_blackwell_keeps_no_transpose(te):
         with te_on_cpu.cuda_is_cpu(capability):
             q = te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3, "cuda")(torch.ones(32, 32))
             assert (q._transpose is not None) == transposes
+
+
+def test_a_hopper_has_no_fp8_attention_with_current_scaling(te, monkeypatch):
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "0")
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    with te_on_cpu.cuda_is_cpu(), te.autocast(enabled=True, recipe=Float8CurrentScaling(fp8_dpa=True)):
+        q = torch.randn(2, 64, 2, 128).bfloat16()
+        with pytest.raises(ValueError, match="No dot product attention backend"):
+            te.DotProductAttention(2, 128, qkv_format="bshd")(q, q.clone(), q.clone())
