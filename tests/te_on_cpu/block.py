@@ -20,7 +20,7 @@ BLOCK = 128
 
 def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> None:
     """`values` [..., K], float32, made of `dtype`, into the row-wise copy [..., K] and the column-wise [K, ...] with their scales."""
-    rows = values.reshape(-1, values.shape[-1])
+    rows = values.reshape(-1, values.shape[-1] if values.dim() else 1)
     copies = (
         (rows, output._rowwise_data, output._rowwise_scale_inv),
         (rows.t(), output._columnwise_data, output._columnwise_scale_inv),
@@ -39,8 +39,9 @@ def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> Non
 
 def dequantize(t: Any) -> Tensor:
     """[..., K] in float32."""
-    if t._rowwise_data is not None:
-        return _values(t, t._rowwise_data.reshape(-1, t._rowwise_data.shape[-1]), t._rowwise_scale_inv).reshape(t._rowwise_data.shape)
+    copy = t._rowwise_data
+    if copy is not None:
+        return _values(t, copy.reshape(-1, copy.shape[-1] if copy.dim() else 1), t._rowwise_scale_inv).reshape(copy.shape)
     copy = t._columnwise_data
     return _values(t, copy.reshape(copy.shape[0], -1), t._columnwise_scale_inv).reshape(copy.shape).movedim(0, -1)
 

@@ -47,6 +47,8 @@ class _DeviceArguments(TorchFunctionMode):
     """TE names its device "cuda" in many places, or by its index: those arguments become "cpu"."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:  # what is asked of a device's name stays true
+            return func(*args, **(kwargs or {}))
         kwargs = {key: _on_cpu(value) for key, value in (kwargs or {}).items()}
         if isinstance(kwargs.get("device"), int):
             kwargs["device"] = "cpu"

@@ -75,7 +75,7 @@ def _describing(quantizer: Any) -> type:
 
 
 def _buffers(quantizer: Any, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    if not shape:  # one value: TE's description of the transposed copy knows no such shape
+    if not shape and format_of_quantizer(quantizer) is per_tensor:  # TE's description of a transpose knows no such shape
         return {name: torch.empty(shape, dtype=torch.uint8) for name in ("_data", "_transpose")} | {"_scale_inv": torch.empty(1)}
     specs = _describing(quantizer).inner_tensor_specs(quantizer, shape)
     return {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in specs.items()}
