@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.te_on_cpu.layout import Layout, in_format
 from tests.te_on_cpu.quantize import create_empty_quantized_tensor, format_of, is_delayed, quantize, store
-from tests.te_on_cpu.rounding import FP8, amax_of, cast
+from tests.te_on_cpu.rounding import FP8, amax_of, cast, write
 from tests.te_on_cpu.scores import Problem, probabilities
 
 
@@ -218,7 +218,7 @@ def _through_fp8(values: Tensor, quantizer: Any) -> Tensor:
 
 def _record(quantizer: Any, amax: Tensor) -> None:
     if quantizer is not None:
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+        write(quantizer.amax, torch.maximum(quantizer.amax, amax))
 
 
 def _packed(gradients: Sequence[Tensor], source: Layout, target: Layout, dtype: torch.dtype, quantizer: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tests.te_on_cpu.rounding import FP8, amax_of, cast, largest, scale_of
+from tests.te_on_cpu.rounding import FP8, amax_of, cast, largest, scale_of, write
 
 BLOCK = 128
 
@@ -32,9 +32,9 @@ def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> Non
             fp8 = FP8[int(quantizer.dtype)]
             scale = scale_of(amax_of(tiles, (1, 3)), fp8, quantizer.amax_epsilon, quantizer.force_pow_2_scales, largest(dtype))
             scaled = _matrix(tiles * scale[:, None, :, None], matrix.shape)
-            data.copy_(cast(scaled, fp8).reshape(data.shape))
+            write(data, cast(scaled, fp8).reshape(data.shape))
             stored = (1 / scale) if output._is_2D_scaled else (1 / scale).t()
-            scale_inv.copy_(pad(stored, (0, scale_inv.shape[1] - stored.shape[1])))
+            write(scale_inv, pad(stored, (0, scale_inv.shape[1] - stored.shape[1])))
 
 
 def dequantize(t: Any) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.te_on_cpu import activation, device, norm, quantize, sequence, softmax
+from tests.te_on_cpu import activation, device, norm, quantize, rope, sequence, softmax
 from tests.te_on_cpu.attention import fused_attn_bwd, fused_attn_fwd
 from tests.te_on_cpu.attention_support import get_fused_attn_backend
 from tests.te_on_cpu.gemm import generic_gemm
@@ -45,6 +45,8 @@ STAND_INS: tuple[Callable[..., Any], ...] = (
     fused_attn_bwd,
     fused_attn_fwd,
     get_fused_attn_backend,
+    rope.fused_rope_backward,
+    rope.fused_rope_forward,
     sequence.convert_bshd_to_thd,
     sequence.convert_thd_to_bshd,
     sequence.fa_prepare_bwd,

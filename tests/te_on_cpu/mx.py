@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.te_on_cpu.rounding import FP8, amax_of, cast, largest
+from tests.te_on_cpu.rounding import FP8, amax_of, cast, largest, write
 
 BLOCK = 32
 _TILE_ROWS, _TILE_COLUMNS = 128, 4  # of scales, in the order that cuBLAS reads
@@ -29,13 +29,13 @@ def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> Non
         amax = amax_of(tiles, 3).flatten(0, 1) if square is None else square.repeat_interleave(BLOCK, 0)
         exponents = e8m0(amax, fp8)  # [rows, K/32]
         data = rows * reciprocal(exponents).repeat_interleave(BLOCK, 1)
-        output._rowwise_data.copy_(cast(data, fp8).reshape(output._rowwise_data.shape))
+        write(output._rowwise_data, cast(data, fp8).reshape(output._rowwise_data.shape))
         _store(output, output._rowwise_scale_inv, exponents, rowwise=True)
     if output._columnwise_data is not None:
         amax = amax_of(tiles, 1).flatten(1, 2) if square is None else square.repeat_interleave(BLOCK, 1)
         exponents = e8m0(amax, fp8)  # [rows/32, K]
         data = rows * reciprocal(exponents).repeat_interleave(BLOCK, 0)
-        output._columnwise_data.copy_(cast(data, fp8).reshape(output._columnwise_data.shape))
+        write(output._columnwise_data, cast(data, fp8).reshape(output._columnwise_data.shape))
         _store(output, output._columnwise_scale_inv, exponents, rowwise=False)
 
 
@@ -91,7 +91,7 @@ def swizzle_scales_for_gemm_(arg0: Any) -> None:
         return
     for scale_inv, rowwise in ((arg0._rowwise_scale_inv, True), (arg0._columnwise_scale_inv, False)):
         if scale_inv is not None:
-            scale_inv.copy_(_swizzled(scale_inv.clone(), rowwise))
+            write(scale_inv, _swizzled(scale_inv.clone(), rowwise))
     arg0._with_gemm_swizzled_scales = True
 
 
@@ -103,7 +103,7 @@ def _swizzled(scale_inv: Tensor, rowwise: bool) -> Tensor:
 def _store(t: Any, scale_inv: Tensor, exponents: Tensor, rowwise: bool) -> None:
     padded = torch.zeros_like(scale_inv)
     padded[: exponents.shape[0], : exponents.shape[1]] = exponents
-    scale_inv.copy_(_swizzled(padded, rowwise) if t._with_gemm_swizzled_scales else padded)
+    write(scale_inv, _swizzled(padded, rowwise) if t._with_gemm_swizzled_scales else padded)
 
 
 def _values(t: Any, rowwise: bool) -> Tensor:

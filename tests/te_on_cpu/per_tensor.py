@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.te_on_cpu.rounding import FP8, amax_of, cast, scale_of
+from tests.te_on_cpu.rounding import FP8, amax_of, cast, scale_of, write
 
 
 def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> None:
@@ -18,17 +18,17 @@ def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> Non
     fp8 = FP8[int(quantizer.dtype)]
     amax = amax_of(values)
     if hasattr(quantizer, "scale"):
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+        write(quantizer.amax, torch.maximum(quantizer.amax, amax))
         scale = quantizer.scale
     else:
         scale = scale_of(amax, fp8, quantizer.amax_epsilon, quantizer.force_pow_2_scales)
     data = cast(values * scale.reshape(()), fp8)
     if output._data is not None:
-        output._data.copy_(data)
+        write(output._data, data)
     if output._transpose is not None:
-        output._transpose.copy_(data.movedim(-1, 0) if data.dim() else data)
+        write(output._transpose, data.movedim(-1, 0) if data.dim() else data)
         output._transpose_invalid = False
-    output._scale_inv.copy_((1 / scale).reshape(output._scale_inv.shape))
+    write(output._scale_inv, (1 / scale).reshape(output._scale_inv.shape))
 
 
 def dequantize(t: Any) -> Tensor:

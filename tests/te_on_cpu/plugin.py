@@ -21,9 +21,14 @@ SAMPLES, LENGTH, HEADS = 2, 256, 4
 _open = contextlib.ExitStack()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--capability", default="9.0", help="the compute capability to pretend")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     te_on_cpu.install()
-    _open.enter_context(te_on_cpu.cuda_is_cpu())
+    major, minor = config.getoption("--capability").split(".")
+    _open.enter_context(te_on_cpu.cuda_is_cpu((int(major), int(minor))))
     sys.path.insert(0, str(Path.cwd()))
     utils = importlib.import_module("utils")
     _cut_down(utils.ModelConfig)

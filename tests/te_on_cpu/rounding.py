@@ -38,6 +38,12 @@ def scale_of(amax: Tensor, fp8: torch.dtype, epsilon: float, power_of_2: bool, i
     return scale
 
 
+def write(target: Tensor, values: Tensor) -> None:
+    """In place as a kernel does it, to whom it is the same whether `target` was made in inference mode."""
+    with torch.inference_mode():
+        target.copy_(values)
+
+
 def cast(values: Tensor, fp8: torch.dtype) -> Tensor:
     """float32 to the bytes of FP8, to nearest even; what is too large becomes the largest number, a NaN stays one."""
     top = largest(fp8)

@@ -366,6 +366,34 @@ def test_sequences_change_format(te, tex):
     assert torch.equal(back, together.transpose(0, 1))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("format", ["sbhd", "bshd", "thd"])
+def test_rotary_embeddings(te, tex, format, interleaved):
+    """Against complex multiplication."""
+    lengths, angles = [5, 8], torch.rand(16, 1, 1, 8) * 6
+    cu = torch.tensor([0, 5, 13], dtype=torch.int32)
+    x = torch.randn({"sbhd": (8, 2, H, D), "bshd": (2, 8, H, D), "thd": (13, H, D)}[format])
+    expected = x.double().clone()
+    for sample, (begin, length) in enumerate(zip(cu.tolist(), lengths if format == "thd" else [8, 8], strict=False)):
+        own = {"sbhd": expected[:, sample], "bshd": expected[sample], "thd": expected[begin : begin + length]}[format]
+        pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + 4) for i in range(4)]
+        for real, imaginary in pairs:
+            angle = angles[:length, 0, 0, real].double()
+            turned = torch.complex(own[..., real], own[..., imaginary]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+            own[..., real], own[..., imaginary] = turned.real, turned.imag
+    arguments = (tex.NVTE_QKV_Format[f"NVTE_{format.upper()}"], interleaved, cu if format == "thd" else None, 1, 0)
+    out = tex.fused_rope_forward(x, paired(angles, interleaved), None, *arguments)
+    torch.testing.assert_close(out.double(), expected)
+    torch.testing.assert_close(tex.fused_rope_backward(out, paired(angles, interleaved), None, *arguments), x)
+
+
+def paired(angles: Tensor, interleaved: bool) -> Tensor:
+    """The angle of each pair's first member for both."""
+    if interleaved:
+        return angles[..., ::2].repeat_interleave(2, -1)
+    return torch.cat([angles[..., :4]] * 2, -1)
+
+
 def test_the_softmaxes_of_the_unfused_attention(te, tex):
     torch.manual_seed(6)
     scores, mask = torch.randn(2, 3, 8, 8), torch.rand(2, 1, 8, 8) < 0.4
