@@ -30,6 +30,9 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import Any
+
+import torch
 
 from tests.te_on_cpu.device import cuda_is_cpu
 from tests.te_on_cpu.extension import VERSION, extension
@@ -65,4 +68,13 @@ def install() -> ModuleType:
     common.load_framework_extension = lambda framework: None
     with cuda_is_cpu():
         import transformer_engine.pytorch as te
+        from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
+    # TE takes a tensor that lies on no GPU to one before it dequantizes it. Here none does.
+    mxfp8_tensor_storage._FromMXFP8Func.forward = staticmethod(_dequantize)
     return te
+
+
+def _dequantize(_: Any, tensor: Any, dtype: torch.dtype) -> torch.Tensor:
+    from transformer_engine.pytorch.constants import TE_DType
+
+    return sys.modules["transformer_engine_torch"].dequantize(tensor, TE_DType[dtype])  # type: ignore[attr-defined]

@@ -97,6 +97,7 @@ _STAND_INS: dict[Any, dict[str, Any]] = {
     torch.version: {"cuda": "13.0"},
     torch.Tensor: {
         "is_cuda": property(lambda self: True),
+        "is_cpu": property(lambda self: False),
         "cuda": lambda self, *_, **__: self,
         "_make_wrapper_subclass": staticmethod(_wrapper_on_cpu),
     },
