@@ -1,17 +1,27 @@
 """NVIDIA's own `transformer_engine` Python package on a CPU: what te_dynamo is held to.
 
 Its modules, quantizers, autocast, recipes and scale-state machine are the wheel's. Only the C++ layer below them, the module
-`transformer_engine_torch` ("tex"), is stood in for, by definition and no further than te.Linear with per-tensor scaling
-needs it. The stand-in is a Hopper: FP8 GEMMs are TN only, operands are aligned, and what that hardware refuses is an error.
+`transformer_engine_torch` ("tex"), is stood in for, by definition: slow and obvious. It is a Hopper: FP8 GEMMs are TN only,
+operands are aligned, a layout is what memory holds, and what that hardware refuses is an error. Another device is pretended
+by its compute capability. What has no stand-in raises NotImplementedError with its name. docs/te-tests.md says how much of
+TE's own tests passes.
 
     te = te_on_cpu.install()          # before anything else imports transformer_engine
     with te_on_cpu.cuda_is_cpu():     # around TE's eager modules, backward included; never around torch.compile
         ...
 
-    signatures.json  the built module's functions and enums (2.20.2), as far as TE imports them by name or we stand in for them
+    signatures.json  the built module's functions and enums (2.20.2)
     extension.py     makes the module of them, each stand-in checked against its signature
     device.py        lets TE believe in a device
-    quantize.py, gemm.py, scaling.py  the stand-ins
+    rounding.py      amax, scale and cast, for every quantizer
+    per_tensor.py, block.py, mx.py   the formats: delayed and current scaling, blocks of 128, MXFP8
+    quantize.py      tex.quantize and its kin, over the formats
+    scaling.py       delayed scaling's update
+    gemm.py, norm.py, activation.py, rope.py
+    attention.py     fused attention; scores.py, layout.py, attention_support.py: its masks, its memory, where there is one
+    softmax.py, sequence.py   what TE's other attention needs
+    plugin.py        runs TE's own tests (tools/run_te_tests.py)
+    truth.py, conftest.py, test_*.py   the instrument's own tests
 """
 
 from __future__ import annotations
@@ -20,6 +30,9 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import Any
+
+import torch
 
 from tests.te_on_cpu.device import cuda_is_cpu
 from tests.te_on_cpu.extension import VERSION, extension
@@ -55,4 +68,13 @@ def install() -> ModuleType:
     common.load_framework_extension = lambda framework: None
     with cuda_is_cpu():
         import transformer_engine.pytorch as te
+        from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
+    # TE takes a tensor that lies on no GPU to one before it dequantizes it. Here none does.
+    mxfp8_tensor_storage._FromMXFP8Func.forward = staticmethod(_dequantize)
     return te
+
+
+def _dequantize(_: Any, tensor: Any, dtype: torch.dtype) -> torch.Tensor:
+    from transformer_engine.pytorch.constants import TE_DType
+
+    return sys.modules["transformer_engine_torch"].dequantize(tensor, TE_DType[dtype])  # type: ignore[attr-defined]

@@ -12,14 +12,54 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.te_on_cpu import activation, device, norm, quantize, rope, sequence, softmax
+from tests.te_on_cpu.attention import fused_attn_bwd, fused_attn_fwd
+from tests.te_on_cpu.attention_support import get_fused_attn_backend
 from tests.te_on_cpu.gemm import generic_gemm
-from tests.te_on_cpu.quantize import bgrad_quantize, create_empty_quantized_tensor, quantize
+from tests.te_on_cpu.mx import swizzle_scales_for_gemm_
 from tests.te_on_cpu.scaling import fused_amax_and_scale_update_after_reduction
 
 NAME = "transformer_engine_torch"
 FACTS = json.loads(Path(__file__).with_name("signatures.json").read_text())
 VERSION: str = FACTS["transformer_engine"]
-STAND_INS = (bgrad_quantize, create_empty_quantized_tensor, fused_amax_and_scale_update_after_reduction, generic_gemm, quantize)
+STAND_INS: tuple[Callable[..., Any], ...] = (
+    quantize.bgrad_quantize,
+    quantize.compute_amax,
+    quantize.create_empty_quantized_tensor,
+    quantize.dequantize,
+    quantize.fp8_transpose,
+    quantize.multi_tensor_quantize,
+    quantize.quantize,
+    quantize.split_quantize,
+    swizzle_scales_for_gemm_,
+    generic_gemm,
+    fused_amax_and_scale_update_after_reduction,
+    norm.layernorm_bwd,
+    norm.layernorm_fwd,
+    norm.rmsnorm_bwd,
+    norm.rmsnorm_bwd_add,
+    norm.rmsnorm_fwd,
+    activation.clamped_dswiglu,
+    activation.clamped_swiglu,
+    *activation.stand_ins(),
+    fused_attn_bwd,
+    fused_attn_fwd,
+    get_fused_attn_backend,
+    rope.fused_rope_backward,
+    rope.fused_rope_forward,
+    sequence.convert_bshd_to_thd,
+    sequence.convert_thd_to_bshd,
+    sequence.fa_prepare_bwd,
+    sequence.fa_prepare_fwd,
+    softmax.scaled_aligned_causal_masked_softmax_forward,
+    softmax.scaled_masked_softmax_forward,
+    softmax.scaled_softmax_forward,
+    softmax.scaled_upper_triang_masked_softmax_forward,
+    *softmax.BACKWARD,
+    device.get_cublasLt_version,
+    device.get_cudnn_version,
+    device.get_num_cublas_streams,
+)
 _POSITIONAL = re.compile(r"arg\d+")  # how pybind names what has no name
 
 

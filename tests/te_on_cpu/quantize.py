@@ -1,80 +1,154 @@
-"""Casts to FP8: `Float8Quantizer` (delayed: the scale is given) and `Float8CurrentScalingQuantizer` (from the amax)."""
+"""tex.quantize and its kin, for every quantizer with a stand-in: per tensor (delayed, current), in blocks of 128, MXFP8."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FP8 = {7: torch.float8_e4m3fn, 8: torch.float8_e5m2}  # tex.DType
-FLOAT32_MAX = torch.finfo(torch.float32).max
-_EXPONENT = 0x7F800000
+from tests.te_on_cpu import block, mx, per_tensor
+from tests.te_on_cpu.rounding import HIGH_PRECISION, amax_of
 
-
-def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, pin_memory: bool) -> Any:
-    """An FP8 tensor [..., K] with the copies that the quantizer asks for: row-wise [..., K], transposed [K, ...]."""
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
-    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
-
-    shape = list(shape)
-    buffers = {
-        "data": torch.empty(shape, dtype=torch.uint8) if quantizer.rowwise_usage else None,
-        "data_transpose": torch.empty(shape[-1:] + shape[:-1], dtype=torch.uint8) if quantizer.columnwise_usage else None,
-        "fp8_scale_inv": torch.empty(1),
-        "fp8_dtype": quantizer.dtype,
-        "quantizer": quantizer,
-    }
-    if quantizer.internal:
-        return Float8TensorStorage(fake_dtype=dtype, **buffers)
-    return Float8Tensor(shape=shape, dtype=dtype, requires_grad=False, **buffers)
+COPIES_WITH_SCALES = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
+ARGUMENTS = {"_data": "data", "_transpose": "data_transpose", "_scale_inv": "fp8_scale_inv"}  # of a per-tensor one's constructor
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """`tensor` [..., K] in FP8, into `output` if there is one; a delayed quantizer's amax is max-written."""
-    if noop is not None:
-        raise NotImplementedError("the noop flag of tex.quantize has no stand-in")
-    fp8 = FP8[int(quantizer.dtype)]
-    top = torch.finfo(fp8).max
-    values = tensor.detach().float()
-    scale = _scale(quantizer, _amax(values), top)
-    data = (values * scale).clamp(-top, top).to(fp8).view(torch.uint8)
+    """`tensor` [..., K] quantized, into `output` if there is one, whose copies are made to be those that the quantizer asks for.
+
+    noop: a float32 [1]; where it is 1 nothing is written.
+    """
+    return _quantize(tensor.detach().float(), tensor.dtype, quantizer, output, noop)
+
+
+def store(values: Tensor, dtype: torch.dtype, quantizer: Any, output: Any = None) -> Any:
+    """What a kernel that computes `values` in float32 and quantizes its result returns; without a quantizer, `values` in `dtype`.
+
+    A delayed quantizer's cast is part of the kernel, from float32. Others read a result rounded to `dtype`.
+    """
+    if quantizer is None:
+        rounded = values.to(dtype)
+        return rounded if output is None else output.copy_(rounded)
+    return _quantize(values if is_delayed(quantizer) else values.to(dtype).float(), dtype, quantizer, output, None)
+
+
+def is_delayed(quantizer: Any) -> bool:
+    from transformer_engine.pytorch import Float8Quantizer
+
+    return isinstance(quantizer, Float8Quantizer)
+
+
+def _quantize(values: Tensor, dtype: torch.dtype, quantizer: Any, output: Any, noop: Tensor | None) -> Any:
+    format = format_of_quantizer(quantizer)
     if output is None:
-        output = create_empty_quantized_tensor(quantizer, tensor.shape, tensor.dtype, tensor.device, False)
-    if output._data is not None:
-        output._data.copy_(data)
-    if output._transpose is not None:
-        output._transpose.copy_(data.movedim(-1, 0))
-        output._transpose_invalid = False
-    output._scale_inv.copy_((1 / scale).reshape(output._scale_inv.shape))
+        output = create_empty_quantized_tensor(quantizer, values.shape, dtype, values.device, False)
+    else:
+        _make_copies(output, quantizer, values.shape)
+    if noop is None or noop.item() != 1:
+        format.fill(output, values, quantizer, dtype)
+        if quantizer.optimize_for_gemm:
+            mx.swizzle_scales_for_gemm_(output)
     return output
 
 
+def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, pin_memory: bool) -> Any:
+    """A quantized tensor with the copies that the quantizer asks for, uninitialized: what TE's own descriptions of it say."""
+    shape = tuple(shape)
+    description = _describing(quantizer).storage_metadata(quantizer, dtype)
+    buffers = {ARGUMENTS.get(name, name[1:]): buffer for name, buffer in _buffers(quantizer, shape).items()}
+    for name in ("data",) if "fp8_scale_inv" in buffers else (copy[1:] for copy in COPIES_WITH_SCALES):
+        buffers.setdefault(name, None)
+    arguments = {**description["nontensor_kwargs"], **buffers}
+    if not quantizer.internal:
+        arguments |= {"shape": shape, "dtype": arguments.pop("fake_dtype")}
+    return description["cls"](**arguments)
+
+
+def _describing(quantizer: Any) -> type:
+    """The class whose description of the tensors holds: a delayed quantizer makes those of a current one."""
+    from transformer_engine.pytorch import Float8CurrentScalingQuantizer
+
+    return Float8CurrentScalingQuantizer if is_delayed(quantizer) else type(quantizer)
+
+
+def _buffers(quantizer: Any, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    if not shape and format_of_quantizer(quantizer) is per_tensor:  # TE's description of a transpose knows no such shape
+        return {name: torch.empty(shape, dtype=torch.uint8) for name in ("_data", "_transpose")} | {"_scale_inv": torch.empty(1)}
+    specs = _describing(quantizer).inner_tensor_specs(quantizer, shape)
+    return {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in specs.items()}
+
+
+def _make_copies(output: Any, quantizer: Any, shape: Sequence[int]) -> None:
+    """Drops the copies of `output` that the quantizer does not ask for, and adds those that it lacks."""
+    wanted = _buffers(quantizer, tuple(shape))
+    names = ("_data", "_transpose") if hasattr(output, "_data") else COPIES_WITH_SCALES
+    for name in names:
+        if name not in wanted:
+            setattr(output, name, None)
+        elif getattr(output, name) is None:
+            setattr(output, name, wanted[name])
+    if "_transpose" in names:
+        output._transpose_invalid = output._transpose is None
+    output._fp8_dtype = quantizer.dtype
+
+
+def format_of_quantizer(quantizer: Any) -> ModuleType:
+    from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer, Float8Quantizer, MXFP8Quantizer
+
+    if isinstance(quantizer, (Float8Quantizer, Float8CurrentScalingQuantizer)):
+        return per_tensor
+    if isinstance(quantizer, Float8BlockQuantizer):
+        return block
+    if isinstance(quantizer, MXFP8Quantizer):
+        return mx
+    raise NotImplementedError(f"{type(quantizer).__name__} has no stand-in")
+
+
+def format_of(t: Any) -> ModuleType | None:
+    """The module for a quantized tensor, None for any other."""
+    if hasattr(t, "_is_2D_scaled"):
+        return block
+    if hasattr(t, "_with_gemm_swizzled_scales") and hasattr(t, "_fp8_dtype"):
+        return mx
+    return per_tensor if hasattr(t, "_fp8_dtype") else None
+
+
+def dequantize(input: Any, otype: Any) -> Tensor:
+    """`input` [..., K] in the dtype `otype`."""
+    format = format_of(input)
+    if format is None:
+        raise NotImplementedError(f"{type(input).__name__} has no stand-in")
+    return format.dequantize(input).to(HIGH_PRECISION[int(otype)])
+
+
+def multi_tensor_quantize(tensor_list: Sequence[Tensor], quantizer_list: Sequence[Any]) -> list[Any]:
+    return [quantize(tensor, quantizer) for tensor, quantizer in zip(tensor_list, quantizer_list, strict=True)]
+
+
+def split_quantize(
+    tensor: Tensor, split_sections: Sequence[int], quantizer_list: Sequence[Any], disable_bulk_allocation: bool = False
+) -> list[Any]:
+    """The parts of `tensor` along its first dimension, each by its quantizer."""
+    return multi_tensor_quantize(tensor.split(list(split_sections)), quantizer_list)
+
+
 def bgrad_quantize(input: Tensor, quantizer: Any) -> list[Any]:
-    """[the bias's gradient [N], the gradient in FP8] of a gradient [..., N]."""
+    """[the bias's gradient [N], the gradient quantized] of a gradient [..., N]."""
     bias_grad = input.reshape(-1, input.shape[-1]).float().sum(0).to(input.dtype)
     return [bias_grad, input if quantizer is None else quantize(input, quantizer)]
 
 
-def _amax(values: Tensor) -> Tensor:
-    """[1]; a NaN does not count (the kernel's fmaxf)."""
-    if values.numel() == 0:
-        return torch.zeros(1)
-    return values.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax().reshape(1)
+def compute_amax(input: Tensor, amax: Tensor) -> None:
+    """max |input| into `amax`, float32 [1]."""
+    if amax.dtype != torch.float32 or amax.numel() != 1:
+        raise RuntimeError("amax must be a float tensor with exactly one element")
+    amax.copy_(amax_of(input.detach().float()).reshape(amax.shape))
 
 
-def _scale(quantizer: Any, amax: Tensor, top: float) -> Tensor:
-    from transformer_engine.pytorch import Float8CurrentScalingQuantizer, Float8Quantizer
-
-    if isinstance(quantizer, Float8Quantizer):
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
-        return quantizer.scale
-    if not isinstance(quantizer, Float8CurrentScalingQuantizer):
-        raise NotImplementedError(f"{type(quantizer).__name__} has no stand-in")
-    amax = amax.clamp(min=quantizer.amax_epsilon)
-    scale = (torch.full_like(amax, top) / amax).clamp(max=FLOAT32_MAX)
-    scale = torch.where((amax > 0) & torch.isfinite(amax), scale, torch.ones_like(scale))
-    if quantizer.force_pow_2_scales:  # the mantissa is cut
-        scale = (scale.view(torch.int32) & _EXPONENT).view(torch.float32)
-    return scale
+def fp8_transpose(input: Tensor, dtype: Any, *, out: Tensor | None) -> Tensor:
+    """Bytes [..., K] as [K, ...]."""
+    transposed = (input.movedim(-1, 0) if input.dim() else input).contiguous()
+    return transposed if out is None else out.copy_(transposed)

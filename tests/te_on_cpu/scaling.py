@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.te_on_cpu.quantize import FLOAT32_MAX, FP8
+from tests.te_on_cpu.rounding import FLOAT32_MAX, FP8, write
 
 
 def fused_amax_and_scale_update_after_reduction(
@@ -30,7 +30,7 @@ def fused_amax_and_scale_update_after_reduction(
         rolled[-1] = last
         amax = rolled.amax(0) if amax_compute_algo == "max" else last  # the oldest entry counts once more, then makes room
         rolled[0] = 0
-        history.copy_(torch.where(moved, rolled, history))
+        write(history, torch.where(moved, rolled, history))
         # Tensor by tensor: a scalar over a tensor would be a reciprocal and a product, where the kernel divides.
         fresh = (torch.full_like(amax, top * 2.0**-margin) / amax).clamp(max=FLOAT32_MAX)
-        scale.copy_(torch.where(moved & torch.isfinite(amax) & (amax > 0), fresh, scale))
+        write(scale, torch.where(moved & torch.isfinite(amax) & (amax > 0), fresh, scale))

@@ -1,0 +1,186 @@
+"""Runs Transformer Engine's own tests on `tests/te_on_cpu`, and writes what passes, and why the rest does not, to docs/te-tests.md.
+
+    git clone https://github.com/NVIDIA/TransformerEngine
+    python tools/run_te_tests.py TransformerEngine
+
+The tests belong to TE and stay where they are. Each file runs in a process of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Tests:
+    """One of TE's test files."""
+
+    path: str  # below tests/pytorch
+    select: str = ""  # pytest -k
+    left_out: str = ""  # what the selection leaves out, and why
+    capability: str = "9.0"
+    trusts_pickles: bool = False  # as in NVIDIA's CI
+
+    @property
+    def name(self) -> str:
+        return f"`{self.path}`" + ("" if self.capability == "9.0" else f" on {self.capability}")
+
+
+FILES = (
+    Tests("test_recipe.py"),
+    Tests("test_float8_current_scaling_exact.py"),
+    Tests("test_float8_blockwise_scaling_exact.py"),
+    Tests("test_float8blockwisetensor.py"),
+    Tests("test_quantized_tensor.py"),
+    Tests(
+        "attention/test_attention.py",
+        "not test_mha_fp8_vs_f16 or (dtype1 and delayed-True-False-True-True-bshd)",
+        "of `test_mha_fp8_vs_f16` all but one variant in bf16 (delayed scaling, input layer norm, FP8 backward, bshd): too many for a CPU",
+        trusts_pickles=True,
+    ),
+    Tests(
+        "test_fusible_ops.py",
+        "not grouped and not dropout",
+        "grouped linears and MLPs, dropout: no stand-in",
+    ),
+    Tests("test_quantized_tensor.py", "mxfp8 or MXFP8", "what is not about MXFP8: it runs on the Hopper", "10.0"),
+    Tests("test_fusible_ops.py", "mxfp8 and test_layernorm_mlp", "all but MXFP8's layer norm and MLP", "10.0"),
+)
+
+# Why a test fails or is skipped: the first that is found in its message.
+REASONS = (
+    (r"tex\.te_general_grouped_gemm", "grouped GEMM has no stand-in"),
+    (r"tex\.(scaled_\w+|situglu|dsituglu)", "activations that fold in the MoE's probabilities, and SiTU-GLU, have no stand-in"),
+    (r"tex\.fused_rope", "fused RoPE has no stand-in"),
+    (r"tex\.(\w+) has no stand-in", r"`tex.\1` has no stand-in"),
+    (r"NVFP4Quantizer has no stand-in", "NVFP4 has no stand-in"),
+    (r"NVTE_ALIBI", "ALiBi has no stand-in"),
+    (r"with dropout has no stand-in", "attention with dropout has no stand-in"),
+    (r"torch.cuda.Stream requires CUDA", "captures a CUDA graph"),
+    (r"assert 'cpu' == 'cuda'", "asks for a tensor that lies on a GPU"),
+    (
+        r"fused_attn_fwd_fp8 vs unfused_attn_fwd_f16 RMSE",
+        "trains heads of 64 in FP8, which no Hopper does: not skipped, for 2.20.2's selector is asked about bf16; O spans one step of FP8",
+    ),
+    (r"Less than two backends", "one attention backend only: nothing to compare"),
+    (r"No FP8 attention backend", "this device has no such FP8 attention"),
+    (r"[Ff]lash[- _]?[Aa]tt", "no flash-attn"),
+    (r"MXFP8", "a Hopper has no MXFP8"),
+    (r"NVFP4|SM100|Blackwell|10\.0", "for a Blackwell"),
+)
+
+
+@dataclass
+class Result:
+    tests: Tests
+    passed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    skips: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    unfinished: str = ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("te", type=Path, help="a checkout of TransformerEngine, v2.20 or the commits before it")
+    parser.add_argument("--junit", type=Path, help="where to keep pytest's XML (default: nowhere)")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "te-tests.md")
+    parser.add_argument("--limit", type=int, default=600, help="seconds for each file")
+    parser.add_argument("--only", default="", help="files whose name has this; nothing is written")
+    arguments = parser.parse_args()
+    directory = arguments.te.resolve() / "tests" / "pytorch"
+    if not directory.is_dir():
+        parser.error(f"{arguments.te} is no checkout of TransformerEngine: {directory} is missing")
+    with tempfile.TemporaryDirectory() as temporary:
+        junit = arguments.junit or Path(temporary)
+        junit.mkdir(parents=True, exist_ok=True)
+        results = [run(tests, directory, junit.resolve(), arguments.limit) for tests in FILES if arguments.only in tests.path]
+    text = "\n".join(table(results, (arguments.te / "build_tools" / "VERSION.txt").read_text().strip()))
+    print(text)
+    if not arguments.only:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text + "\n")
+    return 0
+
+
+def run(tests: Tests, directory: Path, junit: Path, limit: int) -> Result:
+    xml = junit / f"{Path(tests.path).stem}-{tests.capability}.xml"
+    xml.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.te_on_cpu.plugin", "-p", "no:cacheprovider", "-q", "--tb=short", tests.path]
+    command += [f"--capability={tests.capability}", f"--junitxml={xml}", *(["-k", tests.select] if tests.select else [])]
+    settings = {"NVTE_TORCH_COMPILE": "0", "PYTORCH_JIT": "0", "PYTHONPATH": str(ROOT)}  # no compiled helpers
+    settings["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1" if tests.trusts_pickles else "0"
+    print(f"{tests.path} ...", file=sys.stderr, flush=True)
+    try:
+        subprocess.run(command, cwd=directory, env=os.environ | settings, timeout=limit, stdout=subprocess.DEVNULL, check=False)
+    except subprocess.TimeoutExpired:
+        return Result(tests, unfinished=f"stopped after {limit} s")
+    return read(tests, xml) if xml.exists() else Result(tests, unfinished="pytest could not run it")
+
+
+def read(tests: Tests, xml: Path) -> Result:
+    result = Result(tests)
+    for case in ElementTree.parse(xml).iter("testcase"):
+        result.seconds += float(case.get("time", 0))
+        bad = next((e for e in case if e.tag in ("failure", "error")), None)
+        skip = case.find("skipped")
+        if bad is not None:
+            result.failures[why(bad.get("message", ""))] += 1
+        elif skip is not None and "xfail" not in skip.get("type", ""):
+            result.skips[why(skip.get("message", ""))] += 1
+        else:
+            result.passed += 1
+    return result
+
+
+def why(message: str) -> str:
+    for pattern, reason in REASONS:
+        match = re.search(pattern, message)
+        if match:
+            return match.expand(reason)
+    return message.strip().split("\n")[0][:120]
+
+
+def table(results: Iterable[Result], te: str) -> list[str]:
+    results = list(results)
+    lines = [
+        "# Transformer Engine's own tests, on a CPU",
+        "",
+        f"`transformer_engine` {version('transformer_engine')} with `tests/te_on_cpu` as its C++ layer, a Hopper pretended where no other "
+        f"capability is named, and the tests of TE {te}: what `python tools/run_te_tests.py TransformerEngine` found with torch "
+        f"{version('torch')}. "
+        "Attention's sizes are cut to 2 samples, 256 positions and 4 heads.",
+        "",
+        "| file | passed | failed | skipped | seconds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        if r.unfinished:
+            lines.append(f"| {r.tests.name} | {r.unfinished} | | | |")
+        else:
+            counts = (r.passed, r.failures.total(), r.skips.total(), round(r.seconds))
+            lines.append(f"| {r.tests.name} | {' | '.join(map(str, counts))} |")
+    lines += ["", "## What fails, and why", ""]
+    lines += [f"- {r.tests.name}: {n} x {reason}" for r in results for reason, n in r.failures.most_common()]
+    lines += ["", "## What is skipped, by TE itself", ""]
+    lines += [f"- {r.tests.name}: {n} x {reason}" for r in results for reason, n in r.skips.most_common()]
+    lines += ["", "## What is not run", ""]
+    lines += [f"- {r.tests.name}: {r.tests.left_out}" for r in results if r.tests.left_out]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
