@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "RECIPES",
@@ -44,16 +45,16 @@ class Format(Enum):
     E5M2 alone is not among them: as in TE, pure E5M2 training is not supported, since no hardware multiplies E5M2 by E5M2.
     """
 
-    HYBRID = (torch.float8_e4m3fn, torch.float8_e5m2)
-    E4M3 = (torch.float8_e4m3fn, torch.float8_e4m3fn)
+    HYBRID = ("float8_e4m3fn", "float8_e5m2")
+    E4M3 = ("float8_e4m3fn", "float8_e4m3fn")
 
     @property
     def forward(self) -> torch.dtype:
-        return self.value[0]
+        return _dtype(self.value[0])
 
     @property
     def gradient(self) -> torch.dtype:
-        return self.value[1]
+        return _dtype(self.value[1])
 
     @classmethod
     def of(cls, value: object) -> Format:
@@ -100,8 +101,14 @@ class Recipe:
             raise ValueError(f"te_fp8: {type(self).__name__}({field}={getattr(self, field)!r}) is not allowed; it must be {allowed}")
 
 
-AmaxAlgorithm = str | Callable[[Tensor], Tensor]
-ScaleAlgorithm = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+def _dtype(name: str) -> torch.dtype:
+    import torch  # not before it is needed: choosing a recipe must not cost the import
+
+    return getattr(torch, name)
+
+
+AmaxAlgorithm: TypeAlias = "str | Callable[[Tensor], Tensor]"
+ScaleAlgorithm: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Any], Tensor]"
 
 
 @dataclass(frozen=True, kw_only=True)

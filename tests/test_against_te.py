@@ -206,7 +206,7 @@ def batch(step: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, torch.
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
-@pytest.mark.parametrize("provider", ["native", "reference"])
+@pytest.mark.parametrize("provider", ["native", "reference", "te"])
 def test_a_linear_is_te_s(te, arena, provider, recipe, dtype, bias):
     pair = Pair(te, recipe, provider, dtype, bias)
     for step in range(64):

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering import cpu_ops, linears
+from te_dynamo.lowering import cpu_ops, linears, te
 from te_dynamo.lowering.fp8 import casting_of
-from te_dynamo.lowering.limits import unaligned, unsupported_dtype
-from te_dynamo.lowering.linears import Gemm, Layout, Needs, Scale
+from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned, unsupported_dtype
+from te_dynamo.lowering.linears import Gemm, Layout, Needs, OnePassGemm, Scale
 from te_dynamo.lowering.scalars import largest_of
 from te_dynamo.lowering.stateless_provider import Stateless
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe, from_key
@@ -177,17 +177,19 @@ class NativeOnCPU(PerTensor):
         )
 
 
-class TransformerEngine:
-    """The place of the Transformer Engine provider; its kernels are not there yet."""
-
-    name = "te"
-    opaque = False
+class TransformerEngine(Generated):
+    """TE's GEMM and its fused cast and transpose of weights; activations and gradients are quantised by the kernels that make
+    them, which Inductor generates, since a kernel of their own would read and write them once more."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        return "the transformer_engine provider is not part of this release"
+        return te.unavailable(device)
+
+    def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
+        return unaligned(k, n) or unsupported_dtype(dtype)
 
 
 REFERENCE = Generated("reference", linears.REFERENCE)
+TE = TransformerEngine("te", OnePassGemm(te.gemm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cast=te.cast))
 NATIVE: dict[str, NativeOnCPU | NativeOnGPU] = {"cpu": NativeOnCPU(), "cuda": NativeOnGPU("native", linears.NATIVE_CUDA)}
 
 
@@ -196,20 +198,25 @@ PER_TENSOR = (DelayedScaling, Float8CurrentScaling)
 
 @cache
 def provider_named(key: str) -> Any:
-    """The provider of a key as stored in a graph: "reference", "native:cpu", "native:cuda"."""
+    """The provider of a key as stored in a graph: "reference", "te", "native:cpu", "native:cuda"."""
     name, _, device = key.partition(":")
     if name == "reference":
         return REFERENCE
+    if name == "te":
+        return TE
     if name == "native" and device in NATIVE:
         return NATIVE[device]
     raise KeyError(f"no provider is called {key!r}")
 
 
-@cache
 def provider_for(key: str, recipe: str) -> Any:
     """The provider of a key, in its form for a recipe (its key)."""
-    values = from_key(recipe)
-    return provider_named(key) if isinstance(values, PER_TENSOR) else Stateless(key.partition(":")[0], values)
+    return provider_named(key) if isinstance(from_key(recipe), PER_TENSOR) else _stateless(key.partition(":")[0], recipe)
+
+
+@cache
+def _stateless(name: str, recipe: str) -> Stateless:
+    return Stateless(name, from_key(recipe))
 
 
 def choose(requested: str, device: torch.device) -> tuple[str | None, str | None]:
@@ -218,7 +225,10 @@ def choose(requested: str, device: torch.device) -> tuple[str | None, str | None
     Raises RuntimeError where a provider that was asked for by name is not available.
     """
     if requested == "te":
-        raise RuntimeError(f"te_fp8: provider='te' is not available: {TransformerEngine().unavailable(device)}. Remedy: provider='auto'.")
+        reason = TE.unavailable(device)
+        if reason is None:
+            return "te", None
+        raise RuntimeError(f"te_fp8: provider='te' is not available: {reason}. Remedy: that, or provider='auto'.")
     if requested == "reference":
         return "reference", None
     native = NATIVE.get(device.type)
@@ -237,7 +247,10 @@ def choose_for(recipe: Recipe, requested: str, chosen: str, device: torch.device
     """
     if isinstance(recipe, PER_TENSOR) or chosen == "reference":
         return chosen, None
-    reason = Stateless(chosen.partition(":")[0], recipe).unavailable(device)
+    if chosen == "te":
+        reason: str | None = "Transformer Engine's kernels for it are not connected"
+    else:
+        reason = Stateless(chosen.partition(":")[0], recipe).unavailable(device)
     if reason is None:
         return chosen, None
     if requested != "auto":

