@@ -36,7 +36,7 @@ from te_dynamo.passes.raise_attention import ATTENTION_RULES
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.raise_norm import NORM_RULES
 from te_dynamo.passes.rules import apply
-from te_dynamo.passes.select import RECIPE, linear_sizes, select, unmatched_absolute_patterns
+from te_dynamo.passes.select import RECIPE, blind, linear_sizes, select, unmatched_absolute_patterns
 from te_dynamo.passes.undo import Rewrites
 from te_dynamo.report.sites import Sites
 from te_dynamo.report.stages import Stages
@@ -120,9 +120,9 @@ def _raise_and_fuse(
             apply(rules, unit, sites, rewrites)
         while excluded := select(unit, options, unsupported, grad_enabled):
             rewrites.restore(unit.graph, excluded, sites)
-        unit.graph.lint()
-    for unit in units:
         simplify_masks(unit, sites)
+        rewrites.restore(unit.graph, blind(unit, options), sites)
+        unit.graph.lint()
         unit.recompile()
     stages.done("raise", graph)
     for unit in units:

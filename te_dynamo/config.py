@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
 
-from te_dynamo.recipe import RECIPES, DelayedScaling, Recipe, named
+from te_dynamo.recipe import RECIPES, DelayedScaling, Float8CurrentScaling, Recipe, named
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "provider": ("auto", "te", "native", "reference"),
@@ -43,8 +43,8 @@ class Options:
         short_sequence: Self-attention up to this many tokens gets a packed layout (bs3hd), longer an interleaved one
             (bsh3d).
         include_logits: Compute the logits in FP8 too. They stay in high precision otherwise.
-        like_te: Transformer Engine's delayed scaling to the bit, for every site with delayed scaling (see
-            `te_dynamo.recipe.DelayedScaling`, which has it for some).
+        like_te: Transformer Engine's way to the bit, for every site with delayed or current scaling (see
+            `te_dynamo.recipe.DelayedScaling`; a recipe has it too, for some sites).
         amax_group: The process group whose ranks share their amaxes, and so have the same scales; None is the world, where
             torch.distributed is initialised.
         debug_dir: A folder that gets each graph after each stage, as numbered scripts that run by themselves.
@@ -116,7 +116,7 @@ class Options:
         """The recipe of the site at `path`; None where it stays in high precision."""
         found: Any = next((recipe for pattern, recipe in self._recipe_patterns() if fnmatchcase(path, pattern)), "auto")
         chosen: Recipe | None = DelayedScaling() if found == "auto" else found
-        if self.like_te and isinstance(chosen, DelayedScaling):
+        if self.like_te and isinstance(chosen, (DelayedScaling, Float8CurrentScaling)):
             return replace(chosen, like_te=True)
         return chosen
 

@@ -123,13 +123,14 @@ class DelayedScaling(Recipe):
         scaling_factor_compute_algo: None, or a function (amax [n], old scale [n], fp8_max 0-d or [n], recipe) -> scale [n].
         reduce_amax: Whether amaxes are max-reduced over the ranks of a data-parallel group (the option `amax_group`).
         fp8_dpa: FP8 attention too. fp8_mha: what lies between the linears and the attention in FP8 too.
-        like_te: TE's way to the bit. The first scale is 1.0 (ours comes from the first batch); an infinite amax enters the
-            history, and freezes the scale until it has left it (ours is not recorded); linears are not merged.
+        like_te: TE's way to the bit. The first scale is 1.0 (ours comes from the first batch); an infinite value saturates (ours
+            becomes NaN, for a GradScaler to find), and its amax enters the history and freezes the scale until it has left it
+            (ours is not recorded); linears are not merged.
     """
 
     name = "delayed"
     stateful = True
-    kernel_fields = ("fp8_format", "margin")
+    kernel_fields = ("fp8_format", "margin", "like_te")
 
     fp8_format: Any = Format.HYBRID
     margin: int = 0
@@ -156,17 +157,19 @@ class DelayedScaling(Recipe):
 class Float8CurrentScaling(Recipe):
     """One scale a tensor, from its own amax: fp8_max / amax.
 
-    power_2_scale: scales are rounded down to powers of two; amax_epsilon: the least amax.
+    power_2_scale: scales are rounded down to powers of two; amax_epsilon: the least amax; like_te: an infinite value saturates,
+    as in TE (ours becomes NaN), and linears are not merged.
     """
 
     name = "current"
-    kernel_fields = ("fp8_format", "power_2_scale", "amax_epsilon")
+    kernel_fields = ("fp8_format", "power_2_scale", "amax_epsilon", "like_te")
 
     fp8_format: Any = Format.HYBRID
     power_2_scale: bool = False
     amax_epsilon: float = 0.0
     fp8_dpa: bool = False
     fp8_mha: bool = False
+    like_te: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -365,3 +365,100 @@ def test_options_dataclass_and_mode():
     torch._dynamo.reset()
     with pytest.raises(Exception, match="Did you mean 'recipe'"):
         torch.compile(model, backend=te_fp8, options={"receipe": "current"})(x)
+
+
+def test_numbers_that_modules_hold_are_numbers_under_dynamic_too():
+    """Dynamo makes inputs of a norm's eps and an attention's scale; a rule needs to know them. One that changes is seen."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eps, self.scale = 1e-6, 0.25
+            self.weight = nn.Parameter(torch.ones(32))
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x):
+            x = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).unbind(-3)
+            scores = (q.transpose(1, 2) @ k.transpose(1, 2).mT) * self.scale
+            return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    torch._dynamo.reset()
+    model, found = Attention(), []
+    compiled = torch.compile(model, backend=te_fp8, dynamic=True, fullgraph=True)
+    with observing(lambda gm, sites, options: found.append({s.kind for s in sites.taken()})):
+        for length in (8, 12):
+            x = torch.randn(2, length, 32)
+            assert sqnr(model(x), compiled(x)) > 22
+        model.scale, model.eps = 4.0, 1.0
+        assert sqnr(model(x), compiled(x)) > 18
+    assert found == [{"norm_linear", "attention"}] * 2
+
+
+@pytest.mark.parametrize("write", ["scaled", "normalised"])
+def test_a_weight_that_the_forward_writes_is_read_as_written(write):
+    """In eval weights are quantised once, ahead of the graph: not where the graph itself writes them."""
+
+    class Prototypes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Linear(32, 32, bias=False)
+
+        def forward(self, x):
+            with torch.no_grad():
+                if write == "scaled":
+                    self.p.weight.mul_(-0.5)
+                else:
+                    self.p.weight.copy_(F.normalize(self.p.weight, dim=1))
+            return self.p(x)
+
+    torch._dynamo.reset()
+    reference = Prototypes().eval()
+    model = copy.deepcopy(reference)
+    compiled = torch.compile(model, backend=te_fp8)
+    x = torch.randn(8, 32)
+    with torch.no_grad():
+        for _ in range(3):
+            assert sqnr(reference(x), compiled(x)) > 22
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_leaves_the_graph_is_no_view_of_a_joined_buffer(grad):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.a(x), self.b(x).unflatten(-1, (4, 8)).transpose(1, 2)
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        a, b = torch.compile(Two(), backend=te_fp8)(torch.randn(2, 4, 32))
+    assert a.view(-1).shape == (256,) and a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
+
+
+def test_a_row_that_sees_nothing_has_the_gradients_it_had():
+    class Attention(nn.Module):
+        def __init__(self, first: int) -> None:
+            super().__init__()
+            self.qkv, self.first = nn.Linear(32, 96), first
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+            length = x.shape[1]
+            past = torch.ones(length, length, device=x.device).tril(self.first).bool()
+            scores = torch.where(past, q @ k.mT / 4, torch.finfo(x.dtype).min)
+            return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    for first, taken in ((-1, False), (0, True)):  # strictly earlier keys: the first row has none; causal: each has one
+        torch._dynamo.reset()
+        model, x, dy, found = Attention(first), torch.randn(2, 6, 32), torch.randn(2, 6, 32), []
+        with observing(lambda gm, sites, options, found=found: found.extend(s for s in sites if s.kind == "attention")):
+            (torch.compile(model, backend=te_fp8)(x) * dy).sum().backward()
+        assert [s.provider is not None for s in found] == [taken]
+        assert taken or "may see nothing" in found[0].reason
+        gradient = model.qkv.weight.grad.clone()
+        model.zero_grad()
+        (model(x) * dy).sum().backward()
+        assert sqnr(model.qkv.weight.grad, gradient) > 17

@@ -122,3 +122,26 @@ def test_per_layer_compile_gives_each_layer_its_own_scales():
     assert len(set(scales)) == len(layers)
     reference = case.model()
     assert 20 < sqnr(output(reference(**case.inputs())), output(model(**case.inputs())))
+
+
+def test_accelerate_s_regional_compilation_gives_each_layer_its_own_scales():
+    from accelerate.utils import compile_regions
+
+    import te_dynamo
+
+    case = CASES["llama"]
+    model, reference = case.model(), case.model()
+    compiled = compile_regions(model, backend="te_fp8")
+    seen: list[object] = []
+    with observing(lambda gm, sites, options: seen.append({s.path for s in sites if s.provider})):
+        for _ in range(2):
+            output(compiled(**case.inputs())).square().mean().backward()
+    layers = [paths for paths in seen if any(path.endswith("down_proj") for path in paths)]  # type: ignore[attr-defined]
+    assert len(layers) == 1  # one graph serves all layers
+    found = te_dynamo.scale_state(compiled).state_dict()
+    count = len(reference.model.layers)
+    assert all(
+        found[f"model.layers.{i}.mlp.down_proj.{role}.scale"] > 0 for i in range(count) for role in ("input", "weight", "grad_output")
+    )
+    assert len({found[f"model.layers.{i}.mlp.down_proj.weight.scale"].item() for i in range(count)}) == count
+    assert 20 < sqnr(output(reference(**case.inputs())), output(compiled(**case.inputs())))

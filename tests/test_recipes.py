@@ -273,7 +273,7 @@ def trained(recipe: DelayedScaling, factors: list[float]) -> tuple[float, float]
         (DelayedScaling(margin=2), 448 / 8 / 4),
         (DelayedScaling(amax_history_len=2), 448 / 2),
         (DelayedScaling(amax_compute_algo="most_recent"), 448 / 1),
-        (DelayedScaling(amax_compute_algo=lambda history: history[1:][history[1:].any(1)][0] * 2), 448 / 8),
+        (DelayedScaling(amax_compute_algo=lambda history: 2 * history[0] + history[1:].amax(0)), 448 / (2 * 1 + 8)),
         (DelayedScaling(scaling_factor_compute_algo=lambda amax, scale, fp8_max, recipe: fp8_max / amax / 16), 448 / 8 / 16),
         (DelayedScaling(amax_compute_algo="most_recent", scaling_factor_compute_algo=lambda a, s, m, r: s / 2), None),
     ],

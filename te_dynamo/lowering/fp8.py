@@ -45,7 +45,7 @@ class Casting:
     """How a recipe with one scale a tensor casts: the dtypes of forward tensors and of gradients, and what becomes of an amax.
 
     margin: powers of two left unused; power_2_scale: the scale's mantissa is cut off; amax_epsilon: the least amax; peers:
-    the name of the process group whose ranks share the first scale of a slot, "" for none.
+    the name of the process group whose ranks share the first scale of a slot, "" for none; saturates_infinite: as TE's casts.
     """
 
     forward: torch.dtype = E4M3
@@ -54,6 +54,13 @@ class Casting:
     power_2_scale: bool = False
     amax_epsilon: float = 0.0
     peers: str = ""
+    saturates_infinite: bool = False
+
+    def saturated(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x * scale` in float32, ready for the cast. Finite values saturate; what is infinite becomes NaN, so that whoever
+        looks for overflow (a GradScaler) finds it, unless the recipe is to be like TE, whose casts saturate that too."""
+        values = saturated(x, scale, dtype)
+        return values if self.saturates_infinite else torch.where(torch.isinf(x), torch.nan, values)
 
     def scale_of(self, amax: Tensor, dtype: torch.dtype) -> Tensor:
         """The scale for a largest magnitude under this recipe (see `scale_of`)."""
@@ -68,7 +75,8 @@ def casting_of(recipe: str, peers: str = "") -> Casting:
     """The Casting of a recipe's key. `peers` counts for recipes with state only: the others look at their own rank."""
     values = from_key(recipe)
     options = {name: getattr(values, name) for name in ("margin", "power_2_scale", "amax_epsilon") if hasattr(values, name)}
-    return Casting(values.fp8_format.forward, values.fp8_format.gradient, peers=peers if values.stateful else "", **options)
+    options |= {"peers": peers if values.stateful else "", "saturates_infinite": getattr(values, "like_te", False)}
+    return Casting(values.fp8_format.forward, values.fp8_format.gradient, **options)
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype, margin: float = 0) -> Tensor:

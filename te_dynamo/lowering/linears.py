@@ -22,7 +22,7 @@ from torch import Tensor
 import te_dynamo.lowering.kernels.cast_transpose
 import te_dynamo.lowering.kernels.transpose  # noqa: F401  (registers its operator)
 from te_dynamo.lowering.first_use import agreed
-from te_dynamo.lowering.fp8 import Casting, amax, dequantize, quantize, row_amax, saturated
+from te_dynamo.lowering.fp8 import Casting, amax, dequantize, quantize, row_amax
 from te_dynamo.lowering.partition import kept_for_backward, made_again_in_backward
 
 
@@ -159,7 +159,7 @@ class Gemm:
         """x [T, K], padded: left to Inductor, which fuses it with what makes x. It is what backward keeps of x."""
         amax, dtype = row_amax(x), slots.casting.forward
         scale = slots.pick(amax, dtype)
-        scaled = pad_rows(saturated(x, scale.value, dtype), self.multiple)
+        scaled = pad_rows(slots.casting.saturated(x, scale.value, dtype), self.multiple)
         with kept_for_backward():
             data = self.operand(scaled.to(dtype))
         return Quantized(data, None, scale, amax)
@@ -183,7 +183,7 @@ class Gemm:
         """grad [T, N], padded: as dgrad reads it, and as wgrad does, if they are wanted."""
         amax, dtype = row_amax(grad), slots.casting.gradient
         scale = slots.pick(amax, dtype)
-        g8 = self.operand(pad_rows(saturated(grad, scale.value, dtype), self.multiple).to(dtype))
+        g8 = self.operand(pad_rows(slots.casting.saturated(grad, scale.value, dtype), self.multiple).to(dtype))
         return Quantized(g8, self.transposed(g8) if transposed else None, scale, amax)
 
 
@@ -337,7 +337,7 @@ def inference(
     """x [T, K] and, for each GEMM, the FP8 weight [N, K] and its f32 scale_inv -> the output [T, N] of each GEMM."""
     tokens = x.shape[0]
     x_scale = Slots(scales, 0, casting, first).pick(row_amax(x), casting.forward)
-    x8 = pad_rows(saturated(x, x_scale.value, casting.forward), gemm.multiple).to(casting.forward)
+    x8 = pad_rows(casting.saturated(x, x_scale.value, casting.forward), gemm.multiple).to(casting.forward)
     ys = []
     for block, w8, w_inv in zip(layout.blocks(), w8s, w_invs, strict=True):
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)

@@ -269,7 +269,7 @@ class Attention:
     path: str = ""
 
 
-def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node) -> Node:
+def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node, uniform_rows: bool = False) -> Node:
     """The attention node, and the views around it that give what `like` gives."""
     operands = []
     for operand, wanted in ((site.q, ("b", "h", "i", "d")), (site.k, ("b", "h", "j", "d")), (site.v, ("b", "h", "j", "e"))):
@@ -277,6 +277,8 @@ def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node) -> Node
         operands.append(emit_cast(graph, x, site.dtype, like))  # autocast does so too: what is computed is said here
     attributes = {"causal": site.causal, "scale": site.scale, "dropout_p": site.dropout_p, "enable_gqa": site.enable_gqa}
     node = emit(graph, ops.attention, (*operands, mask), attributes, like=like)
+    if uniform_rows:
+        node.meta[UNIFORM_ROWS] = True
     if site.path:
         node.meta["te_path"] = site.path
     if site.out == ("b", "h", "i", "e"):
@@ -302,6 +304,8 @@ def as_contiguous(graph: Graph, node: Node, like: Node) -> Node:
 
 
 # --- Building the mask
+
+UNIFORM_ROWS = "te_uniform_rows"  # on an attention: a row that sees nothing is uniform (its mask says never by a finite number)
 
 
 @dataclass(frozen=True)

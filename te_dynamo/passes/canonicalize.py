@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.source import AttrSource
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from te_dynamo.passes.effects import storage, writes
-from te_dynamo.passes.graph import EXAMPLE, example, fake_mode_of, infer, is_call, tensor
+from te_dynamo.passes.graph import EXAMPLE, example, fake_mode_of, infer, is_call, is_method, tensor
 
 LINEAR = torch._C._nn.linear
 SDPA = torch._C._nn.scaled_dot_product_attention
@@ -166,12 +168,32 @@ def canonicalize(gm: GraphModule) -> None:
     graph = gm.graph
     for node in list(graph.nodes):
         if node.op in ("call_function", "call_method"):
+            if _module_number(graph, node):
+                continue
             _out_of_place(graph, node)
             _operator(node)
             _method(node)
             _arguments(node)
             _remove_identity(graph, node)
     gm.recompile()
+
+
+def _module_number(graph: Graph, node: Node) -> bool:
+    """A float that a module holds (a norm's eps, an attention's scale) is a number again.
+
+    Under `dynamic=True` Dynamo makes an input of it, since it might change: one of these does not, and a guard has the model
+    compiled again if it does.
+    """
+    value = node.meta.get(EXAMPLE)
+    if not is_method(node, "item") or not isinstance(value, torch.SymFloat) or not value.node.has_hint():
+        return False
+    if not isinstance(getattr(node.args[0], "_dynamo_source", None), AttrSource):
+        return False
+    number = float(value)
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
+    graph.erase_node(node)
+    return True
 
 
 def _operator(node: Node) -> None:

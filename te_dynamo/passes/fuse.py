@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from te_dynamo import ops
-from te_dynamo.passes.effects import written_between
+from te_dynamo.passes.effects import storage, written_between
 from te_dynamo.passes.graph import EXAMPLE, emit, is_call, tensor
 from te_dynamo.passes.layout import Layout as AttentionLayout
 from te_dynamo.passes.layout import attention_shape, choose_layout, qkv_linears
@@ -97,9 +97,10 @@ def _groups(graph: Graph, where: dict[Node, tuple[int, bool]]) -> list[list[Node
 def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge]) -> None:
     """Turns the linears of one input into groups: first the q, k, v of each attention, then what is left.
 
-    Linears that share a GEMM share a scale, which TE's do not: they are not merged where they must be like its own.
+    Linears that share a GEMM share a scale, which TE's do not: they are not merged where they must be like its own. And what
+    they give are views of one buffer, which nobody outside of the graph should get to see.
     """
-    may_merge = not getattr(members[0].meta[RECIPE], "like_te", False)
+    may_merge = not getattr(members[0].meta[RECIPE], "like_te", False) and not any(_is_returned(m) for m in members)
     for trio, merge in merges.items() if may_merge else ():
         if all(n in members for n in trio) and _movable(list(trio)):
             _emit_group(graph, list(trio), merged=True, interleave=merge.interleave)
@@ -109,6 +110,12 @@ def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Nod
             _emit_group(graph, [member])
     elif members:
         _emit_group(graph, members, merged=len(members) > 1 and may_merge)
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether the graph returns the memory of a node."""
+    output = next(n for n in reversed(node.graph.nodes) if n.op == "output")
+    return storage(node) in {storage(n) for n in output.all_input_nodes} - {None}
 
 
 def _movable(members: list[Node]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo import ops
@@ -22,6 +22,7 @@ from te_dynamo.lowering.linears import Layout
 from te_dynamo.lowering.providers import provider_named
 from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.canonicalize import SDPA
+from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.fuse import LAYOUT
 from te_dynamo.passes.graph import EXAMPLE, emit, erase_if_dead, fake_mode_of, is_call, tensor
 from te_dynamo.passes.higher_order import calls
@@ -127,7 +128,7 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
     with graph.inserting_before(node):
         scales = _scales(scale, slots.f, 2 * len(refs), packed) if slots else None
         grad_scales = _scales(grad_scale, slots.g, len(refs), packed) if slots else None
-        if not plan.trains and top and all(_replayable(r) for r in refs):
+        if not plan.trains and top and all(_replayable(r) for r in refs) and not _written(graph, refs):
             layout = Layout(tuple(int(tensor(w).shape[0]) for w in weights), attributes["merged"], attributes["interleave"])
             w8s, inverses = _weight_inputs(gm, refs, QuantizedAs(layout, plan.provider, plan.recipe.key), lowered)
             inference_args = (x, w8s, inverses, biases, scales)
@@ -241,6 +242,12 @@ def _amax_of(node: Node, count: int) -> torch.Tensor:
 def _replayable(ref: WeightRef | None) -> bool:
     """Whether the view of a weight can be made outside of the graph: it depends on nothing but the weight."""
     return ref is not None and all(n.all_input_nodes == [p] for n, p in zip(ref.chain, (ref.root, *ref.chain), strict=False))
+
+
+def _written(graph: Graph, refs: Sequence[WeightRef | None]) -> bool:
+    """Whether the graph itself writes one of these weights: then what it was before is not what is multiplied."""
+    memory = {storage(r.root) for r in refs if r is not None}
+    return any(storage(w) in memory for n in graph.nodes for w in writes(n))
 
 
 def _replay(ref: WeightRef) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -16,7 +16,7 @@ from te_dynamo.lowering.providers import choose_for
 from te_dynamo.passes.fuse import LAYOUT, MEMBERS
 from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.regions import regions
-from te_dynamo.passes.select import RECIPE, site_path
+from te_dynamo.passes.select import RECIPE, site_path, wants_fp8
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
 from te_dynamo.report.sites import Site, Sites, module_path
 
@@ -85,7 +85,7 @@ def _attention(node: Node, sites: Sites, options: Options, provider: str, trains
     site = Site("attention", site_path(node), node.meta.get("te_origin", node.name), provider=provider.partition(":")[0], layout=layout)
     wanted: Recipe | None = node.meta[RECIPE]
     precision: Recipe | None = None
-    if wanted is not None and (options.attention == "fp8" or (options.attention == "auto" and wanted.fp8_attention)):
+    if wanted is not None and wants_fp8(node, options):
         mask = tensor(node.args[3]) if len(node.args) > 3 else None
         kwargs = {key: node.kwargs.get(key, default) for key, default in (("dropout_p", 0.0), ("enable_gqa", False))}
         reason = unsupported_attention(q, k, v, mask, **kwargs)

@@ -12,9 +12,9 @@ in one dimension before their product; the heads of k and v may be repeated for 
 
 What is rounded differently: scores and probabilities are no longer rounded to the dtype of the model, and a constant
 before the product is applied after it. A row that may see no key at all: where the mask says never by -inf, PyTorch's
-fused attention gives 0, and the softmax by hand gave NaN; where the mask says it by a very negative number, the
-row is uniform, as it was (what v gets back from such a row is up to PyTorch's fused backward, which makes the row
-again from the logarithm of its sum, and has lost that beside 3e38).
+fused attention gives 0, and the softmax by hand gave NaN; where scores are set to a very negative number, the row is
+uniform, and PyTorch's fused backward, which makes it again from the logarithm of its sum, has lost that beside 3e38: such a
+site is put back (see `select.blind`) unless its mask is proved to leave something in every row, or it is computed in FP8.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class ByHand(Rule):
     def rewrite(self, graph: Graph, match: Match) -> Node:
         site, masks = match.values["site"], match.values["masks"]
         mask = emit_mask(graph, masks, site, match.output)
-        return emit_attention(graph, site, mask, match.output)
+        uniform = any(m.fill not in (None, -math.inf) for m in masks)
+        return emit_attention(graph, site, mask, match.output, uniform_rows=uniform)
 
 
 def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | Declined | None:

@@ -11,12 +11,14 @@ from torch.fx import GraphModule, Node
 from te_dynamo import ops
 from te_dynamo.config import Options
 from te_dynamo.lowering.cost import not_worth_it
+from te_dynamo.passes.attention_site import UNIFORM_ROWS
 from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.logits import find_logits
 from te_dynamo.passes.rules import ORIGIN
 from te_dynamo.report.sites import module_path
 
 RECIPE = "te_recipe"
+BLIND = "a row of its mask may see nothing, and is uniform: fused attention has other gradients for it"
 UnsupportedLinear = Callable[[Node], "str | None"]
 
 
@@ -57,6 +59,21 @@ def select(gm: GraphModule, options: Options, unsupported: UnsupportedLinear, gr
         if is_call(node, ops.norm) and not any(user in taken for user in node.users):
             excluded[origin_of(node)] = "no FP8 linear reads it"
     return excluded
+
+
+def blind(gm: GraphModule, options: Options) -> dict[str, str]:
+    """The attentions that a fused kernel would give wrong gradients, as `select` gives them; to be asked when masks are simplified."""
+    return {origin_of(n): BLIND for n in gm.graph.nodes if UNIFORM_ROWS in n.meta and _has_mask(n) and not wants_fp8(n, options)}
+
+
+def _has_mask(attention: Node) -> bool:
+    return len(attention.args) > 3 and attention.args[3] is not None
+
+
+def wants_fp8(attention: Node, options: Options) -> bool:
+    """Whether an attention is to be computed in FP8, if it can be."""
+    recipe = attention.meta[RECIPE]
+    return recipe is not None and (options.attention == "fp8" or (options.attention == "auto" and recipe.fp8_attention))
 
 
 def _skip_reason(node: Node, options: Options) -> str | None:

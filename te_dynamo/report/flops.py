@@ -38,7 +38,17 @@ from te_dynamo.report.sites import module_path
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 # Where the two matrices stand among the arguments.
-GEMMS = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.linear: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
+GEMMS = {
+    "aten::mm": 0,
+    "aten::bmm": 0,
+    "aten::mv": 0,
+    "aten::linear": 0,
+    "aten::addmm": 1,
+    "aten::baddbmm": 1,
+    "aten::addmv": 1,
+    "aten::_grouped_mm": 0,
+    "transformers::grouped_mm_fallback": 0,  # by name: it is there once a mixture of experts is
+}
 # Functions of several tensors that are no product of matrices: not worth a try.
 ELEMENTWISE = frozenset({torch.add, torch.sub, torch.mul, torch.div, torch.where, torch.cat, torch.stack})
 
@@ -249,8 +259,8 @@ class GemmObserver(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.resting or not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
             return func(*args, **kwargs)
-        operation = func._overloadpacket
-        if operation not in GEMMS:
+        operation, name = func._overloadpacket, func._schema.name
+        if name not in GEMMS:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -258,8 +268,8 @@ class GemmObserver(TorchDispatchMode):
         if self.memory is not None and func._schema.is_mutable:
             self._tell_writes(func, args, kwargs)
         result = func(*args, **kwargs)
-        if operation in GEMMS:
-            self._note(operation, args)
+        if name in GEMMS:
+            self._note(name, args)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if inputs and operation is not aten.embedding and all(t in self.owned for t in inputs):
             for t in tree_leaves(result):
@@ -267,13 +277,13 @@ class GemmObserver(TorchDispatchMode):
                     self.owned[t] = self.owned[inputs[0]]
         return result
 
-    def _note(self, operation: Any, args: Any) -> None:
-        first = GEMMS[operation]
+    def _note(self, name: str, args: Any) -> None:
+        first = GEMMS[name]
         a, b = args[first : first + 2]
         weights = [t for t in (a, b) if t in self.owned]
         if len(weights) == 2 or _number(a.shape[-1]) == 1:
             return
-        columns = b.shape[:-1] if operation is aten.linear else b.shape[1:] if b.dim() == 2 else b.shape[2:]
+        columns = b.shape[:-1] if name == "aten::linear" else b.shape[1:] if b.dim() == 2 else b.shape[2:]
         forward = 2 * prod(_number(s) for s in (*a.shape, *columns))
         backward = forward * (a.requires_grad + b.requires_grad) * torch.is_grad_enabled()
         self.seen.append(Seen(self.owned[weights[0]] if weights else "", bool(weights), forward, backward))

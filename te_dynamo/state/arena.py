@@ -268,6 +268,9 @@ class Arena:
         fp8_format: Format = recipe.fp8_format
         top = torch.finfo(fp8_format.forward if direction == FORWARD else fp8_format.gradient).max
         before = old[direction, where]
+        # A scale that was never set was the batch's own: what it was used with.
+        own = (torch.full_like(ordered[0], top * 2.0**-recipe.margin) / ordered[0]).clamp(max=FLOAT32_MAX)
+        before = torch.where((before == 0) & moved[direction, where], own, before)
         if recipe.scaling_factor_compute_algo is not None:
             scale = recipe.scaling_factor_compute_algo(amax, before.clone(), torch.tensor(top, device=self.device), recipe)
         else:

@@ -41,8 +41,12 @@ class Group:
         return all(bool((self.arena.scale[d][self.where[d]] > 0).all()) for d in directions)
 
     def training(self) -> bool:
-        """Whether the modules that own the weights are in training mode, as they are now (raw parameters always are)."""
-        return all(owner.training for reference in self.owners if (owner := reference()) is not None)
+        """Whether any module that owns a weight is in training mode, as it is now (raw parameters always are).
+
+        Any: a part that was put into eval mode, as a frozen one often is, must not stop the scales of the rest.
+        """
+        owners = [owner for reference in self.owners if (owner := reference()) is not None]
+        return not owners or any(owner.training for owner in owners)
 
     def scales(self, direction: int, snapshot: bool) -> Tensor:
         """[slots] f32; a snapshot is a copy that no later roll reaches."""

@@ -112,8 +112,14 @@ class ScaleState:
                 if key.attention is not None:
                     home.attention[key.ordinal] = key.attention  # type: ignore[union-attr]
             self._configure(arena, wanted, indices, process_group)
-            for arrival in list(self.arrivals):
-                arrival.slots_arrived(new)
+            try:
+                for arrival in list(self.arrivals):
+                    arrival.slots_arrived(new)
+            except RuntimeError:  # what was loaded does not fit: the next call is to say so again
+                for home, slot in new:
+                    _, direction, index = home.slots.pop(slot)
+                    arena.give_back(direction, index)
+                raise
             for direction in (FORWARD, GRADIENT):
                 for union in unions[direction]:
                     arena.unite(direction, [indices[direction][i] for i in union])

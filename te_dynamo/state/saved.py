@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from te_dynamo.state.homes import Home, Slot
-from te_dynamo.state.names import named_modules, roots_of, slots_of
+from te_dynamo.state.names import join, named_modules, roots_of, slots_of
 from te_dynamo.state.registry import STATE
 from te_dynamo.state.te_checkpoint import entries_of_te
 
@@ -218,27 +218,26 @@ def _site(name: str) -> str:
     return name
 
 
-def _paths(model: Model) -> set[str]:
-    """The names that a site of this model may have."""
-    found = set()
+def _paths(model: Model) -> dict[str, bool]:
+    """The names that a site of this model may have, and whether each is a weight's."""
+    found: dict[str, bool] = {}
     for prefix, root in roots_of(model):
         if isinstance(root, Tensor):
-            found.add(prefix)
+            found[prefix] = True
             continue
         for path, module in named_modules(root):
-            base = ".".join(p for p in (prefix, path) if p)
-            found.add(base)
-            found |= {".".join(p for p in (base, attribute) if p) for attribute in module._parameters}
+            base = join(prefix, path)
+            found[base] = "weight" in module._parameters
+            found |= dict.fromkeys((join(base, attribute) for attribute in module._parameters if attribute != "weight"), True)
     return found
 
 
-def _may_appear(name: str, paths: set[str]) -> bool:
+def _may_appear(name: str, paths: Mapping[str, bool]) -> bool:
     """Whether a slot of this name could be one of a site that was not called yet."""
     for role in ROLES:
-        if name == role:
-            return "" in paths
-        if name.endswith("." + role):
-            path = name[: -len(role) - 1]
+        if name == role or name.endswith("." + role):
+            path = name[: max(0, len(name) - len(role) - 1)]
             head, _, last = path.rpartition(".")
-            return path in paths or (last.isdigit() and head in paths)
+            is_later_visit = last.isdigit() and int(last) > 0 and paths.get(head, False)
+            return is_later_visit or (path in paths and (paths[path] or role.startswith("attention.")))
     return False

@@ -141,7 +141,8 @@ def test_wrapping_a_layer_keeps_its_state():
     model.up = LoRA(model.up)
     torch._dynamo.reset()
     train(compiled(model))
-    assert entries(model, "up.base_layer.input") == 4 and entries(model, "up.a.input") == 2
+    assert entries(model, "up.base_layer.weight") == 4 and entries(model, "up.a.weight") == 2
+    assert entries(model, "up.base_layer.input") == entries(model, "up.a.input") == 4  # one input, one scale, one history
     assert entries(model, "up.input") == 0
 
 
@@ -209,6 +210,36 @@ def test_an_optimizer_step_that_a_grad_scaler_skips():
     assert all(v.isfinite().all() for v in found.values())
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_a_grad_scaler_finds_an_overflow_without_a_bias_to_show_it(recipe):
+    model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False), nn.Tanh(), nn.Linear(SIZE, SIZE, bias=False))
+    call = compiled(model, recipe=recipe)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(3):
+        before = model[0].weight.detach().clone()
+        scaler.scale(call(torch.randn(8, SIZE)).square().sum() * (1e38 if step == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(before, model[0].weight) == (step == 1)
+    infinite = torch.randn(8, SIZE)
+    infinite[0, 0] = torch.inf
+    assert not call(infinite).isfinite().all() and call(infinite)[1:].isfinite().all()
+
+
+def test_a_part_in_eval_mode_does_not_stop_the_rest():
+    """A frozen backbone is often put into eval mode: the scales of the part that trains go on moving."""
+    model = Block()
+    call = compiled(model)
+    train(call)
+    model.up.eval().requires_grad_(False)
+    train(call)
+    assert entries(model, "down.input") == entries(model, "down.grad_output") == 4
+    model.eval()
+    train(call)
+    assert entries(model, "down.input") == 4
+
+
 @pytest.mark.parametrize("like_te", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("where", ["activations", "gradients"])
@@ -232,7 +263,9 @@ def test_wild_numbers_for_some_steps_do_not_poison_the_state(where, bad, like_te
         wild_x, wild_dy = x.clone(), dy.clone()
         (wild_x if where == "activations" else wild_dy)[0, 0] = bad
         step(wild_x, wild_dy)
-    step(x, dy)
+    # What is finite and huge is recorded like anything else, and leaves the history with its length; then layer by layer.
+    for _ in range(4 if bad == 1e30 else 1):
+        step(x, dy)
     found = step(x, dy)
     leaf = x.clone().requires_grad_()
     model.zero_grad()
