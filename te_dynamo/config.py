@@ -37,9 +37,9 @@ class Options:
         skip: fnmatch patterns of the sites to leave in high precision, for example ("lm_head", "*.mlp.*"). They match
             a site's path inside the compiled module, as `named_modules()` spells it; for a raw weight, the path
             followed by the parameter's name. ("*",) leaves everything to Inductor.
-        attention: "fp8": attention in FP8. "high_precision": a fused high-precision attention in the layout that suits
-            its length. "off": attention is left as it was. "auto": what the recipe's `fp8_dpa` says, which is False by
-            default, so the same as "high_precision".
+        attention: "fp8": attention in FP8. "high_precision": a fused high-precision attention in the layout that suits its
+            length. "off": attention is left as it was (an nn.MultiheadAttention whole, with its linears). "auto": what the
+            recipe's `fp8_dpa` says, which is False by default, so the same as "high_precision".
         short_sequence: Self-attention up to this many tokens gets a packed layout (bs3hd), longer an interleaved one
             (bsh3d).
         include_logits: Compute the logits in FP8 too. They stay in high precision otherwise.

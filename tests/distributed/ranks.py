@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import te_dynamo
@@ -217,7 +219,24 @@ def fsdp_resume(folder: Path) -> None:
     torch.testing.assert_close(scales(model), then, rtol=1e-4, atol=1e-6)
 
 
-CASES = {f.__name__: f for f in (ddp, collectives, apart, fsdp, fsdp_save, fsdp_resume)}
+def tensor_parallel(folder: Path) -> None:
+    """Linears whose weights are DTensors are left to Inductor, with the reason; the rest of the graph is taken."""
+    model, reference = Net(1), Net(1)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"layers.0.up": ColwiseParallel(), "layers.0.down": RowwiseParallel()})
+    head = nn.Linear(SIZE, SIZE)
+    found: list[Any] = []
+    with observing(lambda gm, sites, options: found.extend(sites)):
+        y = torch.compile(lambda x: head(model(x)), backend="te_fp8")(batches(1)[0])
+    linears = [s for s in found if "linear" in s.kind]
+    left = [s for s in linears if s.provider is None]
+    assert len(linears) == 3 and len(left) == 2 and all("DTensor" in s.reason for s in left)
+    expected = head(reference(batches(1)[0]))
+    assert (y - expected).norm() < 0.1 * expected.norm()
+    y.sum().backward()
+
+
+CASES = {f.__name__: f for f in (ddp, collectives, apart, fsdp, fsdp_save, fsdp_resume, tensor_parallel)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
