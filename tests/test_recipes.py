@@ -222,6 +222,17 @@ def test_fp8_attention_is_the_recipe_s_to_say():
     assert next(s for s in off.values() if s.kind == "attention").detail["precision"] == "high"
 
 
+def test_fp8_mha_rounds_what_attention_gives_and_gets_back():
+    model, x = Attention(), torch.randn(2, 16, SIZE)
+    errors = []
+    for recipe in (DelayedScaling(fp8_dpa=True), DelayedScaling(fp8_dpa=True, fp8_mha=True)):
+        torch._dynamo.reset()
+        call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": recipe})
+        errors.append([sqnr(a, b) for a, b in zip(gradients(model, model, x), gradients(call, model, x), strict=True)])
+    assert all(found > 12 for found in errors[1])
+    assert errors[0] != errors[1]
+
+
 # --- changed during a run
 
 

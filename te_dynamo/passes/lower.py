@@ -223,6 +223,7 @@ def _lower_attention(gm: GraphModule, node: Node) -> list[Node]:
     attributes = {"causal": node.kwargs.get("causal", False), "softmax_scale": node.kwargs.get("scale")}
     attributes |= {"enable_gqa": node.kwargs.get("enable_gqa", False), "f": slots.f if slots else 0, "g": slots.g if slots else 0}
     attributes |= {"form": node.meta[LAYOUT].form, "recipe": plan.recipe.key, "peers": plan.peers}
+    attributes |= dict.fromkeys(("quantize_output", "quantize_gradients"), plan.recipe.fp8_mha)
     with graph.inserting_before(node):
         both = emit(graph, fp8_attention, fp8_args, attributes, like=node)
         out = emit(graph, operator.getitem, (both, 0), like=node)
