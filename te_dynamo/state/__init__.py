@@ -7,7 +7,9 @@ A slot is found by the weight that a call passes in, never by the graph: one com
     group.py     the slots of one graph for one set of weights
     registry.py  how a call finds its slots, and when they roll
     reduce.py    data parallel
-    saved.py     scale_state(model): names, saving and loading
+    names.py     what a slot is called
+    saved.py     scale_state(model): saving and loading
+    te_checkpoint.py   reading Transformer Engine's
 """
 
 from te_dynamo.state.arena import FORWARD, GRADIENT, Arena

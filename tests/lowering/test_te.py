@@ -1,0 +1,192 @@
+"""The operators around Transformer Engine's kernels, on NVIDIA's Python package with its C++ layer stood in for."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from te_dynamo.backend import observing, te_fp8
+from te_dynamo.lowering import te
+from te_dynamo.lowering.fp8 import amax, quantize
+from tests import te_on_cpu
+from tests.models import CASES, output
+from tests.numerics import sqnr
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+ONE = torch.ones(())
+
+
+@pytest.fixture
+def stand_in() -> None:
+    reason = te_on_cpu.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    te_on_cpu.install()
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.view(torch.uint8)
+
+
+def operands() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(32, 64).to(E4M3), torch.randn(48, 64).to(E4M3)
+
+
+def test_a_gemm_is_the_product(stand_in):
+    a, b = operands()
+    a_inv, b_inv = torch.tensor(0.5), torch.tensor(4.0)
+    exact = (a.double() * 0.5) @ (b.double() * 4.0).t()
+    for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bias in (None, torch.randn(48).to(out_dtype)):
+            y = te.gemm(a, b, a_inv, b_inv, out_dtype, bias, True)
+            assert y.dtype == out_dtype
+            expected = exact if bias is None else exact + bias.double()
+            torch.testing.assert_close(y, expected.to(out_dtype), rtol=2 * torch.finfo(out_dtype).eps, atol=1e-2)
+
+
+def test_a_gradient_times_a_weight(stand_in):
+    _, b = operands()
+    g = torch.randn(32, 64).to(E5M2)
+    y = te.gemm(g, b, ONE, ONE, torch.float32, None, False)
+    torch.testing.assert_close(y.double(), g.double() @ b.double().t(), rtol=1e-5, atol=1e-4)
+    with pytest.raises(RuntimeError, match="E5M2 x E5M2"):
+        te.gemm(g, b.float().to(E5M2), ONE, ONE, torch.float32, None, False)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_quantize_is_the_cast_its_transpose_and_the_amax(stand_in, dtype):
+    torch.manual_seed(0)
+    x, scale = torch.randn(32, 64, dtype=torch.bfloat16), torch.tensor(3.5)
+    expected = quantize(x, scale, dtype)
+    plain, across, peak = torch.ops.te_dynamo.te_quantize(x, scale, dtype, True, True)
+    assert torch.equal(bits(plain), bits(expected)) and torch.equal(bits(across), bits(expected.t().contiguous()))
+    assert peak.item() == amax(x).item()
+    only, nothing, _ = torch.ops.te_dynamo.te_quantize(x, scale, dtype, True, False)
+    assert torch.equal(bits(only), bits(expected)) and nothing.numel() == 0
+    nothing, only, _ = torch.ops.te_dynamo.te_quantize(x, scale, dtype, False, True)
+    assert torch.equal(bits(only), bits(expected.t().contiguous())) and nothing.numel() == 0
+
+
+def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    a, b = operands()
+    ops = torch.ops.te_dynamo
+    return {
+        "te_gemm": (ops.te_gemm, (a, b, ONE, ONE.clone(), None, torch.float32, True)),
+        "te_gemm with a bias": (ops.te_gemm, (a, b, ONE, ONE.clone(), torch.randn(48).bfloat16(), torch.bfloat16, False)),
+        "te_quantize": (ops.te_quantize, (torch.randn(32, 64), ONE, E5M2, True, True)),
+        "te_quantize transposed": (ops.te_quantize, (torch.randn(32, 64), ONE, E4M3, False, True)),
+    }
+
+
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(stand_in, name, monkeypatch):
+    # opcheck compares an operator's arguments before and after it; torch.allclose cannot compare FP8
+    allclose = torch.allclose
+    monkeypatch.setattr(torch, "allclose", lambda a, b, **k: allclose(*(bits(t) if t.itemsize == 1 else t for t in (a, b)), **k))
+    op, args = samples()[name]
+    torch.library.opcheck(op.default, args)
+
+
+def test_flops(stand_in):
+    op, args = samples()["te_gemm"]
+    with FlopCounterMode(display=False) as counter:
+        op(*args)
+    assert counter.get_total_flops() == 2 * 32 * 64 * 48
+
+
+# --- where it is available
+
+
+@pytest.mark.parametrize(
+    ("found", "loaded", "device", "words"),
+    [
+        (None, None, CUDA, "transformer_engine is not installed (pip install"),
+        ("2.11.0", None, CUDA, "transformer_engine 2.11.0 is not supported (pip install 'transformer_engine[pytorch]>=2.20,<3.0')"),
+        ("3.1", None, CUDA, "transformer_engine 3.1 is not supported"),
+        ("2.20.2", None, CUDA, "without its extension for PyTorch, transformer_engine_torch"),
+        ("2.20.2", SimpleNamespace(), CPU, "are for CUDA devices, not cpu"),
+        ("2.20.2", SimpleNamespace(), CUDA, None),
+        ("2.21.0", SimpleNamespace(__stand_in__=True), CPU, None),
+    ],
+)
+def test_what_is_missing_is_named(monkeypatch, found, loaded, device, words):
+    def version(name: str) -> str:
+        if found is None:
+            raise te.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(te, "version", version)
+    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: None)
+    if loaded is None:
+        monkeypatch.delitem(sys.modules, te.EXTENSION, raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, te.EXTENSION, loaded)
+    reason = te.unavailable(device)
+    assert reason is None if words is None else words in reason
+
+
+def test_asked_for_by_name_and_not_there(monkeypatch):
+    monkeypatch.setattr(te, "unavailable", lambda device: "it is not there")
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="provider='te' is not available: it is not there. Remedy"):
+        torch.compile(nn.Linear(16, 16), backend=te_fp8, options={"provider": "te"})(torch.randn(16, 16))
+
+
+# --- whole models
+
+
+def test_dimensions_that_it_cannot_take_are_left_with_the_reason(stand_in):
+    model, found = nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 32), nn.Linear(32, 32)), []
+    torch._dynamo.reset()
+    with observing(lambda gm, sites, options: found.extend(sites)):
+        torch.compile(model, backend=te_fp8, options={"provider": "te"})(torch.randn(5, 32)).sum().backward()  # 5 tokens: padded
+    assert [s.provider for s in found if "linear" in s.kind].count("te") == 1
+    assert sum("is not a multiple of 16" in (s.reason or "") for s in found) == 2
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_a_llama_trains_as_with_the_reference(stand_in, recipe):
+    """20 steps, one graph; losses as the definition's, scale state bit for bit but for what the GEMMs' sums round."""
+    import te_dynamo
+
+    case, losses, states, providers = CASES["llama"], [], [], []
+    for provider in ("te", "reference"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = case.model()
+        compiled = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": recipe, "provider": provider})
+        optimizer, seen = torch.optim.SGD(model.parameters(), lr=1e-2), []
+        with observing(lambda gm, sites, options, seen=seen: seen.append({s.provider for s in sites.taken()})):
+            trace = []
+            for _ in range(20):
+                loss = output(compiled(**case.inputs())).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                trace.append(loss.item())
+        losses.append(trace)
+        providers.append(seen)
+        states.append(te_dynamo.scale_state(model).state_dict())
+    assert providers == [[{"te"}], [{"reference"}]]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-3, atol=0)
+    assert losses[0][-1] < losses[0][0]
+    assert states[0].keys() == states[1].keys()
+    inputs = {k: v for k, v in states[0].items() if k.startswith("model.layers.0.self_attn.q_proj") and "grad" not in k}
+    for key, value in inputs.items():  # before any GEMM of this provider
+        torch.testing.assert_close(value, states[1][key], rtol=2e-2, atol=0)
+
+
+def test_inference_with_te(stand_in):
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval(), torch.randn(20, 32)
+    with torch.no_grad():
+        y = torch.compile(model, backend=te_fp8, options={"provider": "te"})(x)
+        assert sqnr(model(x), y) > 22
