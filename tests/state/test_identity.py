@@ -141,8 +141,10 @@ def test_wrapping_a_layer_keeps_its_state():
     model.up = LoRA(model.up)
     torch._dynamo.reset()
     train(compiled(model))
-    assert entries(model, "up.base_layer.weight") == 4 and entries(model, "up.a.weight") == 2
-    assert entries(model, "up.base_layer.input") == entries(model, "up.a.input") == 4  # one input, one scale, one history
+    # They have one input, and so one GEMM: one scale each for inputs, weights and gradients, and one history.
+    for role in ("input", "weight", "grad_output"):
+        assert entries(model, f"up.base_layer.{role}") == entries(model, f"up.a.{role}") == 4
+    assert entries(model, "up.b.weight") == 2
     assert entries(model, "up.input") == 0
 
 
