@@ -210,16 +210,22 @@ def _operator(node: Node) -> None:
     elif node.target is torch.layer_norm:  # F.layer_norm, and a flag that says nothing about the result
         node.target, node.args = F.layer_norm, node.args[:5]
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "cudnn_enable"}
-    elif node.target is builtins.getattr and tensors[0] and node.args[1] in ("T", "mT"):
-        rank = tensor(node.args[0]).dim()
-        if node.args[1] == "mT" or rank == 2:
-            node.target, node.args = torch.transpose, (node.args[0], -2, -1)
+    elif (attribute := _transposing_attribute(node)) and tensors[0] and (attribute == "mT" or tensor(node.args[0]).dim() == 2):
+        node.target, node.args = torch.transpose, (node.args[0], -2, -1)
     elif node.target is F.softmax:
         names = ("input", "dim", "_stacklevel", "dtype")
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         if given.get("dim") is not None:
             node.target, node.args = torch.softmax, (given["input"], given["dim"])
             node.kwargs = {"dtype": given["dtype"]} if given.get("dtype") is not None else {}
+
+
+def _transposing_attribute(node: Node) -> str | None:
+    """Which of `x.T` and `x.mT` a node is; torch 2.15 makes operators of them."""
+    if node.target is builtins.getattr and node.args[1] in ("T", "mT"):
+        return str(node.args[1])
+    attributes: dict[Any, str] = {torch.ops.aten.numpy_T: "T", torch.ops.aten.mT: "mT"}
+    return attributes.get(node.target)
 
 
 def _method(node: Node) -> None:

@@ -42,6 +42,7 @@ class Arena:
         self.free: tuple[list[int], list[int]] = ([], [])  # given back
         self.recipes: tuple[dict[int, DelayedScaling], dict[int, DelayedScaling]] = ({}, {})
         self.united = False  # whether any slots share a scale
+        self.special = False  # whether any slot's recipe is like_te, or has another algorithm than the maximum
         self.outgrown: list[Tensor] = []  # earlier amaxes, which a backward that was pending when they grew still writes
         self.flushers: list[weakref.ref[Any]] = []  # of gradients' amaxes that do not stand side by side here
         self.version = 0  # counts the changes of what the slots are
@@ -133,6 +134,7 @@ class Arena:
         }
         for name, value in values.items():
             getattr(self, name)[direction, where] = value
+        self.special |= recipe.like_te or recipe.amax_compute_algo != "max"
         for i in where:
             self.recipes[direction][i] = recipe
             if i in kept:
@@ -210,11 +212,18 @@ class Arena:
         self.settle()
         n = max(self.used)
         amax = self.amax[:, :n]
-        amax.masked_fill_(torch.isinf(amax) & ~self.keeps_infinite[:, :n], 0.0)
+        self.drop_infinite(amax)
         if reduce is not None:
             reduce(amax)
         self.advance(amax, self.scale[:, :n], self.history[:, :n], self.cursor[:, :n])
         amax.zero_()
+
+    def drop_infinite(self, amax: Tensor) -> None:
+        """An infinite amax [2, n] does not count, unless the slot's recipe says so."""
+        if self.special:
+            amax.masked_fill_(torch.isinf(amax) & ~self.keeps_infinite[:, : amax.shape[1]], 0.0)
+        else:
+            torch.nan_to_num_(amax, posinf=0.0)
 
     def advance(self, amax: Tensor, scale: Tensor, history: Tensor, cursor: Tensor) -> None:
         """The update itself, in place on `scale`, `history` and `cursor` of the first n slots, out of `amax` [2, n]."""
@@ -223,18 +232,18 @@ class Arena:
             union = self.union[:, :n]
             amax = torch.zeros_like(amax).scatter_reduce(1, union, amax, "amax").gather(1, union)
         moved = amax != 0
-        here = cursor.unsqueeze(-1)
-        history.scatter_(2, here, torch.where(moved, amax, history.gather(2, here).squeeze(-1)).unsqueeze(-1))
-        # The oldest entry counts once more, then makes room.
-        deciding = torch.where(self.newest[:, :n], amax, history.amax(-1))
-        fresh = (self.top[:, :n] / deciding).clamp(max=FLOAT32_MAX)
-        new = torch.where(moved & torch.isfinite(deciding) & (deciding > 0), fresh, scale)
+        # What the cursor stands at is 0: writing the 0 of a slot that does not move changes nothing.
+        history.scatter_(2, cursor.unsqueeze(-1), amax.unsqueeze(-1))
+        deciding = history.amax(-1)  # the oldest entry counts once more, then makes room
+        if self.special:
+            deciding = torch.where(self.newest[:, :n], amax, deciding)
+        fresh = (self.top[:, :n] / deciding).clamp_(max=FLOAT32_MAX)
+        new = torch.where(moved & torch.isfinite(deciding) if self.special else moved, fresh, scale)
         for recipe, direction, where in self._custom_slots():
             new[direction, where] = self._custom_scale(recipe, direction, where, moved, new, scale, history, cursor)
         scale.copy_(new)
-        cursor.copy_((cursor + moved) % self.length[:, :n])
-        here = cursor.unsqueeze(-1)
-        history.scatter_(2, here, history.gather(2, here).masked_fill(moved.unsqueeze(-1), 0.0))
+        cursor.add_(moved).remainder_(self.length[:, :n])
+        history.scatter_(2, cursor.unsqueeze(-1), 0.0)
 
     def _custom_slots(self) -> list[tuple[DelayedScaling, int, Tensor]]:
         """The slots whose recipe brings functions of its own, by recipe and direction."""

@@ -131,7 +131,7 @@ class _Settled:
             t[:, :n].clone() for t in (arena.amax, arena.scale, arena.history, arena.cursor)
         )
         if STATE.reduction.of(arena) is None:
-            self.amax.masked_fill_(torch.isinf(self.amax) & ~arena.keeps_infinite[:, :n], 0.0)
+            arena.drop_infinite(self.amax)
             arena.advance(self.amax, self.scale, self.history, self.cursor)
             self.amax.zero_()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 import warnings
@@ -602,6 +603,7 @@ def test_random_states_are_as_they_were(x):
 
 
 def scale_state() -> dict:
+    gc.collect()  # what other tests left behind
     rows = {}
     for device, arena in STATE.arenas.items():
         n = max(arena.used)
