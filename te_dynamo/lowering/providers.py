@@ -9,12 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering import cpu_ops, linears, te
+from te_dynamo.lowering import cpu_ops, linears
 from te_dynamo.lowering.fp8 import casting_of
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned, unsupported_dtype
 from te_dynamo.lowering.linears import Gemm, Layout, Needs, OnePassGemm, Scale
 from te_dynamo.lowering.scalars import largest_of
 from te_dynamo.lowering.stateless_provider import Stateless
+from te_dynamo.lowering.te import library
+from te_dynamo.lowering.te.linear import cast as te_cast
+from te_dynamo.lowering.te.linear import gemm as te_gemm
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe, from_key
 
 # The scales of a site: None is current scaling. A provider that is `opaque` takes the packed scales [F] of its graph and
@@ -182,14 +185,14 @@ class TransformerEngine(Generated):
     them, which Inductor generates, since a kernel of their own would read and write them once more."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        return te.unavailable(device)
+        return library.unavailable(device)
 
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unaligned(k, n) or unsupported_dtype(dtype)
 
 
 REFERENCE = Generated("reference", linears.REFERENCE)
-TE = TransformerEngine("te", OnePassGemm(te.gemm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cast=te.cast))
+TE = TransformerEngine("te", OnePassGemm(te_gemm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cast=te_cast))
 NATIVE: dict[str, NativeOnCPU | NativeOnGPU] = {"cpu": NativeOnCPU(), "cuda": NativeOnGPU("native", linears.NATIVE_CUDA)}
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from te_dynamo.backend import observing, te_fp8
-from te_dynamo.lowering import te
 from te_dynamo.lowering.fp8 import amax, quantize
+from te_dynamo.lowering.te import library
+from te_dynamo.lowering.te.linear import gemm
 from tests import te_on_cpu
 from tests.models import CASES, output
 from tests.numerics import sqnr
@@ -46,7 +47,7 @@ def test_a_gemm_is_the_product(stand_in):
     exact = (a.double() * 0.5) @ (b.double() * 4.0).t()
     for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
         for bias in (None, torch.randn(48).to(out_dtype)):
-            y = te.gemm(a, b, a_inv, b_inv, out_dtype, bias, True)
+            y = gemm(a, b, a_inv, b_inv, out_dtype, bias, True)
             assert y.dtype == out_dtype
             expected = exact if bias is None else exact + bias.double()
             torch.testing.assert_close(y, expected.to(out_dtype), rtol=2 * torch.finfo(out_dtype).eps, atol=1e-2)
@@ -55,10 +56,10 @@ def test_a_gemm_is_the_product(stand_in):
 def test_a_gradient_times_a_weight(stand_in):
     _, b = operands()
     g = torch.randn(32, 64).to(E5M2)
-    y = te.gemm(g, b, ONE, ONE, torch.float32, None, False)
+    y = gemm(g, b, ONE, ONE, torch.float32, None, False)
     torch.testing.assert_close(y.double(), g.double() @ b.double().t(), rtol=1e-5, atol=1e-4)
     with pytest.raises(RuntimeError, match="E5M2 x E5M2"):
-        te.gemm(g, b.float().to(E5M2), ONE, ONE, torch.float32, None, False)
+        gemm(g, b.float().to(E5M2), ONE, ONE, torch.float32, None, False)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -120,21 +121,21 @@ def test_flops(stand_in):
 def test_what_is_missing_is_named(monkeypatch, found, loaded, device, words):
     def version(name: str) -> str:
         if found is None:
-            raise te.PackageNotFoundError(name)
+            raise library.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(te, "version", version)
-    monkeypatch.setattr(te.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(library, "version", version)
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
     if loaded is None:
-        monkeypatch.delitem(sys.modules, te.EXTENSION, raising=False)
+        monkeypatch.delitem(sys.modules, library.EXTENSION, raising=False)
     else:
-        monkeypatch.setitem(sys.modules, te.EXTENSION, loaded)
-    reason = te.unavailable(device)
+        monkeypatch.setitem(sys.modules, library.EXTENSION, loaded)
+    reason = library.unavailable(device)
     assert reason is None if words is None else words in reason
 
 
 def test_asked_for_by_name_and_not_there(monkeypatch):
-    monkeypatch.setattr(te, "unavailable", lambda device: "it is not there")
+    monkeypatch.setattr(library, "unavailable", lambda device: "it is not there")
     torch._dynamo.reset()
     with pytest.raises(Exception, match="provider='te' is not available: it is not there. Remedy"):
         torch.compile(nn.Linear(16, 16), backend=te_fp8, options={"provider": "te"})(torch.randn(16, 16))

@@ -1,0 +1,67 @@
+"""Where Transformer Engine is: whether it can compute here, and what of it is called.
+
+TE's own quantizers and tensor classes are built inside the operators of this package and do not leave them: AOTAutograd,
+Inductor, CUDA graphs and the caches see ordinary tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from contextlib import AbstractContextManager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+EXTENSION = "transformer_engine_torch"
+OLDEST, NEWEST = (2, 20), (3, 0)  # supported: from, and below
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why TE cannot compute on a device, as a clause with its remedy; None where it can.
+
+    It can where its extension is loaded or importable, on a CUDA device; or where a stand-in for the extension says of itself
+    `__stand_in__ = True`.
+    """
+    try:
+        found = version("transformer_engine")
+    except PackageNotFoundError:
+        return "the package transformer_engine is not installed (pip install 'transformer_engine[pytorch]')"
+    numbers = tuple(int(n) for n in found.split(".")[:2] if n.isdigit())
+    if not OLDEST <= numbers < NEWEST:
+        wanted = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, NEWEST))}"
+        return f"transformer_engine {found} is not supported (pip install 'transformer_engine[pytorch]{wanted}')"
+    loaded = sys.modules.get(EXTENSION)
+    if getattr(loaded, "__stand_in__", False):
+        return None
+    if loaded is None and importlib.util.find_spec(EXTENSION) is None:
+        return f"transformer_engine is installed without its extension for PyTorch, {EXTENSION} (pip install 'transformer_engine[pytorch]')"
+    if device.type != "cuda":
+        return f"transformer_engine's kernels are for CUDA devices, not {device.type}"
+    return None
+
+
+@cache
+def api() -> Any:
+    """What is called of TE, imported once, when it is first wanted: the import takes seconds."""
+    with running():
+        import transformer_engine.pytorch  # noqa: F401  (loads the extension)
+        import transformer_engine_torch as tex
+        from transformer_engine.pytorch import Float8Quantizer
+        from transformer_engine.pytorch.constants import TE_DType
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+        from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+    return SimpleNamespace(tex=tex, general_gemm=general_gemm, Float8Quantizer=Float8Quantizer, Storage=Float8TensorStorage, dtype=TE_DType)
+
+
+def running() -> AbstractContextManager[Any]:
+    """Around TE's calls: nothing on a device; a stand-in on a CPU brings what lets TE believe in one."""
+    extension: Any = sys.modules.get(EXTENSION)
+    if not getattr(extension, "__stand_in__", False):
+        return contextlib.nullcontext()
+    owner = extension if hasattr(extension, "cuda_is_cpu") else sys.modules[extension.quantize.__module__]
+    return owner.cuda_is_cpu()
