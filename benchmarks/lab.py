@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = ("1x4096", "4x2048", "1x512")  # batch x length
+TE_FP8 = ["--backend", "te_fp8", "--import", "benchmarks.lab_backend", "--option"]
 BACKENDS = {
     "bf16 Inductor": [],
-    "te_fp8 native": ["--backend", "te_fp8", "--import", "benchmarks.lab_backend", "--option", 'provider="native"'],
+    "te_fp8 native": [*TE_FP8, 'provider="native"'],
+    "te_fp8 te": ["--import", "te_present", *TE_FP8, 'provider="te"'],
 }
 COLUMNS = {"kernels": "kernels", "GEMMs": "gemms", "GB outside GEMMs": "gb", "saved MiB": "saved_mb", "predicted ms": "device_ms"}
 

@@ -187,9 +187,11 @@ def _unpacked(packed: Node) -> tuple[Node, Node]:
 
 
 def _lower_norm_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, top: bool) -> list[Node]:
-    """These providers have no kernel of their own for it: a norm, left to Inductor, and the linears."""
+    """A norm, left to Inductor, and the linears; or the provider's own kernel for the norm, which wants its scale set."""
     graph, k = gm.graph, node.kwargs
     x, norm_weight, norm_bias, weights, biases = node.args
+    if node.meta[PLAN].norm_kernel and not first:
+        return _lower_to_norm_kernel(gm, node)
     norm_attributes = {name: k[name] for name in ("kind", "eps", "zero_centered", "round_before_weight")} | {"out_dtype": k["norm_dtype"]}
     with graph.inserting_before(node):
         h = emit(graph, ops.norm, (x, norm_weight, norm_bias), norm_attributes, like=node)
@@ -206,6 +208,27 @@ def _lower_norm_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bo
             output.args = (group, output.args[1] - 1)
     graph.erase_node(node)
     return _lower_linears(gm, group, lowered, first, top)
+
+
+def _lower_to_norm_kernel(gm: GraphModule, node: Node) -> list[Node]:
+    graph, plan, slots, k = gm.graph, node.meta[PLAN], node.meta[SLOTS], node.kwargs
+    n = len(node.args[3])
+    names = ("merged", "interleave", "out_dtype", "kind", "eps", "zero_centered")
+    attributes = {"provider": plan.provider, "recipe": plan.recipe.key} | {name: k[name] for name in names}
+    scale, grad_scale, sink = _state_nodes(gm, slots)
+    with graph.inserting_before(node):
+        args = (*node.args, _scales(scale, slots.f, 2 * n, False), _scales(grad_scale, slots.g, n, False), sink)
+        value = [*node.meta[EXAMPLE][1:], _amax_of(node, 2 * n)]
+        new = emit(graph, functions.norm_linears, args, attributes, like=node, value=value)
+        amax = emit(graph, operator.getitem, (new, n), like=node)
+    for output in list(node.users):  # all are getitem; that of the norm itself has no users
+        if output.args[1] == 0:
+            graph.erase_node(output)
+        else:
+            output.args = (new, output.args[1] - 1)
+    graph.erase_node(node)
+    erase_if_dead(graph, [n for w in node.args[3] if (r := weight_of(w)) is not None for n in r.chain])
+    return [amax]
 
 
 def _lower_attention(gm: GraphModule, node: Node) -> list[Node]:

@@ -12,11 +12,12 @@ from te_dynamo import ops
 from te_dynamo.config import Options
 from te_dynamo.lowering.cost import flops_of_linear
 from te_dynamo.lowering.fp8_attention import unsupported as unsupported_attention
-from te_dynamo.lowering.providers import choose_for
+from te_dynamo.lowering.providers import choose_for, provider_named
 from te_dynamo.passes.fuse import LAYOUT, MEMBERS
 from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.select import RECIPE, site_path, wants_fp8
+from te_dynamo.passes.weights import is_view
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
 from te_dynamo.report.sites import Site, Sites, module_path
 
@@ -27,12 +28,14 @@ SITE = "te_site"
 @dataclass(frozen=True)
 class Plan:
     """provider: its key (see `lowering.providers`); recipe: None for what stays in high precision; trains: whether the site
-    has gradients, and so records its amaxes; peers: the name of the process group whose ranks share first scales, or ""."""
+    has gradients, and so records its amaxes; peers: the name of the process group whose ranks share first scales, or "";
+    norm_kernel: whether a norm and its linears use the provider's own kernel for the norm."""
 
     provider: str
     recipe: Recipe | None
     trains: bool
     peers: str = ""
+    norm_kernel: bool = False
 
 
 def plan(
@@ -44,13 +47,38 @@ def plan(
         if is_call(node, ops.linears, ops.norm_linears):
             recipe = node.meta[RECIPE]
             key, reason = choose_for(recipe, options.provider, provider, device)
-            node.meta[PLAN] = Plan(key, recipe, where[node][1], peers_of(recipe, peers))
+            trains = where[node][1]
+            instead = _why_no_norm_kernel(node, key, recipe, trains) if key == "te" and node.target is ops.norm_linears else ""
+            node.meta[PLAN] = Plan(key, recipe, trains, peers_of(recipe, peers), norm_kernel=instead is None)
             node.meta[SITE] = _linear_sites(node, sites, key, recipe, reason)
+            if key == "te" and node.target is ops.norm_linears:
+                node.meta[SITE].detail["norm"] = instead or "TE's kernel"
         elif is_call(node, ops.attention):
             node.meta[PLAN], node.meta[SITE] = _attention(node, sites, options, provider, where[node][1], peers)
         elif is_call(node, ops.norm):
             node.meta[PLAN] = Plan(provider, None, where[node][1])
             node.meta[SITE] = Site("norm", module_path(node), node.name, provider=provider.partition(":")[0])
+
+
+def _why_no_norm_kernel(node: Node, provider: str, recipe: Recipe, trains: bool) -> str | None:
+    """Why a norm before linears is left to Inductor, as a clause; None where the provider's own kernel is to compute it."""
+    x, weight, bias = node.args[:3]
+    if not trains:
+        return "Inductor writes it in FP8 as well, and inference needs no transposed copy"
+    if any(output.args[1] == 0 and output.users for output in node.users):
+        return "its result is wanted in high precision too"
+    if not lies_in_memory(x):
+        return "Inductor fuses it with what makes its input"
+    return provider_named(provider).unsupported_norm(*(tensor(t) for t in (x, weight, bias)), node.kwargs["kind"], recipe)
+
+
+def lies_in_memory(node: Any) -> bool:
+    """Whether a value is an input of the graph or made by a GEMM: there is nothing that a kernel could be fused with."""
+    while is_view(node):
+        if is_call(node.args[0], ops.linears, ops.norm_linears):
+            return True
+        node = node.args[0]
+    return node.op == "placeholder"
 
 
 def peers_of(recipe: Recipe, peers: str) -> str:
