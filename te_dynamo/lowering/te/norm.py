@@ -56,9 +56,7 @@ def backward(
     return (dx * inverse[:, None]).to(x.dtype), (dy * normal).sum(0), dy.sum(0)
 
 
-def unsupported(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, multiple: int
-) -> str | None:
+def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, multiple: int) -> str | None:
     """Why TE's kernel does not compute this norm over the last dimension of x [..., H], as a clause; None if it does."""
     if weight is None:
         return "TE's norms have a weight"
