@@ -86,7 +86,7 @@ def as_claimed(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[list[Tenso
 
 def lies(q: Tensor, k: Tensor, v: Tensor, layout: str) -> bool:
     """Whether shapes and strides are those of the parts of a packed layout."""
-    a, b, h, d = q.shape
+    _, b, h, d = q.shape
     rows = (3 * d, 1) if layout.endswith("h3d") else (d, 1)
     return q.shape == k.shape == v.shape and all(t.stride() == (b * 3 * h * d, 3 * h * d, *rows) for t in (q, k, v))
 
@@ -340,7 +340,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, layout: str, causal: bool, sof
     softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     order = FORMATS[_form(layout)]
     ready = [t.permute(order) for t in (q, k, v)]
-    if packed(layout) and not lies(*ready, layout):
+    if packed(layout) and not lies(ready[0], ready[1], ready[2], layout):
         layout = "_".join([_form(layout)] * 3)
     if not packed(layout):
         ready = [t.contiguous() for t in ready]

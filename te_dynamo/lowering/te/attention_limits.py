@@ -49,9 +49,7 @@ ALWAYS = (
     Limit(lambda c: c.mask, "a mask that is not proven causal"),
     Limit(lambda c: c.dropout > 0, "its random numbers for dropout are not torch's"),
     Limit(lambda c: c.causal and c.s_q is not c.s_kv and c.s_q != c.s_kv, "a causal mask of unequal lengths"),
-    Limit(
-        lambda c: c.cudnn in (91000, 91001), "cuDNN 9.10.0 and 9.10.1 are refused by TE: wrong results (pip install -U nvidia-cudnn-cu12)"
-    ),
+    Limit(lambda c: c.cudnn in (91000, 91001), "TE refuses cuDNN 9.10.0 and 9.10.1 (pip install -U nvidia-cudnn-cu12)"),
 )
 IN_16_BITS = (
     Limit(lambda c: c.capability < (8, 0), "it needs compute capability 8.0"),
@@ -65,17 +63,13 @@ IN_16_BITS = (
 IN_FP8 = (
     Limit(lambda c: c.capability < HOPPER, "FP8 attention needs compute capability 9.0"),
     Limit(lambda c: c.cudnn < 90700, "FP8 attention needs cuDNN 9.7 (pip install -U nvidia-cudnn-cu12)"),
-    Limit(
-        lambda c: c.head_qk % 16 != 0 or c.head_v % 16 != 0, "head sizes {head_qk} and {head_v} are not multiples of 16, which FP8 wants"
-    ),
+    Limit(lambda c: c.head_qk % 16 != 0 or c.head_v % 16 != 0, "head sizes {head_qk} and {head_v} are not multiples of 16"),
     Limit(
         lambda c: c.capability < BLACKWELL and c.trains and (c.head_qk, c.head_v) != (128, 128),
         "FP8 attention trains with head size 128 on Hopper, not {head_qk} and {head_v}",
     ),
     Limit(lambda c: c.capability < BLACKWELL and c.largest_head > 256, "FP8 attention has no head sizes {head_qk} and {head_v}"),
-    Limit(
-        lambda c: c.capability >= BLACKWELL and c.largest_head > 128, "FP8 attention has no head sizes {head_qk} and {head_v} on Blackwell"
-    ),
+    Limit(lambda c: c.capability >= BLACKWELL and c.largest_head > 128, "FP8 attention has no head sizes {head_qk} and {head_v} here"),
 )
 
 

@@ -7,6 +7,8 @@ would write its result for a kernel of the sum to read again.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,9 +66,8 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str
         return "TE's RMSNorm has no bias"
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
         return f"TE's norms take weights of the dtype of what they normalise, {x.dtype}, not {weight.dtype}"
-    tokens = 1
-    for size in x.shape[:-1]:
-        if not isinstance(size, int):
-            return "the number of tokens is not known when it is compiled"
-        tokens *= size
+    sizes = x.shape[:-1]
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return "the number of tokens is not known when it is compiled"
+    tokens = math.prod(sizes)
     return f"{tokens} tokens are not a multiple of {multiple}" if tokens % multiple else None
