@@ -44,6 +44,7 @@ class Here:
 @pytest.fixture
 def at_hand(monkeypatch):
     """Everything in this process, and nothing compiled."""
+    monkeypatch.setattr("te_dynamo.backend.observers", [])
     monkeypatch.setattr(run, "Worker", Here)
     monkeypatch.setattr(layer, "Worker", Here)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)

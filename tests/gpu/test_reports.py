@@ -1,0 +1,52 @@
+"""What te_dynamo says of itself, on the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import te_dynamo
+from tests.gpu.helpers import compiled, gradients, mlps, random
+
+pytestmark = pytest.mark.gpu
+
+
+def test_explain(provider):
+    model, x = mlps(), random(4, 64, 256)
+    report = te_dynamo.explain(model, x, backward=True, options={"provider": provider})
+    linears = [site for site in report.sites if "linear" in site.kind]
+    assert len(linears) == 6 and {site.provider for site in linears} == {provider}
+    assert report.graph_break_count == 0 and report.fp8_flop_fraction == 1.0
+    assert provider in str(report)
+
+
+def test_explain_says_why_a_small_linear_was_left():
+    report = te_dynamo.explain(mlps(), random(4, 64, 256), backward=True)
+    assert report.fp8_flop_fraction == 0
+    assert any("too small to pay on this GPU" in (site.reason or "") for site in report.sites)
+
+
+def test_dump(small_sites_too, tmp_path):
+    model, x = mlps(), random(4, 64, 256)
+    gradients(model, compiled(model, provider="native", debug_dir=str(tmp_path)), x, x)
+    assert list(tmp_path.rglob("*.py")) and list(tmp_path.rglob("*.html"))
+
+
+def test_verify(small_sites_too):
+    model, x = mlps(dtype=torch.float32), random(4, 64, 256, dtype=torch.float32)
+    found = gradients(model, compiled(model, provider="native", verify=True, strict=True), x, x)
+    assert all(value.isfinite().all() for value in found.values())
+
+
+def test_doctor():
+    if importlib.util.find_spec("te_dynamo.__main__") is None:
+        pytest.skip("this te_dynamo has no command of its own")
+    command = [sys.executable, "-m", "te_dynamo"]
+    if "doctor" not in subprocess.run([*command, "--help"], capture_output=True, text=True, check=False).stdout:
+        pytest.skip("te_dynamo's command has no `doctor`")
+    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
