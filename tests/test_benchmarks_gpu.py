@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from benchmarks import lab
 from benchmarks.gpu import cases, gemm, layer, run, worker
 from benchmarks.gpu.bars import bars
 from benchmarks.gpu.cases import BASELINE, CASES
-from benchmarks.gpu.devices import PEAKS, DeviceInfo, Peak
+from benchmarks.gpu.devices import PEAKS, DeviceInfo, Peak, describe
 from benchmarks.gpu.model import LLAMA_3_8B, TINY, inputs, llama_layer, rotary
 from benchmarks.gpu.reasons import Failed, reason_of
 from benchmarks.gpu.report import markdown, predictions, result
-from benchmarks.gpu.timing import clock_of, interleaved
-from benchmarks.gpu.workers import Worker
+from benchmarks.gpu.timing import WARM_UP, CUDAClock, clock_of, interleaved
+from benchmarks.gpu.workers import ROOT, Worker
+from tests import te_on_cpu
+from tests.numerics import sqnr
 
 CPU = torch.device("cpu")
 H100 = Peak(1979, 989.5, 3350, "a datasheet")
@@ -159,6 +162,58 @@ def test_a_clock_counts_each_call():
     assert clock_of(CPU).host_ms(lambda: None, 3) >= 0
 
 
+class FakeEvent:
+    """Tells the time by counting what was done before it."""
+
+    done: list[str] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.done.append("record")
+        self.at = len(self.done)
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return float(end.at - self.at)
+
+
+def test_a_cuda_clock_times_the_run_and_nothing_else(monkeypatch):
+    done: list[str] = []
+    monkeypatch.setattr(FakeEvent, "done", done)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    monkeypatch.setattr(CUDAClock, "_flush", lambda self: done.append("flush"))
+    clock = CUDAClock(torch.device("cuda"))
+    step = ["record", "run", "record"]
+    assert clock.samples(lambda: done.append("run"), 2) == [2.0, 2.0]
+    assert done == ["run"] * WARM_UP + ["wait", *step, *step, "wait"]
+    done.clear()
+    clock.samples(lambda: done.append("run"), 2, cold=True, queued=True)
+    assert done == ["run"] * WARM_UP + ["wait", *["flush", "sleep", *step] * 2, "wait"]
+    done.clear()
+    assert clock.host_ms(lambda: done.append("run"), 2) >= 0
+    assert done == ["wait", "run", "wait", "run", "wait"]
+
+
+def test_a_device_is_described(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=141 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    about = describe(torch.device("cuda"))
+    assert about == DeviceInfo("NVIDIA H200", "9.0", 141.0, PEAKS["NVIDIA H200"]) and about.slug == "nvidia-h200"
+    monkeypatch.setattr(properties, "name", "NVIDIA X9")
+    assert describe(torch.device("cuda")).peak is None
+
+
+def test_without_a_gpu_each_test_for_one_says_why_it_is_skipped():
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu/test_kernels.py", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "there is no CUDA device" in done.stdout and "passed" not in done.stdout
+
+
 # --- the layer
 
 
@@ -181,6 +236,33 @@ def test_the_rotary_embedding_is_hugging_face_s():
     theirs = LlamaRotaryEmbedding(config)(torch.zeros(1, 32, 64, dtype=torch.bfloat16), torch.arange(32)[None])
     for a, b in zip(rotary(TINY, 32, CPU), theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("recipe", [None, "delayed", "current"])
+def test_te_s_layer_is_of_the_same_size(recipe):
+    if (reason := te_on_cpu.missing()) is not None:
+        pytest.skip(reason)
+    with te_on_cpu.cuda_is_cpu():
+        built = cases.te_modules(recipe, TINY, CPU)
+        x, dy = inputs(TINY, (2, 32), CPU)
+        y = built.forward(32)(x)
+        y.backward(dy)
+    assert y.shape == x.shape and x.grad is not None
+    assert sum(p.numel() for p in built.module.parameters()) == sum(p.numel() for p in llama_layer(TINY, CPU).parameters())
+
+
+def test_te_s_linears_take_the_place_of_others(monkeypatch):
+    if (reason := te_on_cpu.missing()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    x, dy = inputs(TINY, (2, 32), CPU)
+    with te_on_cpu.cuda_is_cpu():
+        built = cases.te_linear(TINY, CPU)
+        y = built.forward(32)(x)
+        y.backward(dy)
+    exact = llama_layer(TINY, CPU)(x, *rotary(TINY, 32, CPU))
+    assert sqnr(exact, y) > 20
+    assert sum(type(m).__name__ == "Linear" and type(m) is not torch.nn.Linear for m in built.module.modules()) == 7
 
 
 # --- what is said about the figures

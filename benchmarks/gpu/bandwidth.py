@@ -75,7 +75,7 @@ def sweep(device: torch.device, tiny: bool = False) -> list[dict[str, Any]]:
         torch._dynamo.reset()
         runs = contenders(rows, columns, device)
         measures = {
-            str(key): lambda run=run: clock.samples(run, CALLS, cold=True, queued=True)  # type: ignore[misc]
+            str(key): lambda run=run: clock.samples(run, CALLS, cold=True, queued=True)
             for key, run in runs.items()
             if not missing.get(key[1])
         }

@@ -44,7 +44,7 @@ def sweep(device: torch.device, tiny: bool = False) -> list[dict[str, Any]]:
     for name, (m, n, k) in shapes(tiny).items():
         runs = contenders(m, n, k, device)
         able = {who: run for who, run in runs.items() if not missing.get(who)}
-        measures = {who: lambda run=run: clock.samples(run, CALLS, cold=True, queued=True) for who, run in able.items()}  # type: ignore[misc]
+        measures = {who: lambda run=run: clock.samples(run, CALLS, cold=True, queued=True) for who, run in able.items()}
         found, failed = interleaved(measures, 1 if tiny else ROUNDS)
         for who in runs:
             row: dict[str, Any] = {"gemm": name, "m": m, "n": n, "k": k, "contender": who}

@@ -40,7 +40,7 @@ def predictions(path: Path) -> dict[str, Any]:
 
 def _prediction(row: Row, predicted: Mapping[str, Any]) -> dict[str, Any]:
     backend = next((case.lab for case in CASES if case.name == row["case"]), None)
-    found = predicted.get(backend, {}).get(row["shape"], {})
+    found = predicted.get(backend or "", {}).get(row["shape"], {})
     return {"predicted_ms": found.get("predicted_ms"), "predicted_ratio": found.get("ratio")}
 
 

@@ -56,16 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bandwidth": lambda: sweep("bandwidth", bandwidth.not_measured, device, given.tiny),
         "layer": lambda: layer.rows(device, given.tiny, say=lambda text: print(text, flush=True)),
     }
-    found = {name: section() for name, section in sections.items() if given.only in (None, name)}
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    whole = result(about, versions(device), date, found, predictions(RESULTS / "lab.json"))
-    given.output.mkdir(parents=True, exist_ok=True)
-    path = given.output / f"{about.slug}.json"
+    path, text = given.output / f"{about.slug}.json", ""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, section in sections.items():
+        if given.only in (None, name):
+            found[name] = section()
+            text = write(path, result(about, versions(device), date, found, predictions(RESULTS / "lab.json")))
+    print(text)
+    print(f"written to {path} and {path.with_suffix('.md').name}")
+
+
+def write(path: Path, whole: dict[str, Any]) -> str:
+    """Writes what there is so far: a run that is interrupted leaves the sections before. Returns the Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1) + "\n")
     text = markdown(whole)
     path.with_suffix(".md").write_text(text)
-    print(text)
-    print(f"written to {path} and {path.with_suffix('.md').name}")
+    return text
 
 
 if __name__ == "__main__":

@@ -140,5 +140,6 @@ def test_a_step_needs_no_more_memory_than_in_bf16(provider):
     """The activations of 8192 tokens, in FP8 where linears keep them, make room for the weights' FP8 copies."""
     if provider == "reference":
         pytest.skip("the definition multiplies in float32")
+    peak_of_a_step("inductor", None)  # cuBLAS keeps the workspaces of its first calls
     ours, inductor = peak_of_a_step(te_fp8, {"provider": provider}), peak_of_a_step("inductor", None)
     assert ours <= inductor, f"{ours / 2**20:.0f} MiB against {inductor / 2**20:.0f}"
