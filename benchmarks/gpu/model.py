@@ -61,7 +61,8 @@ class Layer(nn.Module):
 
     def __init__(self, size: LayerSize) -> None:
         super().__init__()
-        from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
         config = LlamaConfig(
             hidden_size=size.hidden,

@@ -30,10 +30,15 @@ def test_explain_says_why_a_small_linear_was_left():
     assert any("too small to pay on this GPU" in (site.reason or "") for site in report.sites)
 
 
-def test_dump(small_sites_too, tmp_path):
+def test_dumped_scripts_run_by_themselves(small_sites_too, tmp_path):
     model, x = mlps(), random(4, 64, 256)
     gradients(model, compiled(model, provider="native", debug_dir=str(tmp_path)), x, x)
-    assert list(tmp_path.rglob("*.py")) and list(tmp_path.rglob("*.html"))
+    (folder,) = tmp_path.iterdir()
+    scripts = [path for stage in ("dynamo", "fuse", "lower", "lower_first") for path in folder.glob(f"*_{stage}.py")]
+    assert len(scripts) >= 3
+    for script in scripts:
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{script.name}: {done.stderr}"
 
 
 def test_verify(small_sites_too):
