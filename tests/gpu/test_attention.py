@@ -30,15 +30,14 @@ class Attention(nn.Module):
 
 
 CASES = [
-    (HEADS, 256, "bs3hd"),
-    (HEADS, 1024, "bsh3d"),
-    (2, 256, "bshd_bs2hd"),
-    (2, 1024, "bshd_bsh2d"),
+    (HEADS, 256, "bs3hd", False),
+    (HEADS, 1024, "bsh3d", True),
+    (2, 256, "bshd_bs2hd", True),
+    (2, 1024, "bshd_bsh2d", False),
 ]
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize(("kv_heads", "length", "layout"), CASES)
+@pytest.mark.parametrize(("kv_heads", "length", "layout", "causal"), CASES)
 def test_layouts(provider, kv_heads, length, layout, causal):
     torch.manual_seed(0)
     model = Attention(kv_heads, causal).to(DEVICE, torch.bfloat16)

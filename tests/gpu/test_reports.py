@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,14 @@ import te_dynamo
 from tests.gpu.helpers import compiled, gradients, mlps, random
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, at the root of the repository, whether te_dynamo is installed or not."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": paths}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def test_explain(provider):
@@ -37,7 +47,7 @@ def test_dumped_scripts_run_by_themselves(small_sites_too, tmp_path):
     scripts = [path for stage in ("dynamo", "fuse", "lower", "lower_first") for path in folder.glob(f"*_{stage}.py")]
     assert len(scripts) >= 3
     for script in scripts:
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+        done = run(str(script))
         assert done.returncode == 0, f"{script.name}: {done.stderr}"
 
 
@@ -50,8 +60,7 @@ def test_verify(small_sites_too):
 def test_doctor():
     if importlib.util.find_spec("te_dynamo.__main__") is None:
         pytest.skip("this te_dynamo has no command of its own")
-    command = [sys.executable, "-m", "te_dynamo"]
-    if "doctor" not in subprocess.run([*command, "--help"], capture_output=True, text=True, check=False).stdout:
+    if "doctor" not in run("-m", "te_dynamo", "--help").stdout:
         pytest.skip("te_dynamo's command has no `doctor`")
-    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, check=False)
+    done = run("-m", "te_dynamo", "doctor")
     assert done.returncode == 0, done.stdout + done.stderr
