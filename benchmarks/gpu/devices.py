@@ -28,7 +28,7 @@ PEAKS = {
     "NVIDIA H100 NVL": Peak(1670.5, 835.5, 3900, "NVIDIA H100 datasheet, NVL"),
     "NVIDIA H200": Peak(1979, 989.5, 4800, "NVIDIA H200 datasheet, SXM"),
     "NVIDIA H200 NVL": Peak(1670.5, 835.5, 4800, "NVIDIA H200 datasheet, NVL"),
-    "NVIDIA B200": Peak(4500, 2250, 7700, "NVIDIA HGX B200 datasheet, an eighth"),
+    "NVIDIA B200": Peak(4500, 2250, 8000, "NVIDIA DGX B200 datasheet, an eighth"),
     "NVIDIA L40S": Peak(733, 362, 864, "NVIDIA L40S datasheet"),
     "NVIDIA L4": Peak(242.5, 121, 300, "NVIDIA L4 datasheet"),
     "NVIDIA RTX 6000 Ada Generation": Peak(728.5, 364.2, 960, "NVIDIA RTX 6000 Ada datasheet"),
