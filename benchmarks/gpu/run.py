@@ -3,8 +3,9 @@
     python -m benchmarks --gpu [--only layer|gemm|bandwidth] [--output FOLDER]
 
 One transformer layer (of Llama 3 8B's shape), forward and backward, under Inductor, Transformer Engine's modules, torchao and
-te_fp8; then GEMMs and quantization kernels alone. It needs no network, and is meant to take less than 10 minutes on an H100. What is not installed or
-fails is a row with the reason. Writes FOLDER/<device>.json and .md; the folder's README.md says what they hold.
+te_fp8; then GEMMs and quantization kernels alone. It needs no network, and is meant to take less than 10 minutes on an H100.
+What is not installed or fails is a row with the reason. Writes FOLDER/<device>.json and .md; the folder's README.md says what
+they hold.
 """
 
 from __future__ import annotations
