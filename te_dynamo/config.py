@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "provider": ("auto", "te", "native", "reference"),
     "attention": ("auto", "fp8", "high_precision", "off"),
 }
-SWITCHES = ("include_logits", "like_te", "verify", "strict")
+SWITCHES = ("include_logits", "like_te", "recompute_inputs", "verify", "strict")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,8 @@ class Options:
         include_logits: Compute the logits in FP8 too. They stay in high precision otherwise.
         like_te: Transformer Engine's way to the bit, for every site with delayed or current scaling (see
             `te_dynamo.recipe.DelayedScaling`; a recipe has it too, for some sites).
+        recompute_inputs: Make the FP8 inputs of linears again in backward, out of what is kept anyhow, instead of keeping them:
+            less memory for a little time, on a GPU (on a CPU it does nothing).
         amax_group: The process group whose ranks share their amaxes, and so have the same scales; None is the world, where
             torch.distributed is initialised.
         debug_dir: A folder that gets each graph after each stage, as numbered scripts that run by themselves.
@@ -63,6 +65,7 @@ class Options:
     short_sequence: int = 512
     include_logits: bool = False
     like_te: bool = False
+    recompute_inputs: bool = False
     amax_group: Any = None
     debug_dir: str | None = None
     verify: bool = False

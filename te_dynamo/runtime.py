@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from te_dynamo.cache_key import SOURCES_HASH
 from te_dynamo.config import Options
 from te_dynamo.lowering.functions import quantize_weights
-from te_dynamo.lowering.partition import OneMeasurement
+from te_dynamo.lowering.partition import OneMeasurement, inputs_made_again
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, QuantizedWeights
 from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, is_fake
@@ -52,6 +52,7 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
         passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), OneMeasurement(SOURCES_HASH)]
         stack.enter_context(config.patch(joint_custom_pre_pass=passes))
+        stack.enter_context(inputs_made_again(options.recompute_inputs))
         return compile_fx(gm, list(inputs), config_patches=options.inductor_config())  # type: ignore[return-value]
 
 

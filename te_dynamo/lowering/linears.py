@@ -23,7 +23,7 @@ import te_dynamo.lowering.kernels.cast_transpose
 import te_dynamo.lowering.kernels.transpose  # noqa: F401  (registers its operator)
 from te_dynamo.lowering.first_use import agreed
 from te_dynamo.lowering.fp8 import Casting, amax, dequantize, quantize, row_amax
-from te_dynamo.lowering.partition import kept_for_backward, made_again_in_backward
+from te_dynamo.lowering.partition import cast_of_input, input_in_fp8, made_again_in_backward
 
 
 class Scale(NamedTuple):
@@ -159,8 +159,9 @@ class Gemm:
         """x [T, K], padded: left to Inductor, which fuses it with what makes x. It is what backward keeps of x."""
         amax, dtype = row_amax(x), slots.casting.forward
         scale = slots.pick(amax, dtype)
-        scaled = pad_rows(slots.casting.saturated(x, scale.value, dtype), self.multiple)
-        with kept_for_backward():
+        with cast_of_input():
+            scaled = pad_rows(slots.casting.saturated(x, scale.value, dtype), self.multiple)
+        with input_in_fp8():
             data = self.operand(scaled.to(dtype))
         return Quantized(data, None, scale, amax)
 

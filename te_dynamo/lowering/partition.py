@@ -4,7 +4,8 @@ makes again, and one measurement of all amaxes."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +13,28 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node, traceback
 from torch.utils.checkpoint import CheckpointPolicy
+
+_inputs_again: ContextVar[bool] = ContextVar("inputs are made again in backward", default=False)
+
+
+@contextmanager
+def inputs_made_again(again: bool) -> Iterator[None]:
+    """What is traced in here makes the FP8 inputs of its linears again in backward, if `again`."""
+    token = _inputs_again.set(again)
+    try:
+        yield
+    finally:
+        _inputs_again.reset(token)
+
+
+def cast_of_input() -> AbstractContextManager[None]:
+    """Around the cast of a linear's input, before the last step of it."""
+    return made_again_in_backward() if _inputs_again.get() else nullcontext()
+
+
+def input_in_fp8() -> AbstractContextManager[None]:
+    """Around the last step of that cast: its result is what backward keeps of the input, or makes again."""
+    return made_again_in_backward() if _inputs_again.get() else kept_for_backward()
 
 
 def kept_for_backward() -> AbstractContextManager[None]:

@@ -187,6 +187,25 @@ def test_numerics_and_the_first_step(graphs):
         model.zero_grad()
 
 
+def test_inputs_made_again_in_backward_are_not_kept(graphs):
+    """Nor is what they are made of, where something else keeps that anyhow."""
+    saved, gradients = {}, {}
+    for again in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        graphs.clear()
+        model, x = model_and_input()
+        train(model, x, recompute_inputs=again)
+        saved[again] = [t for t in saved_for_backward(graphs[0], results=2) if t.numel() > HIDDEN]
+        gradients[again] = [p.grad for p in model.parameters()]
+    assert {E4M3} < {t.dtype for t in saved[False]}
+    inputs = [t for t in saved[True] if t.dtype == E4M3 and TOKENS in t.shape]
+    assert not inputs, inputs
+    kept = {again: sum(t.numel() * t.itemsize for t in tensors) for again, tensors in saved.items()}
+    assert kept[False] - kept[True] >= TOKENS * (HIDDEN + INNER)  # two blocks, each with two inputs, one byte an element, at least half
+    assert all(torch.equal(a, b) for a, b in zip(gradients[False], gradients[True], strict=True))
+
+
 def test_token_counts_of_any_size_share_one_graph(graphs):
     model, _ = model_and_input()
     compiled = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=True)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.fp8 import amax, quantize
 from te_dynamo.lowering.te import library
 from te_dynamo.lowering.te.linear import gemm
+from te_dynamo.runtime import compile_without_codegen
 from tests import te_on_cpu
 from tests.models import CASES, output
 from tests.numerics import sqnr
@@ -153,12 +155,29 @@ def test_dimensions_that_it_cannot_take_are_left_with_the_reason(stand_in):
     assert sum("is not a multiple of 16" in (s.reason or "") for s in found) == 2
 
 
+INDUCTOR = [("llama", "delayed")]  # generating code takes a minute a model
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
-def test_a_model_trains_as_with_the_reference(stand_in, name, recipe):
-    """20 steps, one graph: losses and scale state as the definition's."""
-    import te_dynamo
+def test_a_model_trains_as_with_the_reference(stand_in, name, recipe, monkeypatch):
+    """20 steps, one graph: losses and scale state as the definition's; to the bit, but that Inductor sums otherwise around other GEMMs."""
+    generated = (name, recipe) in INDUCTOR
+    if not generated:
+        monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+    check_training(name, recipe, exactly=not generated)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
+def test_a_model_trains_as_with_the_reference_under_inductor(stand_in, name, recipe):
+    if (name, recipe) in INDUCTOR:
+        pytest.skip("the test above has it")
+    check_training(name, recipe, exactly=False)
+
+
+def check_training(name: str, recipe: str, exactly: bool) -> None:
     case, losses, states, providers = CASES[name], [], [], []
     for provider in ("te", "reference"):
         torch._dynamo.reset()
@@ -177,15 +196,13 @@ def test_a_model_trains_as_with_the_reference(stand_in, name, recipe):
         providers.append(seen)
         states.append(te_dynamo.scale_state(model).state_dict())
     assert providers == [[{"te"}], [{"reference"}]]
-    print(
-        name,
-        recipe,
-        max(abs(a - b) / b for a, b in zip(*losses)),
-        sum(not torch.equal(states[0][k], states[1][k]) for k in states[0]),
-        len(states[0]),
-    )
     assert losses[0][-1] < losses[0][0]
-    assert states[0].keys() == states[1].keys()
+    assert states[0].keys() == states[1].keys() and bool(states[0]) == (recipe == "delayed")
+    if exactly:
+        assert losses[0] == losses[1]
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    else:
+        torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-3, atol=0)
 
 
 def test_inference_with_te(stand_in):
