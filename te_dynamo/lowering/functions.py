@@ -133,9 +133,8 @@ class _NormLinears(torch.autograd.Function):
         dbs = [None if db is None else db.to(dtype) for db, dtype in zip(dbs, bias_dtypes, strict=True)]
         dx = dw = db = None
         if dh is not None:
-            rows = (dh.reshape(-1, dh.shape[-1]), x.reshape(-1, x.shape[-1]))
-            dx, dw, db = te_norm.backward(*rows, norm_weight, mean, inverse, kind, zero_centered)
-            dx, dw = dx.reshape(x.shape), dw.to(norm_weight.dtype)
+            dx, dw, db = te_norm.backward(dh, x, norm_weight, mean, inverse, kind, zero_centered)
+            dw = dw.to(norm_weight.dtype)
             db = None if norm_bias_dtype is None else db.to(norm_bias_dtype)
         return (dx, dw, db, None, None, amax if ctx.needs_input_grad[5] else None, *[None] * 7, *dws, *dbs)
 

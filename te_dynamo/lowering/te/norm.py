@@ -45,17 +45,20 @@ def _(x, weight, bias, scale, dtype, kind, eps, zero_centered):
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, kind: NormKind, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, x [T, H]; mean, inverse: as `te_norm` gave them -> (dx [T, H] in x's dtype, dweight f32 [H], dbias f32 [H])."""
-    dy = dy.float()
-    normal = x.float()
+    """dy, x [..., H]; mean, inverse: as `te_norm` gave them -> (dx [..., H] in x's dtype, dweight f32 [H], dbias f32 [H]).
+
+    In x's own shape: where the residual's gradient, which has it, is added, Inductor makes one kernel of it all.
+    """
+    each, tokens = (*x.shape[:-1], 1), tuple(range(x.dim() - 1))
+    inverse, dy, normal = inverse.reshape(each), dy.float(), x.float()
     if kind == "layer":
-        normal = normal - mean[:, None]
-    normal = normal * inverse[:, None]
+        normal = normal - mean.reshape(each)
+    normal = normal * inverse
     scaled = dy * (weight.float() + zero_centered)
     dx = scaled - normal * (scaled * normal).mean(-1, keepdim=True)
     if kind == "layer":
         dx = dx - scaled.mean(-1, keepdim=True)
-    return (dx * inverse[:, None]).to(x.dtype), (dy * normal).sum(0), dy.sum(0)
+    return (dx * inverse).to(x.dtype), (dy * normal).sum(tokens), dy.sum(tokens)
 
 
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, multiple: int) -> str | None:
