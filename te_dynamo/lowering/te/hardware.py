@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from te_dynamo.lowering.te.library import EXTENSION
+from te_dynamo.lowering.te.library import EXTENSION, capability
 from te_dynamo.lowering.te.library import unavailable as unavailable_library
 from te_dynamo.recipe import (
     DelayedScaling,
@@ -26,7 +26,6 @@ from te_dynamo.recipe import (
 )
 
 Capability = tuple[int, int]
-HOPPER: Capability = (9, 0)  # what a stand-in is that does not say
 
 
 @dataclass(frozen=True)
@@ -105,27 +104,26 @@ def unavailable_recipe(recipe: Recipe, device: torch.device) -> str | None:
     """
     if type(recipe) in NOT_IN_TE:
         return NOT_IN_TE[type(recipe)]
-    gate, extension = GATES[type(recipe)], sys.modules.get(EXTENSION)
-    if getattr(extension, "__stand_in__", False):
-        capability = getattr(extension, "capability", None)
-        return refused(gate, HOPPER if capability is None else capability())
+    gate = GATES[type(recipe)]
+    if getattr(sys.modules.get(EXTENSION), "__stand_in__", False):
+        return refused(gate, capability(device))
     if device.type != "cuda":
         return f"Transformer Engine's kernels are for CUDA devices, not {device.type}"
     if torch.version.cuda is None:
         return "Transformer Engine's kernels are for CUDA, and this PyTorch is built without it"
     return (
-        refused(gate, torch.cuda.get_device_capability(device))
+        refused(gate, capability(device))
         or _too_old(gate, torch.version.cuda)
         or (_asked(gate.ask, device) if unavailable_library(device) is None else None)
     )
 
 
-def refused(gate: Gate, capability: Capability) -> str | None:
+def refused(gate: Gate, found: Capability) -> str | None:
     """Why a gate does not let a compute capability through."""
-    if capability < gate.least:
-        return f"it needs compute capability {_dotted(gate.least)} or newer, this device has {_dotted(capability)}"
-    if gate.below is not None and capability >= gate.below:
-        return f"it needs a compute capability below {_dotted(gate.below)}, this device has {_dotted(capability)}"
+    if found < gate.least:
+        return f"it needs compute capability {_dotted(gate.least)} or newer, this device has {_dotted(found)}"
+    if gate.below is not None and found >= gate.below:
+        return f"it needs a compute capability below {_dotted(gate.below)}, this device has {_dotted(found)}"
     return None
 
 
