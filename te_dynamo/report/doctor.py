@@ -40,7 +40,6 @@ PACKAGES = (
     "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",
 )
-INSTALL_TE = 'pip install --no-build-isolation "transformer_engine[pytorch]"'
 FP8_CAPABILITY = (8, 9)
 OPERATIONS = ("linear", "norm + linear", "attention", "FP8 attention")
 
@@ -102,7 +101,7 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Looks at everything. What cannot be found out is told as missing, not raised."""
     found, broken = devices()
-    distinct = list({(d.model, d.capability): d for d in reversed(found)}.values())[::-1]
+    distinct = kinds(found)
     plans = [plan(torch.device(d.name), provider, recipe) for d in distinct for provider in CHOICES["provider"] for recipe in RECIPES]
     return Diagnosis(
         te_dynamo=te_dynamo.__version__,
@@ -134,6 +133,14 @@ def devices() -> tuple[list[Device], list[Missing]]:
             continue
         found.append(Device(name, properties.name, capability, properties.total_memory))
     return found, broken
+
+
+def kinds(found: Sequence[Device]) -> list[Device]:
+    """The first of each kind."""
+    first: dict[Any, Device] = {}
+    for device in found:
+        first.setdefault((device.model, device.capability), device)
+    return list(first.values())
 
 
 def _cuda_names() -> list[str]:
@@ -218,16 +225,19 @@ class Sample(nn.Module):
 
 
 @cache
-def sample() -> GraphModule:
-    """Its graph, as Dynamo gives it to a backend; the tensors are a CPU's."""
+def sample() -> GraphModule | str:
+    """Its graph, as Dynamo gives it to a backend, with a CPU's tensors; or why Dynamo could not."""
     graphs: list[GraphModule] = []
 
     def take(gm: GraphModule, inputs: Sequence[Any]) -> Any:
         graphs.append(gm)
         return gm.forward
 
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.compile(Sample().bfloat16(), backend=take, fullgraph=True)(torch.randn(1, 128, 256, dtype=torch.bfloat16))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.compile(Sample().bfloat16(), backend=take, fullgraph=True)(torch.randn(1, 128, 256, dtype=torch.bfloat16))
+    except Exception as error:
+        return f"Dynamo does not run: {_first_line(error)}"
     return graphs[0]
 
 
@@ -235,10 +245,13 @@ def plan(device: torch.device, provider: str, recipe: str) -> Plan:
     """Who computes what, in training."""
     from te_dynamo.backend import planned
 
+    graph = sample()
+    if isinstance(graph, str):
+        return Plan(str(device), provider, recipe, dict.fromkeys(OPERATIONS, Choice(None, graph)))
     choices: dict[str, Choice] = {}
     for attention in ("high_precision", "fp8"):
         try:
-            sites = planned(sample(), Options(provider=provider, recipe=recipe, attention=attention), device)
+            sites = planned(graph, Options(provider=provider, recipe=recipe, attention=attention), device)
         except Exception as error:  # asked for by name and not there, or a library that does not load
             choices |= {operation: Choice(None, _first_line(error)) for operation in OPERATIONS if operation not in choices}
         else:
@@ -310,7 +323,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _of_torch(found: Sequence[Device]) -> Iterator[Missing]:
     if any(d.capability for d in found):
-        for d in found:
+        for d in kinds(found):
             if d.capability is not None and d.capability < FP8_CAPABILITY:
                 yield Missing(
                     f"{d.name} ({d.model}) has compute capability {_dotted(d.capability)}: FP8 needs {_dotted(FP8_CAPABILITY)}",
@@ -339,12 +352,12 @@ def _of_transformer_engine(found: Sequence[Device]) -> Iterator[Missing]:
         return
     reason = library.unavailable(torch.device(able[0].name))
     if reason is not None:
-        yield Missing(f"the provider 'te': {reason.partition(' (pip')[0]}", INSTALL_TE, needed=False)
+        yield Missing(f"the provider 'te': {reason.partition(' (pip')[0]}", library.install(), needed=False)
         return
     versions = {name: v for name in PACKAGES if name.startswith("transformer_engine") and (v := _version(name)) is not None}
     if len(set(versions.values())) > 1:
         said = ", ".join(f"{name} {v}" for name, v in versions.items())
-        command = INSTALL_TE.replace("[pytorch]", f"[pytorch]=={versions['transformer_engine']}")
+        command = library.install(f"=={versions['transformer_engine']}")
         yield Missing(f"Transformer Engine's packages are of different versions: {said}", command)
     major = (torch.version.cuda or "").partition(".")[0]
     other = {"12": "transformer_engine_cu13", "13": "transformer_engine_cu12"}.get(major)
@@ -359,7 +372,9 @@ def _of_transformer_engine(found: Sequence[Device]) -> Iterator[Missing]:
     try:
         library.api()
     except Exception as error:  # a library that is not found, or of another version
-        yield Missing(f"transformer_engine cannot be imported: {_first_line(error)}", f"{INSTALL_TE} --force-reinstall --no-cache-dir")
+        yield Missing(
+            f"transformer_engine cannot be imported: {_first_line(error)}", f"{library.install()} --force-reinstall --no-cache-dir"
+        )
 
 
 # --- showing it
@@ -387,6 +402,8 @@ def _machine(found: Diagnosis) -> Iterator[str]:
             said.append(f"{d.memory / 2**30:.0f} GiB")
         yield f"  {d.name:<8} {', '.join(said)}"
     yield f"  NVIDIA driver: {found.driver or 'none'}"
+    if not any(d.capability for d in found.devices):
+        yield "  no CUDA device: what runs here has FP8's numerics, not its speed"
     yield from ("", "Packages")
     for name, found_version in found.packages.items():
         yield f"  {name:<26} {found_version or '-'}"
