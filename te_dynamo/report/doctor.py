@@ -41,6 +41,7 @@ PACKAGES = (
     "nvidia-cudnn-cu13",
 )
 FP8_CAPABILITY = (8, 9)
+CUDNN_OF_TE = 91200  # MIN_CUDNN_VERSION in transformer_engine/common/__init__.py, 2.20.2
 OPERATIONS = ("linear", "norm + linear", "attention", "FP8 attention")
 
 
@@ -292,7 +293,8 @@ def missing(found: Sequence[Device]) -> list[Missing]:
 
 def _of_te_dynamo() -> Iterator[Missing]:
     if registered() is None:
-        yield Missing("the name te_fp8 is not registered: te_dynamo is on the path, but not installed", "pip install te_dynamo")
+        folder = Path(te_dynamo.__file__).parent.parent
+        yield Missing("the name te_fp8 is not registered: te_dynamo is on the path, but not installed", f"pip install -e {folder}")
     specifiers = next((need.partition("torch")[2] for need in _requirements() if need.startswith("torch")), "")
     if specifiers and not _within(torch.__version__, specifiers):
         yield Missing(
@@ -367,8 +369,9 @@ def _of_transformer_engine(found: Sequence[Device]) -> Iterator[Missing]:
             f"pip uninstall {other}; pip install transformer_engine_cu{major}=={versions[other]}",
         )
     loaded = cudnn()
-    if loaded is not None and (loaded in (91000, 91001) or loaded < 90300):
-        yield Missing(f"cuDNN {_cudnn_text(loaded)}, which Transformer Engine refuses", f"pip install -U nvidia-cudnn-cu{major}")
+    if loaded is not None and loaded < CUDNN_OF_TE:
+        what = f"cuDNN {_cudnn_text(loaded)}: Transformer Engine needs {_cudnn_text(CUDNN_OF_TE)} or newer"
+        yield Missing(what, f"pip install -U nvidia-cudnn-cu{major}")
     try:
         library.api()
     except Exception as error:  # a library that is not found, or of another version

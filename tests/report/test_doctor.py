@@ -205,7 +205,7 @@ def test_what_does_not_fit(machine, changes, words, remedy):
 def test_libraries_that_te_refuses_or_does_not_find(machine, monkeypatch):
     machine((9, 0), cudnn=91001)
     (lacks,) = diagnose().missing
-    assert "cuDNN 9.10.1, which Transformer Engine refuses" in lacks.what and lacks.remedy == "pip install -U nvidia-cudnn-cu13"
+    assert "cuDNN 9.10.1: Transformer Engine needs 9.12.0 or newer" in lacks.what and lacks.remedy == "pip install -U nvidia-cudnn-cu13"
 
     def fails() -> None:
         raise RuntimeError("cudnn shared object not found.\nand more")
@@ -246,7 +246,7 @@ def test_a_machine_without_a_compiler(machine, monkeypatch):
     monkeypatch.setattr(doctor, "compiler", lambda: None)
     monkeypatch.setattr(doctor, "registered", lambda: None)
     found = diagnose()
-    assert [m.remedy for m in found.missing] == ["pip install te_dynamo", "apt-get install g++ (or set CXX)"]
+    assert [m.remedy for m in found.missing] == [f"pip install -e {ROOT}", "apt-get install g++ (or set CXX)"]
     assert "C++ compiler: none" in as_text(found) and "not registered" in as_text(found)
 
 
