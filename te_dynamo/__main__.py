@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _doctor(chosen: argparse.Namespace) -> int:
     from te_dynamo.report import doctor  # imports torch
 
-    found = doctor.diagnose()
+    with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print
+        found = doctor.diagnose()
     print(doctor.as_json(found) if chosen.json else doctor.as_text(found))
     return 0
 

@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 import te_dynamo
 from te_dynamo.config import CHOICES, Options
 from te_dynamo.lowering.te import library
+from te_dynamo.lowering.te.hardware import unavailable_recipe
 from te_dynamo.recipe import RECIPES
 from te_dynamo.report.sites import Sites
 from te_dynamo.report.trials import Trial, trials
@@ -84,7 +85,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that is told. registered: where the entry point of the backend leads, None if there is none."""
+    """Everything that is told. registered: where the entry point of the backend leads, None if there is none; te_recipes: by CUDA
+    device and recipe, why Transformer Engine does not compute it there, None where it does."""
 
     te_dynamo: str
     registered: str | None
@@ -95,6 +97,7 @@ class Diagnosis:
     cudnn: int | None
     compiler: str | None
     plans: list[Plan]
+    te_recipes: dict[str, dict[str, str | None]]
     missing: list[Missing]
     trials: dict[str, list[Trial]]
 
@@ -114,6 +117,7 @@ def diagnose() -> Diagnosis:
         cudnn=cudnn(),
         compiler=compiler(),
         plans=plans,
+        te_recipes={d.name: te_recipes(torch.device(d.name)) for d in distinct if d.capability is not None},
         missing=[*broken, *missing(found)],
         trials={d.name: trials(torch.device(d.name)) for d in distinct},
     )
@@ -199,8 +203,9 @@ def compiler() -> str | None:
     from torch._inductor import cpp_builder
 
     with contextlib.suppress(Exception):
-        return shutil.which(cpp_builder.get_cpp_compiler())
-    return None
+        if (found := shutil.which(cpp_builder.get_cpp_compiler())) is not None:
+            return found
+    return shutil.which("g++") or shutil.which("clang++")
 
 
 def registered() -> str | None:
@@ -281,6 +286,10 @@ def _operation(kind: str, path: str, attention: str) -> str:
     if kind == "attention":
         return "FP8 attention" if attention == "fp8" else "attention"
     return {"qkv": "norm + linear", "out": "linear"}.get(path, kind)
+
+
+def te_recipes(device: torch.device) -> dict[str, str | None]:
+    return {name: unavailable_recipe(recipe(), device) for name, recipe in RECIPES.items()}
 
 
 # --- what is missing
@@ -391,6 +400,7 @@ def as_text(found: Diagnosis) -> str:
     parts = [f"te_dynamo {found.te_dynamo}", *_machine(found)]
     for device in dict.fromkeys(p.device for p in found.plans):
         parts += _plans(device, [p for p in found.plans if p.device == device])
+        parts += _te_recipes(device, found.te_recipes.get(device))
     parts += ["", "Missing", *(_missing(found.missing) or ["  nothing"]), "", "Tried"]
     for device, tried in found.trials.items():
         parts += [f"  {device}: {t.what}\n      {t.result}: {t.detail}" for t in tried]
@@ -445,6 +455,12 @@ def _by_name(name: str, plans: Sequence[Plan]) -> Iterator[str]:
             refusals.setdefault(_reason_alone(p.choices["linear"].note), []).append(p.recipe)
     for reason, recipes in refusals.items():
         yield f"      {'' if not able else 'not ' + ', '.join(recipes) + ': '}{reason}"
+
+
+def _te_recipes(device: str, reasons: dict[str, str | None] | None) -> Iterator[str]:
+    if reasons is not None:
+        yield f"  Transformer Engine's recipes on {device}: {', '.join(n for n, r in reasons.items() if r is None) or 'none'}"
+        yield from (f"      not {name}: {reason}" for name, reason in reasons.items() if reason is not None)
 
 
 def _reason_alone(note: str) -> str:

@@ -158,6 +158,8 @@ def test_a_hopper_with_te(machine):
     assert found.missing == []
     assert provider(found, "te", "delayed") == provider(found, "te", "delayed", "norm + linear") == "te"
     assert "Missing\n  nothing" in as_text(found)
+    assert {name for name, reason in found.te_recipes["cuda:0"].items() if reason is None} == {"delayed", "current", "block"}
+    assert "not mxfp8: it needs compute capability 10.0 or newer, this device has 9.0" in as_text(found)
 
 
 def test_a_blackwell(machine):
@@ -165,6 +167,7 @@ def test_a_blackwell(machine):
     found = diagnose()
     assert provider(found, "auto", "delayed") == "native"
     assert not [m for m in found.missing if m.needed]
+    assert [name for name, reason in found.te_recipes["cuda:0"].items() if reason is not None] == ["rowwise"]
 
 
 def test_an_ada_has_no_rowwise_gemm(machine):
