@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,17 +129,3 @@ def test_the_table_is_what_te_answers(capability):
     with te_on_cpu.cuda_is_cpu(capability):
         for cls, gate in GATES.items():
             assert (unavailable_recipe(cls(), CPU) is None) == getattr(te, gate.ask)(), cls.name
-
-
-def test_the_table_of_the_docs():
-    """docs/transformer-engine.md, row by row."""
-    text = (Path(__file__).parent.parent.parent / "docs" / "transformer-engine.md").read_text()
-    for cls in CLASSES:
-        if cls in NOT_IN_TE:
-            row = f"| `{cls.name}` | none | | | {NOT_IN_TE[cls]} |"
-        else:
-            gate = GATES[cls]
-            least, cuda = ".".join(map(str, gate.least)), ".".join(map(str, gate.cuda))
-            range_ = f"{least} and newer" if gate.below is None else f"{least} to below {'.'.join(map(str, gate.below))}"
-            row = f"| `{cls.name}` | {range_} | {cuda} | {gate.rows}, {gate.columns} |{f' {gate.note}' if gate.note else ''} |"
-        assert row in text, row

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from te_dynamo.lowering.te.library import EXTENSION, capability
+from te_dynamo.lowering.te.library import EXTENSION
 from te_dynamo.lowering.te.library import unavailable as unavailable_library
 from te_dynamo.recipe import (
     DelayedScaling,
@@ -26,6 +26,7 @@ from te_dynamo.recipe import (
 )
 
 Capability = tuple[int, int]
+HOPPER: Capability = (9, 0)  # what a stand-in is that does not say
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,38 @@ def unavailable_recipe(recipe: Recipe, device: torch.device) -> str | None:
     """
     if type(recipe) in NOT_IN_TE:
         return NOT_IN_TE[type(recipe)]
-    gate = GATES[type(recipe)]
-    if getattr(sys.modules.get(EXTENSION), "__stand_in__", False):
-        return refused(gate, capability(device))
+    gate, extension = GATES[type(recipe)], sys.modules.get(EXTENSION)
+    if getattr(extension, "__stand_in__", False):
+        capability = getattr(extension, "capability", None)
+        found = HOPPER if capability is None else capability()
+        return refused(gate, found) or _scales_refused(recipe, found)
     if device.type != "cuda":
         return f"Transformer Engine's kernels are for CUDA devices, not {device.type}"
     if torch.version.cuda is None:
         return "Transformer Engine's kernels are for CUDA, and this PyTorch is built without it"
+    found = torch.cuda.get_device_capability(device)
     return (
-        refused(gate, capability(device))
+        refused(gate, found)
+        or _scales_refused(recipe, found)
         or _too_old(gate, torch.version.cuda)
         or (_asked(gate.ask, device) if unavailable_library(device) is None else None)
     )
 
 
-def refused(gate: Gate, found: Capability) -> str | None:
+def refused(gate: Gate, capability: Capability) -> str | None:
     """Why a gate does not let a compute capability through."""
-    if found < gate.least:
-        return f"it needs compute capability {_dotted(gate.least)} or newer, this device has {_dotted(found)}"
-    if gate.below is not None and found >= gate.below:
-        return f"it needs a compute capability below {_dotted(gate.below)}, this device has {_dotted(found)}"
+    if capability < gate.least:
+        return f"it needs compute capability {_dotted(gate.least)} or newer, this device has {_dotted(capability)}"
+    if gate.below is not None and capability >= gate.below:
+        return f"it needs a compute capability below {_dotted(gate.below)}, this device has {_dotted(capability)}"
     return None
+
+
+def _scales_refused(recipe: Recipe, capability: Capability) -> str | None:
+    """common/transpose/quantize_transpose_vector_blockwise.cu:534"""
+    if not isinstance(recipe, Float8BlockScaling) or recipe.power_2_scale or capability < (10, 0):
+        return None
+    return "from compute capability 10.0 on TE computes it as MXFP8, which needs scales that are powers of two (power_2_scale=True)"
 
 
 def _too_old(gate: Gate, cuda: str) -> str | None:
