@@ -20,6 +20,7 @@ from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, QuantizedWeights
 from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, is_fake
 from te_dynamo.state.reduce import ranks
+from te_dynamo.state.sharded import gathered
 
 GRAD_AMAX = 2  # its place among the state's inputs
 CACHEABLE = (
@@ -156,13 +157,14 @@ class WeightCache:
     """FP8 copies of weights that did not change: by identity, version counter and address.
 
     A write through `.data` leaves no trace: `te_dynamo.weights_changed(model)` tells of it. A tensor without a version
-    counter (made in inference mode) is quantised at every call.
+    counter (made in inference mode), or that FSDP gathers, is quantised at every call.
     """
 
     everyone: weakref.WeakSet[WeightCache] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self.entries: dict[tuple[int, tuple[int, ...]], tuple[tuple[Any, ...], list[Tensor]]] = {}
+        self.changing: dict[tuple[int, tuple[int, ...]], bool] = {}  # whether a version tells nothing of these weights
         WeightCache.everyone.add(self)
 
     def inputs(self, wanted: Sequence[QuantizedWeights], args: Sequence[Any]) -> list[Tensor]:
@@ -172,7 +174,7 @@ class WeightCache:
     def _one(self, number: int, wanted: QuantizedWeights, args: Sequence[Any]) -> list[Tensor]:
         tensors = [args[i] for i in wanted.arguments]
         key = (number, tuple([id(t) for t in tensors]))
-        state = _fingerprint(tensors)
+        state = None if self._changes(key, tensors) else _fingerprint(tensors)
         entry = self.entries.get(key)
         if entry is not None and state is not None and entry[0] == state:
             return entry[1]
@@ -183,6 +185,14 @@ class WeightCache:
                     STATE.watch(t, self.entries, key)
             self.entries[key] = (state, made)
         return made
+
+    def _changes(self, key: tuple[int, tuple[int, ...]], tensors: Sequence[Tensor]) -> bool:
+        """Whether these weights are filled anew for each call."""
+        if key not in self.changing:
+            self.changing[key] = gathered(tensors)
+            for t in tensors if _fingerprint(tensors) is not None else ():
+                STATE.watch(t, self.changing, key)
+        return self.changing[key]
 
     @staticmethod
     @torch.no_grad()

@@ -188,6 +188,23 @@ def fsdp(folder: Path) -> None:
     assert not any("scale" in key or "amax" in key for key in model.state_dict())
 
 
+def fsdp_inference(folder: Path) -> None:
+    """Weights that changed between two calls without gradients: FSDP gathers them into the same memory, unseen."""
+    model, x = sharded()[0].eval(), batches(1)[0]
+    with torch.no_grad():
+        before = model(x)
+        for p in model.parameters():
+            p.mul_(2.0)
+        after = model(x)
+    torch._dynamo.reset()
+    fresh = sharded()[0].eval()
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.mul_(2.0)
+        torch.testing.assert_close(after, fresh(x))
+    assert not torch.equal(before, after)
+
+
 def fsdp_save(folder: Path) -> None:
     """Sharded weights and scales go into one checkpoint; what follows is kept for whoever resumes."""
     model, optimizer = sharded()
@@ -236,7 +253,7 @@ def tensor_parallel(folder: Path) -> None:
     y.sum().backward()
 
 
-CASES = {f.__name__: f for f in (ddp, collectives, apart, fsdp, fsdp_save, fsdp_resume, tensor_parallel)}
+CASES = {f.__name__: f for f in (ddp, collectives, apart, fsdp, fsdp_inference, fsdp_save, fsdp_resume, tensor_parallel)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

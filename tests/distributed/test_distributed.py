@@ -23,7 +23,7 @@ def run(case: str, folder: Path, ranks: int = 2) -> None:
     assert done.returncode == 0, done.stderr[-6000:]
 
 
-@pytest.mark.parametrize("case", ["ddp", "collectives", "apart", "fsdp", "tensor_parallel"])
+@pytest.mark.parametrize("case", ["ddp", "collectives", "apart", "fsdp", "fsdp_inference", "tensor_parallel"])
 def test_on_two_ranks(case, tmp_path):
     run(case, tmp_path)
 
