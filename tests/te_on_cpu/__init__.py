@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from tests.te_on_cpu.device import cuda_is_cpu
+from tests.te_on_cpu.device import capability, cuda_is_cpu
 from tests.te_on_cpu.extension import VERSION, extension
 
 __all__ = ["cuda_is_cpu", "install", "missing"]
@@ -62,7 +62,8 @@ def install() -> ModuleType:
     """
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # transformer_engine.common then loads no shared library
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")  # TE's own small compiled helpers run eagerly
-    sys.modules.setdefault("transformer_engine_torch", extension()).cuda_is_cpu = cuda_is_cpu  # type: ignore[attr-defined]
+    stand_in: Any = sys.modules.setdefault("transformer_engine_torch", extension())
+    stand_in.cuda_is_cpu, stand_in.capability = cuda_is_cpu, capability
     from transformer_engine import common
 
     common.load_framework_extension = lambda framework: None
