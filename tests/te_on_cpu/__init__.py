@@ -64,8 +64,8 @@ def install() -> ModuleType:
     """
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # transformer_engine.common then loads no shared library
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")  # TE's own small compiled helpers run eagerly
-    tex: Any = sys.modules.setdefault("transformer_engine_torch", extension())
-    tex.cuda_is_cpu, tex.capability = cuda_is_cpu, capability
+    stand_in: Any = sys.modules.setdefault("transformer_engine_torch", extension())
+    stand_in.cuda_is_cpu, stand_in.capability = cuda_is_cpu, capability
     from transformer_engine import common
 
     common.load_framework_extension = lambda framework: None
