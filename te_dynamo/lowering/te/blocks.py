@@ -151,8 +151,9 @@ def _sizes(a_shape: Any, b_shape: Any, layout: str) -> tuple[Any, Any, Any]:
 def _operand(te: Any, data: Tensor, scale_inv: Tensor, square: bool, row_wise: bool, dtype: torch.dtype) -> Any:
     """TE's tensor with this one copy."""
     copy, other = ("rowwise", "columnwise") if row_wise else ("columnwise", "rowwise")
-    arguments = {f"{copy}_data": data.view(torch.uint8), f"{copy}_scale_inv": scale_inv, f"{other}_data": None, f"{other}_scale_inv": None}
-    arguments |= {"fp8_dtype": te.dtype[data.dtype], "quantizer": None, "fake_dtype": dtype}
+    arguments: dict[str, Any] = {"fp8_dtype": te.dtype[data.dtype], "quantizer": None, "fake_dtype": dtype}
+    arguments |= {f"{copy}_data": data.view(torch.uint8), f"{copy}_scale_inv": scale_inv}
+    arguments |= {f"{other}_data": None, f"{other}_scale_inv": None}
     if scale_inv.dtype == _scale_dtype(MX):
         return te.MXFP8Storage(**arguments, with_gemm_swizzled_scales=True)
     return te.BlockStorage(**arguments, is_2D_scaled=square)
