@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -278,15 +277,13 @@ def test_what_is_not_needed_is_not_computed(name):
 @pytest.mark.parametrize("needed", ["x", "w", "both"])
 def test_what_backward_keeps(name, scale, needed):
     """The column-wise copies of the input and of the weight, nothing in high precision, in the graph that is compiled too."""
-    x, w = torch.randn(512, 256, requires_grad=needed != "w"), torch.randn(128, 256, requires_grad=needed != "x")
-
-    def call(x: Tensor, w: Tensor) -> Tensor:
-        return nn.functional.linear(x, w)
-
-    compiled = torch.compile(call, backend=te_fp8, options={"recipe": name, "provider": "te"})
+    x, model = torch.randn(512, 256, requires_grad=needed != "w"), nn.Linear(256, 128, bias=False)
+    w = model.weight.requires_grad_(needed != "x")
+    call, sites = compiled(model, name)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        compiled(x, w)
+        call(x)
+    assert [s.provider for s in sites] == ["te"]
     elements = (x.numel() if needed != "x" else 0) + (w.numel() if needed != "w" else 0)
     size = sum(t.nbytes for t in saved if isinstance(t, Tensor) and t is not w and t is not x)
     per_element = size / elements - 1
@@ -424,14 +421,13 @@ def test_a_number_of_tokens_that_changes(name):
     torch.manual_seed(0)
     model, graphs = nn.Linear(64, 32), []
     call, _ = compiled(model, name, dynamic=True, fullgraph=True)
-    with ExitStack() as stack:
-        stack.enter_context(observing(lambda gm, sites, options: graphs.append(gm)))
-        for tokens in (64, 37, 5, 128):
-            x = torch.randn(tokens, 64, requires_grad=True)
-            y = call(x)
-            y.sum().backward()
+    with observing(lambda gm, sites, options: graphs.append(gm)):
+        for tokens in (48, 37, 5, 128):
+            x, dy = torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 32)
             (expected,) = linears("reference", RECIPES[name], x, [model.weight], [model.bias])
+            y, inputs = call(x), (x, model.weight)
             assert_one_rounding([y], [expected])
+            assert_one_rounding(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy))
     assert len(graphs) == 1
 
 
