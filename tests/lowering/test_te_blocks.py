@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from te_dynamo.backend import observing, te_fp8
@@ -212,6 +215,18 @@ def linears(
     return ys
 
 
+def compiled(model: Callable[..., Any], recipe: Any, provider: str = "te", **kwargs: Any) -> tuple[Any, list[Any]]:
+    """The compiled model, and the sites that are reported when it is called."""
+    sites: list[Any] = []
+    call = torch.compile(model, backend=te_fp8, options={"recipe": recipe, "provider": provider}, **kwargs)
+
+    def watched(*args: Any, **inputs: Any) -> Any:
+        with observing(lambda gm, found, options: sites.extend(found)):
+            return call(*args, **inputs)
+
+    return watched, sites
+
+
 def three(provider: str, recipe: Recipe, dtype: torch.dtype, tokens: int = 74, **layout: Any) -> list[Tensor]:
     """Three linears of one input, and all gradients."""
     torch.manual_seed(0)
@@ -271,6 +286,47 @@ def test_what_is_not_needed_is_not_computed(name):
         for needed, fewer in (((0,), 4), ((1,), 4 if merged else 3), ((0, 2), 6 if merged else 5)):
             some, gemms = gradients(merged, *needed)
             assert gemms == fewer and all(torch.equal(some[i], everything[i]) for i in needed)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "te_dynamo":
+            self.count[func.name().partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ["block", "mxfp8"])
+def test_each_tensor_is_quantised_once(name, merged):
+    """Of three linears: the input, and each weight and gradient of a GEMM, both ways in one kernel."""
+    gemms = 1 if merged else 3
+    with Calls() as calls:
+        three("te", RECIPES[name], torch.bfloat16, merged=merged)
+    assert calls.count == {"te_block_quantize": 1 + 2 * gemms, "te_block_gemm": 3 * gemms}
+
+
+@pytest.mark.parametrize("name", ["block", "mxfp8"])
+def test_activation_checkpointing_changes_nothing(name):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)), torch.randn(64, 64)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    outcomes = []
+    for function in (model, checkpointed):
+        torch._dynamo.reset()
+        call, sites = compiled(function, name, fullgraph=True)
+        y = call(x)
+        outcomes.append([y, *torch.autograd.grad(y.sin().sum(), list(model.parameters()))])
+        assert [s.provider for s in sites if "linear" in s.kind] == ["te", "te"]
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
 @pytest.mark.parametrize(("name", "scale"), [("block", 4 / 128), ("mxfp8", 1 / 32)])
@@ -369,18 +425,6 @@ def test_a_linear_is_te_s(te, name, dtype, bias):
 
 
 # --- whole models
-
-
-def compiled(model: nn.Module, recipe: Any, provider: str = "te", **kwargs: Any) -> tuple[Any, list[Any]]:
-    """The compiled model, and the sites that are reported when it is called."""
-    sites: list[Any] = []
-    call = torch.compile(model, backend=te_fp8, options={"recipe": recipe, "provider": provider}, **kwargs)
-
-    def watched(*args: Any, **inputs: Any) -> Any:
-        with observing(lambda gm, found, options: sites.extend(found)):
-            return call(*args, **inputs)
-
-    return watched, sites
 
 
 @pytest.mark.parametrize("name", ["block", "mxfp8"])
