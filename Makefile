@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | lint | format
+# make setup | demo | test | test-all | test-gpu | lint | format
 # VENV is where everything is installed; nothing outside it is touched.
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.te_dynamo
 # Installed first and named again with the rest, so that no later resolution replaces it.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-all lint format
+.PHONY: setup demo test test-all test-gpu lint format
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
@@ -24,10 +24,14 @@ demo: setup
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 test: setup
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: setup
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+# In one process, which has the device to itself.
+test-gpu: setup
+	$(PY) -m pytest -m gpu $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,6 +1,7 @@
 """Prints what te_dynamo costs, as ratios to Inductor in the same run.
 
     python -m benchmarks [--only compile|call|saved|state] [--json FILE] [--repeat N]
+    python -m benchmarks --gpu [...]    # speed on a GPU, see `python -m benchmarks --gpu --help`
 
 compile: CPU time of the first forward and backward of a 32-layer Llama, cold and in a second process (caches warm).
 call:    a training step of 20 tiny linears (the host's cost), and of a small Llama, on one thread of a CPU.
@@ -81,6 +82,10 @@ def state_rows() -> Iterator[Row]:
 
 
 def main() -> None:
+    if "--gpu" in sys.argv[1:]:
+        from benchmarks.gpu import run
+
+        return run.main([argument for argument in sys.argv[1:] if argument != "--gpu"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("compile", "call", "saved", "state"))
     parser.add_argument("--json", type=Path, help="write the figures here too")

@@ -1,9 +1,10 @@
 """The predicted step of a Llama-3-8B layer on an H100, Inductor in bf16 against te_fp8 `native`, on a machine without a GPU.
 
-    python -m benchmarks.lab PATH_TO_GPULAB [--shape 1x4096 ...] [--python PYTHON]
+    python -m benchmarks.lab PATH_TO_GPULAB [--shape 1x4096 ...] [--python PYTHON] [--json FILE]
 
 gpulab is an external cost model and no part of this repository: PATH_TO_GPULAB is its folder. It compiles the step for
 sm_90, runs it on fake CUDA tensors and notes each launch: kernels, bytes and the ratio are what to read, not milliseconds.
+`--json benchmarks/results/lab.json` is what the benchmarks on a GPU print beside their own times.
 It needs triton and g++, so `--python` may name another interpreter than this one.
 """
 
@@ -18,10 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SHAPES = ("1x4096", "4x2048", "1x512")  # batch x length
+SHAPES = ("1x4096", "4x2048", "16x512", "1x512")  # batch x length
+TE_FP8 = ["--backend", "te_fp8", "--import", "benchmarks.lab_backend", "--option"]
 BACKENDS = {
     "bf16 Inductor": [],
-    "te_fp8 native": ["--backend", "te_fp8", "--import", "benchmarks.lab_backend", "--option", 'provider="native"'],
+    "te_fp8 native": [*TE_FP8, 'provider="native"'],
+    "te_fp8 te": ["--import", "te_present", *TE_FP8, 'provider="te"'],
 }
 COLUMNS = {"kernels": "kernels", "GEMMs": "gemms", "GB outside GEMMs": "gb", "saved MiB": "saved_mb", "predicted ms": "device_ms"}
 
@@ -53,14 +56,30 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def predictions(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{backend: {shape: {"predicted_ms", "ratio"}}}; the ratio is to the first backend at the same shape."""
+    base = next(iter(rows.values()))
+    return {
+        name: {
+            row["shape"]: {"predicted_ms": round(row["device_ms"], 3), "ratio": round(reference["device_ms"] / row["device_ms"], 3)}
+            for row, reference in zip(measured, base, strict=True)
+        }
+        for name, measured in rows.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lab", type=Path, help="the folder of gpulab")
     parser.add_argument("--shape", action="append", help=f"BATCHxLENGTH, repeatable (default: {' '.join(SHAPES)})")
     parser.add_argument("--python", default=sys.executable, help="an interpreter with torch, transformers and triton")
+    parser.add_argument("--json", type=Path, help="write the predictions here too")
     args = parser.parse_args()
     shapes = args.shape or list(SHAPES)
-    print(table({name: measure(args.lab, args.python, shapes, arguments) for name, arguments in BACKENDS.items()}))
+    rows = {name: measure(args.lab, args.python, shapes, arguments) for name, arguments in BACKENDS.items()}
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(predictions(rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

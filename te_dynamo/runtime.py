@@ -28,8 +28,11 @@ CACHEABLE = (
     "te_dynamo.lowering.functions.unpack",
     "te_dynamo.lowering.functions.linears",
     "te_dynamo.lowering.functions.linears_inference",
+    "te_dynamo.lowering.functions.norm_linears",
     "te_dynamo.lowering.functions.quantize_weights",
     "te_dynamo.lowering.fp8_attention.attention",
+    "te_dynamo.lowering.te.attention.attention",
+    "te_dynamo.lowering.te.attention.fp8_attention",
     "te_dynamo.ops.norm",
 )
 

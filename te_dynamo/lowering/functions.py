@@ -14,6 +14,8 @@ from torch import Tensor
 
 from te_dynamo.lowering.linears import Layout, Needs
 from te_dynamo.lowering.providers import Scales, provider_for
+from te_dynamo.lowering.te import norm as te_norm
+from te_dynamo.ops import NormKind
 
 
 class _Collect(torch.autograd.Function):
@@ -98,6 +100,75 @@ def linears(
     """
     layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
     *ys, amax = _Linears.apply(x, scales, grad_scales, sink, provider, recipe, peers, layout, out_dtype, first, *weights, *biases)
+    return [*(layout.split(ys[0]) if merged else ys), amax]
+
+
+class _NormLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, norm_weight, norm_bias, scales, grad_scales, sink, provider, recipe, layout, out_dtype, kind, eps, zero_centered, *rest
+    ):
+        n = len(layout.sizes)
+        weights, biases = rest[:n], rest[n:]
+        norm = (norm_weight, norm_bias, kind, eps, zero_centered)
+        ys, x8t, statistics, used, amax = provider_for(provider, recipe).norm_linears_forward(
+            x, norm, weights, biases, scales, layout, out_dtype, recipe
+        )
+        wanted = ctx.needs_input_grad[-2 * n :]
+        ctx.needs = Needs(any(ctx.needs_input_grad[:3]), tuple(wanted[:n]), tuple(wanted[n:]))
+        ctx.save_for_backward(x, norm_weight, *statistics, x8t if any(ctx.needs.weights) else None, *weights, *used)
+        dtypes = [None if b is None else b.dtype for b in (norm_bias, *biases)]
+        ctx.attributes = (provider, recipe, grad_scales, layout, out_dtype, kind, zero_centered, dtypes)
+        ctx.mark_non_differentiable(amax)
+        return (*ys, amax)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        provider, recipe, grad_scales, layout, out_dtype, kind, zero_centered, (norm_bias_dtype, *bias_dtypes) = ctx.attributes
+        n = len(layout.sizes)
+        x, norm_weight, mean, inverse, x8t, *rest = ctx.saved_tensors
+        dh, dws, dbs, amax = provider_for(provider, recipe).linears_backward(
+            grads[:-1], None, rest[:n], rest[n:], grad_scales, layout, ctx.needs, out_dtype, recipe, "", False, x8t=x8t
+        )
+        dbs = [None if db is None else db.to(dtype) for db, dtype in zip(dbs, bias_dtypes, strict=True)]
+        dx = dw = db = None
+        if dh is not None:
+            rows = (dh.reshape(-1, dh.shape[-1]), x.reshape(-1, x.shape[-1]))
+            dx, dw, db = te_norm.backward(*rows, norm_weight, mean, inverse, kind, zero_centered)
+            dx, dw = dx.reshape(x.shape), dw.to(norm_weight.dtype)
+            db = None if norm_bias_dtype is None else db.to(norm_bias_dtype)
+        return (dx, dw, db, None, None, amax if ctx.needs_input_grad[5] else None, *[None] * 7, *dws, *dbs)
+
+
+def norm_linears(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: Scales,
+    grad_scales: Scales,
+    sink: Tensor | None,
+    *,
+    provider: str,
+    recipe: str,
+    merged: bool,
+    interleave: int,
+    out_dtype: torch.dtype,
+    kind: NormKind,
+    eps: float,
+    zero_centered: bool,
+) -> list[Tensor]:
+    """`linears` of a norm of x over its last dimension, by a provider whose kernel writes the norm in FP8 only: `[*outputs, amax]`.
+
+    x: [..., K]; norm_weight, norm_bias: [K]; all scales are set (there is no first use here); the rest as in `linears` and
+    `te_dynamo.ops.norm`.
+    """
+    layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
+    norm = (kind, eps, zero_centered)
+    *ys, amax = _NormLinears.apply(
+        x, norm_weight, norm_bias, scales, grad_scales, sink, provider, recipe, layout, out_dtype, *norm, *weights, *biases
+    )
     return [*(layout.split(ys[0]) if merged else ys), amax]
 
 

@@ -179,12 +179,13 @@ class Gemm:
             t = quantize(layout.join(parts), scale.value, dtype).t()
             return self.operand(t.contiguous()) if self.contiguous else t
 
-    def gradient(self, grad: Tensor, slots: Slots, data: bool, transposed: bool) -> Quantized:
-        """grad [T, N], padded: as dgrad reads it, and as wgrad does, if they are wanted."""
+    def gradient(self, grad: Tensor, slots: Slots, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
+        """grad [T, N], padded: as dgrad reads it, and as wgrad does, if they are wanted; and its sum over the tokens [N], float32."""
         amax, dtype = row_amax(grad), slots.casting.gradient
         scale = slots.pick(amax, dtype)
         g8 = self.operand(pad_rows(slots.casting.saturated(grad, scale.value, dtype), self.multiple).to(dtype))
-        return Quantized(g8, self.transposed(g8) if transposed else None, scale, amax)
+        db = grad.sum(0, dtype=torch.float32) if bias else None
+        return Quantized(g8, self.transposed(g8) if transposed else None, scale, amax), db
 
 
 # cast(parts [N_i, C], scale, dtype, interleave, data, transposed) -> (FP8 [N, C], FP8 [C, N], amaxes)
@@ -223,19 +224,35 @@ def forward(
 ) -> tuple[list[Tensor], Tensor | None, list[Scale], list[Tensor], list[Tensor]]:
     """x [T, K] -> (outputs [T, N] of each GEMM, x8 [T padded, K], the scales of x and of each GEMM's weight, 2n amaxes, the
     transposed FP8 weights [K, N] of the GEMMs for backward, none where it makes them itself)."""
-    tokens = x.shape[0]
     x8 = gemm.activation(x, Slots(scales, 0, casting, first))
+    ys, used, amaxes, kept = multiply(gemm, x8, x.shape[0], weights, biases, scales, layout, out_dtype, casting, first)
+    return ys, x8.data, used, amaxes, kept
+
+
+def multiply(
+    gemm: Gemm,
+    x8: Quantized,
+    tokens: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[Scale] | None,
+    layout: Layout,
+    out_dtype: torch.dtype,
+    casting: Casting,
+    first: bool,
+) -> tuple[list[Tensor], list[Scale], list[Tensor], list[Tensor]]:
+    """`forward` of an input [T padded, K] that is quantised already, of which the first `tokens` rows count."""
     ys, used, amaxes, kept = [], [x8.scale], [x8.amax] * (2 * len(weights)), []
     for block in layout.blocks():
         w8 = gemm.weight([weights[i] for i in block], layout, Slots(scales, 2 * block[0] + 1, casting, first))
-        bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)
+        bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x8.data.device)
         y = gemm(x8.data, w8.data, x8.scale.inverse, w8.scale.inverse, out_dtype, bias, True)
         ys.append(y[:tokens] if gemm.multiple > 1 else y)
         used.append(w8.scale)
         kept += [] if w8.transposed is None else [w8.transposed]
         for i in block:
             amaxes[2 * i + 1] = w8.amax
-    return ys, x8.data, used, amaxes, kept
+    return ys, used, amaxes, kept
 
 
 def join_biases(
@@ -270,11 +287,16 @@ def backward(
     x_dtype: torch.dtype,
     casting: Casting,
     first: bool,
+    x8t: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor]]:
-    """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, n amaxes)."""
+    """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, n amaxes).
+
+    x8t: the input transposed, [K, T padded], where forward made that; then `x8` is not read.
+    """
     x_scale, *w_scales = used
-    with made_again_in_backward():
-        x8t = None if x8 is None else gemm.transposed(x8)
+    if x8t is None and x8 is not None:
+        with made_again_in_backward():
+            x8t = gemm.transposed(x8)
     dws: list[Tensor | None] = [None] * len(weights)
     dbs: list[Tensor | None] = [None] * len(weights)
     amaxes: list[Tensor] = list(grads[:1]) * len(weights)
@@ -282,7 +304,8 @@ def backward(
     for number, (block, grad, w_scale) in enumerate(zip(layout.blocks(), grads, w_scales, strict=True)):
         tokens = grad.shape[0]
         wanted = any(needs.weights[i] for i in block)
-        g8 = gemm.gradient(grad, Slots(scales, block[0], casting, first), data=needs.x, transposed=wanted)
+        summed = any(needs.biases[i] for i in block)
+        g8, db = gemm.gradient(grad, Slots(scales, block[0], casting, first), data=needs.x, transposed=wanted, bias=summed)
         if needs.x:
             parts = [weights[i] for i in block]
             w8t = kept[number] if kept else gemm.weight_transposed(parts, layout, w_scale, casting.forward)
@@ -294,7 +317,8 @@ def backward(
         for member, i in enumerate(block):
             amaxes[i] = g8.amax
             if needs.biases[i]:
-                dbs[i] = layout.rows(grad.t(), member, len(block)).sum(-1, dtype=torch.float32)
+                assert db is not None
+                dbs[i] = layout.rows(db, member, len(block))
     return (None if dx is None else dx.to(x_dtype)), dws, dbs, amaxes
 
 

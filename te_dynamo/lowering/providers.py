@@ -12,11 +12,13 @@ from torch import Tensor
 from te_dynamo.lowering import cpu_ops, linears
 from te_dynamo.lowering.fp8 import casting_of
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned, unsupported_dtype
-from te_dynamo.lowering.linears import Gemm, Layout, Needs, OnePassGemm, Scale
+from te_dynamo.lowering.linears import Gemm, Layout, Needs, Scale
 from te_dynamo.lowering.scalars import largest_of
 from te_dynamo.lowering.stateless_provider import Stateless
 from te_dynamo.lowering.te import library
+from te_dynamo.lowering.te import norm as te_norm
 from te_dynamo.lowering.te.blocks_provider import BLOCKWISE, NO_TE, Blockwise
+from te_dynamo.lowering.te.linear import FusedGemm
 from te_dynamo.lowering.te.linear import cast as te_cast
 from te_dynamo.lowering.te.linear import gemm as te_gemm
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe, from_key
@@ -113,13 +115,13 @@ class Generated(PerTensor):
         ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
         return ys, x8, [*(t for pair in used for t in pair), *kept], largest_of(amaxes)
 
-    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, recipe, peers, first):
+    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, recipe, peers, first, x8t=None):
         lead, casting = grads[0].shape[:-1], casting_of(recipe, peers)
         rows = [t.reshape(-1, t.shape[-1]) for t in grads]
         pairs = 2 * (1 + len(grads))
         forward_scales, kept = [Scale(*pair) for pair in zip(used[:pairs:2], used[1:pairs:2], strict=True)], used[pairs:]
         dx, dws, dbs, amaxes = linears.backward(
-            self.gemm, rows, x8, weights, forward_scales, kept, _pairs(scales), layout, needs, x_dtype, casting, first
+            self.gemm, rows, x8, weights, forward_scales, kept, _pairs(scales), layout, needs, x_dtype, casting, first, x8t
         )
         return (None if dx is None else dx.reshape(*lead, dx.shape[-1])), dws, dbs, largest_of(amaxes)
 
@@ -182,8 +184,9 @@ class NativeOnCPU(PerTensor):
 
 
 class TransformerEngine(Generated):
-    """TE's GEMM and its fused cast and transpose of weights; activations and gradients are quantised by the kernels that make
-    them, which Inductor generates, since a kernel of their own would read and write them once more."""
+    """TE's GEMM and its fused cast and transpose of weights. Activations are quantised by the kernels that make them, which
+    Inductor generates, since a kernel of their own would read and write them once more; but for a norm of what lies in memory
+    already, and gradients that a bias wants summed: those kernels are TE's."""
 
     def unavailable(self, device: torch.device) -> str | None:
         return library.unavailable(device)
@@ -191,9 +194,28 @@ class TransformerEngine(Generated):
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unaligned(k, n) or unsupported_dtype(dtype)
 
+    def unsupported_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, recipe: Recipe) -> str | None:
+        """Why its own kernel does not compute a norm that linears read."""
+        if not isinstance(recipe, DelayedScaling):
+            return "a norm writes FP8 by itself only where the scale is known before: in delayed scaling"
+        return te_norm.unsupported(x, weight, bias, kind, self.gemm.multiple)
+
+    def norm_linears_forward(self, x, norm, weights, biases, scales, layout, out_dtype, recipe):
+        """norm: (weight, bias, kind, eps, zero_centered) -> (outputs, the norm's output transposed in FP8, its (mean, one over the
+        deviation), what backward is given as `used`, amaxes)."""
+        weight, bias, *attributes = norm
+        rows, casting, pairs = x.reshape(-1, x.shape[-1]), casting_of(recipe), _pairs(scales)
+        h8, h8t, *statistics, amax = torch.ops.te_dynamo.te_norm(rows, weight, bias, pairs[0].value, casting.forward, *attributes)
+        h = linears.Quantized(h8, h8t, pairs[0], amax)
+        ys, used, amaxes, kept = linears.multiply(
+            self.gemm, h, rows.shape[0], weights, biases, pairs, layout, out_dtype, casting, first=False
+        )
+        ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+        return ys, h8t, statistics, [*(t for pair in used for t in pair), *kept], largest_of(amaxes)
+
 
 REFERENCE = Generated("reference", linears.REFERENCE)
-TE = TransformerEngine("te", OnePassGemm(te_gemm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cast=te_cast))
+TE = TransformerEngine("te", FusedGemm(te_gemm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cast=te_cast))
 NATIVE: dict[str, NativeOnCPU | NativeOnGPU] = {"cpu": NativeOnCPU(), "cuda": NativeOnGPU("native", linears.NATIVE_CUDA)}
 
 

@@ -165,7 +165,10 @@ def _weights(linears: Node) -> Sequence[Any]:
 
 
 def _unions(node: Node) -> tuple[list[list[int]], list[list[int]]]:
-    """Which slots of a site move as one: those of its one input, and where it is one GEMM, of its weights and gradients."""
+    """Which slots of a site move as one: those of its one input, and where it is one GEMM, of its weights and gradients; those
+    of q, k and v where a kernel takes one scale for the three."""
+    if is_call(node, ops.attention):
+        return ([[0, 1, 2]] if node.meta[PLAN].lies_as else []), []
     if not is_call(node, ops.linears, ops.norm_linears) or len(_weights(node)) == 1:
         return [], []
     members = range(len(_weights(node)))

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from te_dynamo import ops
 from te_dynamo.passes.effects import storage, written_between
-from te_dynamo.passes.graph import EXAMPLE, emit, is_call, tensor
+from te_dynamo.passes.graph import EXAMPLE, emit, is_call, is_method, tensor
 from te_dynamo.passes.layout import Layout as AttentionLayout
 from te_dynamo.passes.layout import attention_shape, choose_layout, qkv_linears
 from te_dynamo.passes.regions import regions
@@ -79,7 +79,8 @@ def _heads_only(linear: Node, head: Any) -> bool:
 
 def _splits_heads(user: Node, linear: Node, head: Any) -> bool:
     shape, out = tensor(linear), tensor(user)
-    if not is_call(user, torch.reshape) or user.args[0] is not linear or shape is None or out is None:
+    reshapes = is_call(user, torch.reshape, torch.unflatten) or is_method(user, "unflatten")
+    if not reshapes or user.args[0] is not linear or shape is None or out is None:
         return False
     return out.dim() == shape.dim() + 1 and out.shape[-1] == head and tuple(out.shape[:-2]) == tuple(shape.shape[:-1])
 

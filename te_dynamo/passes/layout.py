@@ -138,6 +138,41 @@ def qkv_linears(node: Node) -> tuple[Node, Node, Node] | None:
     return None if q is None or k is None or v is None else (q, k, v)
 
 
+def packed_in_memory(node: Node) -> str | None:
+    """The layout of q, k and v of an `ops.attention` that are nothing but views of one GEMM's output, grouped by `fuse`, as
+    TE spells it; None where they are made apart, or lie in no order that has a name."""
+    sources = [_source_of_views(x) for x in node.args[:3]]
+    layout: Layout = node.meta["te_layout"]
+    if any(source is None for source in sources):
+        return None
+    groups = {source.args[0] for source in sources}
+    if len(groups) != 1:
+        return None
+    (group,) = groups
+    places = [source.args[1] - (group.target is ops.norm_linears) for source in sources]
+    members = len(group.args[3 if group.target is ops.norm_linears else 1])
+    if group.kwargs["merged"] and members == 3 and places == [0, 1, 2]:
+        equal = len({_product(_tensor(x).shape) for x in node.args[:3]}) == 1
+        return Layout(layout.form, "h3d" if group.kwargs["interleave"] else "3hd").name if equal else None
+    if not group.kwargs["merged"] and len(set(places)) == 1 and layout.packing in ("3hd", "h3d"):
+        return layout.name
+    return None
+
+
+def _source_of_views(value: Any) -> Node | None:
+    """The output of a group of linears of which `value` is a view, without a cast."""
+    dtype = _tensor(value).dtype
+    while isinstance(value, Node):
+        source = value.args[0] if is_call(value, operator.getitem) and isinstance(value.args[1], int) else None
+        if is_call(source, ops.linears, ops.norm_linears):
+            return value
+        made = tensor(value)
+        if not is_view(value) or (made is not None and made.dtype != dtype):
+            return None
+        value = value.args[0]
+    return None
+
+
 # --- from q, k or v back to the linear that makes it
 
 # What gives its first argument's elements, each for itself, in the same dimensions (or in others: `_before`).

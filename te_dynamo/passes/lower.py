@@ -17,9 +17,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo import ops
 from te_dynamo.lowering import functions
+from te_dynamo.lowering.fp8_attention import FORWARD_SLOTS, GRADIENT_SLOTS
 from te_dynamo.lowering.fp8_attention import attention as fp8_attention
 from te_dynamo.lowering.linears import Layout
 from te_dynamo.lowering.providers import provider_named
+from te_dynamo.lowering.te import attention as te_attention
 from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.canonicalize import SDPA
 from te_dynamo.passes.effects import storage, writes
@@ -86,7 +88,7 @@ def _lower(gm: GraphModule, done: dict[int, bool], lowered: Lowered, *, first: b
         elif is_call(node, ops.linears, ops.norm_linears):
             amaxes += _lower_linears(gm, node, lowered, first, top)
         elif is_call(node, ops.attention):
-            amaxes += _lower_attention(gm, node)
+            amaxes += _lower_attention(gm, node, first)
         elif is_call(node, ops.linear):
             raise AssertionError("a linear outside of a group reached the lowering")
     if amaxes:
@@ -187,9 +189,11 @@ def _unpacked(packed: Node) -> tuple[Node, Node]:
 
 
 def _lower_norm_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, top: bool) -> list[Node]:
-    """These providers have no kernel of their own for it: a norm, left to Inductor, and the linears."""
+    """A norm, left to Inductor, and the linears; or the provider's own kernel for the norm, which wants its scale set."""
     graph, k = gm.graph, node.kwargs
     x, norm_weight, norm_bias, weights, biases = node.args
+    if node.meta[PLAN].norm_kernel and not first:
+        return _lower_to_norm_kernel(gm, node)
     norm_attributes = {name: k[name] for name in ("kind", "eps", "zero_centered", "round_before_weight")} | {"out_dtype": k["norm_dtype"]}
     with graph.inserting_before(node):
         h = emit(graph, ops.norm, (x, norm_weight, norm_bias), norm_attributes, like=node)
@@ -208,10 +212,33 @@ def _lower_norm_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bo
     return _lower_linears(gm, group, lowered, first, top)
 
 
-def _lower_attention(gm: GraphModule, node: Node) -> list[Node]:
+def _lower_to_norm_kernel(gm: GraphModule, node: Node) -> list[Node]:
+    graph, plan, slots, k = gm.graph, node.meta[PLAN], node.meta[SLOTS], node.kwargs
+    n = len(node.args[3])
+    names = ("merged", "interleave", "out_dtype", "kind", "eps", "zero_centered")
+    attributes = {"provider": plan.provider, "recipe": plan.recipe.key} | {name: k[name] for name in names}
+    scale, grad_scale, sink = _state_nodes(gm, slots)
+    with graph.inserting_before(node):
+        args = (*node.args, _scales(scale, slots.f, 2 * n, False), _scales(grad_scale, slots.g, n, False), sink)
+        value = [*node.meta[EXAMPLE][1:], _amax_of(node, 2 * n)]
+        new = emit(graph, functions.norm_linears, args, attributes, like=node, value=value)
+        amax = emit(graph, operator.getitem, (new, n), like=node)
+    for output in list(node.users):  # all are getitem; that of the norm itself has no users
+        if output.args[1] == 0:
+            graph.erase_node(output)
+        else:
+            output.args = (new, output.args[1] - 1)
+    graph.erase_node(node)
+    erase_if_dead(graph, [n for w in node.args[3] if (r := weight_of(w)) is not None for n in r.chain])
+    return [amax]
+
+
+def _lower_attention(gm: GraphModule, node: Node, first: bool) -> list[Node]:
     """High-precision attention stays what it is, on the layout that its producers write; FP8 attention has its own kernels."""
     graph, plan, slots = gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
     q, k, v, mask = (*node.args, None)[:4]
+    if plan.lies_as and (plan.recipe is None or (slots is not None and not first)):
+        return _lower_to_te_attention(gm, node)
     if plan.recipe is None:
         given = node.kwargs
         args = (q, k, v, mask, given.get("dropout_p", 0.0), given.get("causal", False))
@@ -233,9 +260,34 @@ def _lower_attention(gm: GraphModule, node: Node) -> list[Node]:
     return [] if amax is None else [amax]
 
 
+def _lower_to_te_attention(gm: GraphModule, node: Node) -> list[Node]:
+    """TE's kernels; those in FP8 want their scales set."""
+    graph, plan, slots = gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
+    attributes = {"layout": plan.lies_as, "causal": node.kwargs.get("causal", False), "softmax_scale": node.kwargs.get("scale")}
+    if plan.recipe is None:
+        with graph.inserting_before(node):
+            out = emit(graph, te_attention.attention, node.args[:3], attributes, like=node, value=node.meta[EXAMPLE])
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+        return []
+    scale, grad_scale, sink = _state_nodes(gm, slots)
+    forward, backward = len(FORWARD_SLOTS), len(GRADIENT_SLOTS)
+    with graph.inserting_before(node):
+        scales, grad_scales = _scales(scale, slots.f, forward, False), _scales(grad_scale, slots.g, backward, False)
+        args = (*node.args[:3], scales, grad_scales, sink)
+        value = (node.meta[EXAMPLE], _amax_of(node, forward))
+        both = emit(graph, te_attention.fp8_attention, args, attributes | {"recipe": plan.recipe.key}, like=node, value=value)
+        out = emit(graph, operator.getitem, (both, 0), like=node)
+        amax = emit(graph, operator.getitem, (both, 1), like=node) if plan.trains else None
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+    return [] if amax is None else [amax]
+
+
 def _amax_of(node: Node, count: int) -> torch.Tensor:
     """The fake value of a site's amaxes."""
-    y = node.meta[EXAMPLE][0]
+    value = node.meta[EXAMPLE]
+    y = value if isinstance(value, torch.Tensor) else value[0]
     with fake_mode_of(node.graph):
         return torch.empty(count, device=y.device)
 

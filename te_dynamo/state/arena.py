@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering.fp8 import FLOAT32_MAX
+from te_dynamo.lowering.kernels import roll
 from te_dynamo.recipe import DelayedScaling, Format
 
 FORWARD, GRADIENT = 0, 1
@@ -207,7 +208,8 @@ class Arena:
     def roll(self, reduce: Callable[[Tensor], None] | None = None) -> None:
         """Recorded amaxes enter the histories, and new scales come out. A slot without a new amax does not move.
 
-        A fixed number of kernels, however many slots there are. reduce: max-reduces the amaxes [2, n] over a group's ranks.
+        A fixed number of kernels, however many slots there are; on a GPU one for the update itself. reduce: max-reduces the
+        amaxes [2, n] over a group's ranks.
         """
         self.settle()
         n = max(self.used)
@@ -231,6 +233,9 @@ class Arena:
         if self.united:
             union = self.union[:, :n]
             amax = torch.zeros_like(amax).scatter_reduce(1, union, amax, "amax").gather(1, union)
+        if self.device.type == "cuda" and self.longest <= roll.LONGEST and not self._custom_slots():
+            roll.launch(amax, scale, history, cursor, self.top, self.length, self.newest)
+            return
         moved = amax != 0
         # What the cursor stands at is 0: writing the 0 of a slot that does not move changes nothing.
         history.scatter_(2, cursor.unsqueeze(-1), amax.unsqueeze(-1))

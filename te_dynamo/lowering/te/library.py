@@ -53,13 +53,17 @@ def api() -> Any:
         import transformer_engine_torch as tex
         from transformer_engine.pytorch import Float8BlockQuantizer, Float8Quantizer, MXFP8Quantizer
         from transformer_engine.pytorch.constants import TE_DType
-        from transformer_engine.pytorch.cpp_extensions import general_gemm
+        from transformer_engine.pytorch.cpp_extensions import fused_attn_bwd, fused_attn_fwd, general_gemm
+        from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend
         from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
         from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
         from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
     return SimpleNamespace(
         tex=tex,
         general_gemm=general_gemm,
+        fused_attn_fwd=fused_attn_fwd,
+        fused_attn_bwd=fused_attn_bwd,
+        AttnBackend=FusedAttnBackend,
         Float8Quantizer=Float8Quantizer,
         Float8BlockQuantizer=Float8BlockQuantizer,
         MXFP8Quantizer=MXFP8Quantizer,
@@ -68,6 +72,20 @@ def api() -> Any:
         MXFP8Storage=MXFP8TensorStorage,
         dtype=TE_DType,
     )
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a device, or what a stand-in pretends: that of a Hopper, if it does not say."""
+    extension: Any = sys.modules.get(EXTENSION)
+    if device.type == "cuda" and not getattr(extension, "__stand_in__", False):
+        return torch.cuda.get_device_capability(device)
+    return getattr(extension, "capability", lambda: (9, 0))()
+
+
+def cudnn_version() -> int:
+    """As TE sees it: 91002 is 9.10.2."""
+    with running():
+        return int(api().tex.get_cudnn_version())
 
 
 def running() -> AbstractContextManager[Any]:

@@ -1,14 +1,18 @@
-"""TE's FP8 GEMM, and its fused cast and transpose.
+"""TE's FP8 GEMM, and its fused casts: with the transpose, and with a bias's gradient.
 
 The calls are those of TE 2.20 (pytorch/cpp_extensions/gemm.py, pytorch/tensor/float8_tensor.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from te_dynamo.lowering.linears import OnePassGemm, Quantized, Slots
 from te_dynamo.lowering.te.library import api, running
 
 
@@ -48,22 +52,54 @@ def te_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype, data: bool, transp
 
     data, transposed: which are wanted; the other is empty.
     """
-    te = api()
     amax = x.new_zeros(1, dtype=torch.float32)
     with running():
-        quantizer = te.Float8Quantizer(scale.reshape(1), amax, te.dtype[dtype], rowwise=data, columnwise=transposed)
-        quantizer.internal = True
-        made = te.tex.quantize(x, quantizer)
-    plain, across = made._data if data else None, made._transpose if transposed else None
-    empty = x.new_empty((0, 0), dtype=dtype)
-    return empty if plain is None else plain.view(dtype), empty.clone() if across is None else across.view(dtype), amax
+        made = api().tex.quantize(x, quantizer(scale, amax, dtype, data, transposed))
+    return *plain(made, x, dtype, data, transposed), amax
 
 
 @te_quantize.register_fake
 def _(x, scale, dtype, data, transposed):
+    return *plain_fake(x, dtype, data, transposed), x.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.custom_op("te_dynamo::te_bgrad_quantize", mutates_args=())
+def te_bgrad_quantize(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """TE's cast and transpose that sums the columns on its way, one kernel and one that adds up its partial sums:
+
+    grad [T, N], scale f32, 0-d -> (FP8 [T, N], FP8 [N, T], the sum over T [N] in grad's dtype, amax f32 [1]).
+    """
+    amax = grad.new_zeros(1, dtype=torch.float32)
+    with running():
+        summed, made = api().tex.bgrad_quantize(grad.contiguous(), quantizer(scale, amax, dtype, True, True))
+    return *plain(made, grad, dtype, True, True), summed, amax
+
+
+@te_bgrad_quantize.register_fake
+def _(grad, scale, dtype):
+    return *plain_fake(grad, dtype, True, True), grad.new_empty(grad.shape[1]), grad.new_empty(1, dtype=torch.float32)
+
+
+def quantizer(scale: Tensor, amax: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> Any:
+    """TE's delayed-scaling quantizer of one tensor; it max-writes `amax` [1]. scale: f32, 0-d."""
+    te = api()
+    made = te.Float8Quantizer(scale.reshape(1), amax, te.dtype[dtype], rowwise=data, columnwise=transposed)
+    made.internal = True
+    return made
+
+
+def plain(made: Any, like: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    """What TE quantised as plain tensors: as it is, and transposed; empty where it is not wanted."""
+    empty = like.new_empty((0, 0), dtype=dtype)
+    return made._data.view(dtype) if data else empty, made._transpose.view(dtype) if transposed else empty.clone()
+
+
+def plain_fake(x: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    """What `plain` gives of an x [R, C]."""
     rows, columns = x.shape
-    plain = x.new_empty((rows, columns) if data else (0, 0), dtype=dtype)
-    return plain, x.new_empty((columns, rows) if transposed else (0, 0), dtype=dtype), x.new_empty(1, dtype=torch.float32)
+    return x.new_empty((rows, columns) if data else (0, 0), dtype=dtype), x.new_empty(
+        (columns, rows) if transposed else (0, 0), dtype=dtype
+    )
 
 
 def gemm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
@@ -80,3 +116,19 @@ def cast(
     if len(parts) > 1:
         return torch.ops.te_dynamo.cast_transpose(parts, scale, dtype, interleave, data, transposed)
     return torch.ops.te_dynamo.te_quantize(parts[0], scale, dtype, data, transposed)
+
+
+@dataclass(frozen=True)
+class FusedGemm(OnePassGemm):
+    """TE's GEMM with what TE's kernels do better than generated ones: a gradient that is wanted both ways and summed, in one reading.
+
+    Without a bias Inductor writes a gradient in FP8 from within the kernel that makes it, and only its copy is transposed.
+    """
+
+    def gradient(self, grad: Tensor, slots: Slots, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
+        scale, tokens = slots.known, grad.shape[0]
+        whole = isinstance(tokens, int) and tokens % self.multiple == 0
+        if scale is None or not (data and transposed and bias and whole):
+            return super().gradient(grad, slots, data, transposed, bias)
+        g8, g8t, db, amax = torch.ops.te_dynamo.te_bgrad_quantize(grad, scale.value, slots.casting.gradient)
+        return Quantized(g8, g8t, scale, amax), db.float()

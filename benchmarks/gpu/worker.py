@@ -1,0 +1,122 @@
+"""One case, or a sweep, in a process of its own: what it leaves behind, or what kills it, touches no other.
+
+`python -m benchmarks.gpu.worker NAME --device DEVICE [--tiny]` reads a JSON request a line from stdin and answers a line for
+each, {"value": ...} or {"error": why}. What libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import bandwidth, gemm
+from benchmarks.gpu.cases import case_named
+from benchmarks.gpu.model import LLAMA_3_8B, TINY, Shape, inputs
+from benchmarks.gpu.reasons import reason_of
+from benchmarks.gpu.timing import clock_of
+
+SWEEPS: dict[str, Callable[[torch.device, bool], list[dict[str, Any]]]] = {"gemm": gemm.sweep, "bandwidth": bandwidth.sweep}
+
+
+class Sweep:
+    """A section that is measured within one process."""
+
+    def __init__(self, name: str, device: torch.device, tiny: bool) -> None:
+        self.sweep, self.device, self.tiny = SWEEPS[name], device, tiny
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.sweep(self.device, self.tiny)
+
+
+class LayerSteps:
+    """Forward and backward of one case's layer, at any shape."""
+
+    def __init__(self, name: str, device: torch.device, tiny: bool) -> None:
+        self.device, self.size = device, TINY if tiny else LLAMA_3_8B
+        self.clock = clock_of(device)
+        self.built = case_named(name).build(self.size, device)
+        self.steps: dict[Shape, Callable[[], None]] = {}
+
+    def prepare(self, shape: list[int]) -> dict[str, Any]:
+        """Compiles and warms up: {"seconds", "fp8_linears", "peak_bytes"}, the last of one step with all that it stands on."""
+        key = (shape[0], shape[1])
+        began = time.perf_counter()
+        step = self.steps[key] = self._step(key)
+        for _ in range(3):  # the first takes its scales from itself, the second is the steady graph's first
+            step()
+        self._synchronize()
+        seconds = time.perf_counter() - began
+        peak = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            step()
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self._release()
+            torch.cuda.empty_cache()  # others wait in processes of their own
+        return {"seconds": seconds, "fp8_linears": self.built.fp8_linears(), "peak_bytes": peak}
+
+    def time(self, shape: list[int], calls: int, queued: bool = False) -> list[float]:
+        """Milliseconds of each of `calls` steps. The layer's weights alone are larger than an L2 cache, so none is flushed."""
+        return self.clock.samples(self.steps[shape[0], shape[1]], calls, queued=queued)
+
+    def host(self, shape: list[int], calls: int) -> float:
+        return self.clock.host_ms(self.steps[shape[0], shape[1]], calls)
+
+    def rest(self) -> None:
+        """Gives memory back until this process's next turn."""
+        self._release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _step(self, shape: Shape) -> Callable[[], None]:
+        x, dy = inputs(self.size, shape, self.device)
+        forward, module = self.built.forward(shape[1]), self.built.module
+
+        def step() -> None:
+            module.zero_grad(set_to_none=True)
+            x.grad = None
+            forward(x).backward(dy)
+
+        step.x = x  # type: ignore[attr-defined]
+        return step
+
+    def _release(self) -> None:
+        self.built.module.zero_grad(set_to_none=True)
+        for step in self.steps.values():
+            step.x.grad = None  # type: ignore[attr-defined]
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--device", type=torch.device, default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    target: Any = None
+    for line in sys.stdin:
+        method, keywords = json.loads(line)
+        try:
+            if target is None:
+                target = (Sweep if arguments.name in SWEEPS else LayerSteps)(arguments.name, arguments.device, arguments.tiny)
+            answer = {"value": getattr(target, method)(**keywords)}
+        except Exception as error:
+            answer = {"error": reason_of(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

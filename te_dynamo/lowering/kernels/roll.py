@@ -1,0 +1,68 @@
+"""The update of delayed scaling as one kernel: for each slot its amax enters the history, and a new scale comes out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from te_dynamo.lowering.fp8 import FLOAT32_MAX
+
+LONGEST = 1 << 14  # of a history, in registers
+
+
+def launch(amax: Tensor, scale: Tensor, history: Tensor, cursor: Tensor, top: Tensor, length: Tensor, newest: Tensor) -> None:
+    """In place on `scale` [2, n] f32, `history` [2, n, longest] f32 and `cursor` [2, n] int64; the others [2, n] as in
+    `te_dynamo.state.arena.Arena`. All have their slots side by side; the two directions may lie apart."""
+    n, longest = amax.shape[1], history.shape[2]
+    block = 1 << (longest - 1).bit_length()
+    tensors = (amax, scale, history, cursor, top, length, newest)
+    _kernel()[(2 * n,)](*tensors, *(t.stride(0) for t in tensors), n, longest, LARGEST=FLOAT32_MAX, BLOCK=block, num_warps=1)
+
+
+@functools.cache
+def _kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def roll_kernel(
+        amax,
+        scale,
+        history,
+        cursor,
+        top,
+        length,
+        newest,
+        amax_stride,
+        scale_stride,
+        history_stride,
+        cursor_stride,
+        top_stride,
+        length_stride,
+        newest_stride,
+        n,
+        longest,
+        LARGEST: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        direction, slot = tl.program_id(0) // n, tl.program_id(0) % n
+        peak = tl.load(amax + direction * amax_stride + slot)
+        before = tl.load(scale + direction * scale_stride + slot)
+        at = tl.load(cursor + direction * cursor_stride + slot)
+        place = tl.arange(0, BLOCK)
+        row = history + direction * history_stride + slot.to(tl.int64) * longest + place
+        entries = tl.load(row, mask=place < longest, other=0.0)
+        entries = tl.where(place == at, peak, entries)
+        # The oldest entry counts once more, then makes room.
+        deciding = tl.where(tl.load(newest + direction * newest_stride + slot) != 0, peak, tl.max(entries, 0))
+        fresh = tl.div_rn(tl.load(top + direction * top_stride + slot), deciding)
+        fresh = tl.where(fresh > LARGEST, LARGEST, fresh)
+        moved = peak != 0
+        tl.store(scale + direction * scale_stride + slot, tl.where(moved & (deciding < float("inf")), fresh, before))
+        after = (at + moved.to(tl.int64)) % tl.load(length + direction * length_stride + slot)
+        tl.store(cursor + direction * cursor_stride + slot, after)
+        tl.store(row, tl.where(place == after, 0.0, entries), mask=(place == at) | (place == after))
+
+    return roll_kernel

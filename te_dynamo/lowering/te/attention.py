@@ -1,0 +1,378 @@
+"""TE's fused attention (cuDNN), in 16 bits and in FP8: four operators and the functions that tie them to autograd.
+
+The calls are those of TE 2.20 (pytorch/cpp_extensions/fused_attn.py). Tensors lie as a layout says, in TE's spelling: each of q, k
+and v is [B, S, H, D] or [S, B, H, D], contiguous or a view of one buffer that holds the three.
+
+FP8 follows TE's delayed scaling: q, k and v share a scale, S and O have one each, and so have dO, dP and the three gradients
+together; O and the gradients leave the kernels in FP8. What goes in is quantised by the kernels that make it, which Inductor
+generates; what comes out is dequantised by the kernels that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from te_dynamo.lowering.fp8 import E4M3, amax, casting_of, dequantize
+from te_dynamo.lowering.fp8_attention import FORMATS
+from te_dynamo.lowering.te.library import api, running
+from te_dynamo.lowering.te.linear import quantizer
+
+EXACT = torch.Tag.needs_exact_strides  # a layout is a claim about memory
+
+
+def _lengths(batch: int, length: int, device: torch.device) -> Tensor:
+    """Where each sequence begins, and the last ends: int32 [batch + 1]."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+
+def _common(q: Tensor, k: Tensor, layout: str, causal: bool, softmax_scale: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first four arguments of both calls, and keywords that both have."""
+    form = _form(layout)
+    b, s, s_kv = q.shape[form.index("b")], q.shape[form.index("s")], k.shape[form.index("s")]
+    keywords = {
+        "attn_scale": softmax_scale,
+        "qkv_layout": layout,
+        "o_format": form,
+        "attn_mask_type": "causal" if causal else "no_mask",
+        "window_size": (-1, 0) if causal else (-1, -1),
+        "cuda_graph": q.is_cuda and torch.cuda.is_current_stream_capturing(),
+    }
+    return (s, s_kv, _lengths(b, s, q.device), _lengths(b, s_kv, q.device)), keywords
+
+
+def _form(layout: str) -> str:
+    """How q lies, and o is to lie: "bshd" or "sbhd"."""
+    return layout[:2] + "hd"
+
+
+def packed(layout: str) -> bool:
+    """Whether a layout has q, k and v in one buffer."""
+    return "3" in layout
+
+
+def _buffers(gradients: Sequence[Tensor], written: str, layout: str) -> list[Tensor]:
+    """The memory of gradients that TE wrote in the layout `written`, as `layout` has it: one tensor [.., 3, H, D] or
+    [.., H, 3, D] where it is packed, else three."""
+    if not packed(layout):
+        return list(gradients)
+    if written != layout:
+        return [torch.stack(list(gradients), -2 if layout.endswith("h3d") else -3)]
+    dq = gradients[0]
+    shape = _packed_shape(dq.shape, layout)
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return [dq.as_strided(shape, strides, dq.storage_offset())]
+
+
+def as_claimed(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[list[Tensor], str]:
+    """q, k and v, and how they lie in fact: copied apart where they are not the parts of one buffer that `layout` says they are.
+
+    Whoever compiles the graph may have given them memory of their own.
+    """
+    if not packed(layout):
+        return [q, k, v], layout
+    step = q.element_size() * (q.shape[3] if layout.endswith("h3d") else q.shape[2] * q.shape[3])
+    addresses = [t.data_ptr() for t in (q, k, v)]
+    if lies(q, k, v, layout) and addresses == [addresses[0] + i * step for i in range(3)]:
+        return [q, k, v], layout
+    return [t.contiguous() for t in (q, k, v)], "_".join([_form(layout)] * 3)
+
+
+def lies(q: Tensor, k: Tensor, v: Tensor, layout: str) -> bool:
+    """Whether shapes and strides are those of the parts of a packed layout."""
+    _, b, h, d = q.shape
+    rows = (3 * d, 1) if layout.endswith("h3d") else (d, 1)
+    return q.shape == k.shape == v.shape and all(t.stride() == (b * 3 * h * d, 3 * h * d, *rows) for t in (q, k, v))
+
+
+def _packed_shape(shape: Sequence[int], layout: str) -> list[int]:
+    a, b, h, d = shape
+    return [a, b, h, 3, d] if layout.endswith("h3d") else [a, b, 3, h, d]
+
+
+def parts(buffers: Sequence[Tensor], layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v out of the buffers of a layout."""
+    if not packed(layout):
+        dq, dk, dv = buffers
+        return dq, dk, dv
+    dq, dk, dv = buffers[0].unbind(-2 if layout.endswith("h3d") else -3)
+    return dq, dk, dv
+
+
+def _fp8(t: Tensor, inverse: Tensor, dtype: torch.dtype) -> Any:
+    te = api()
+    return te.Storage(
+        data=t.view(torch.uint8), fp8_scale_inv=inverse.reshape(1), fp8_dtype=te.dtype[t.dtype], fake_dtype=dtype, data_transpose=None
+    )
+
+
+# --- in 16 bits
+
+
+@torch.library.custom_op("te_dynamo::te_attention_fwd", mutates_args=(), tags=EXACT)
+def te_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, layout: str, causal: bool, softmax_scale: float, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v: 16 bits, as `layout` says -> (o [B, S, H, D_v] or [S, B, H, D_v], contiguous; and for backward, empty without
+    `training`: the log of the sum of exponentials f32 [B, H, S, 1], the random state int64 [2]).
+
+    cuDNN's kernel, and one or two that write the lengths.
+    """
+    te = api()
+    with running():
+        (q, k, v), layout = as_claimed(q, k, v, layout)
+        first, keywords = _common(q, k, layout, causal, softmax_scale)
+        backend = te.AttnBackend["F16_arbitrary_seqlen"]
+        o, aux, *_ = te.fused_attn_fwd(training, *first, q, k, v, q.dtype, backend, **keywords)
+    lse, rng = aux if training else (o.new_empty(0, dtype=torch.float32), o.new_empty(0, dtype=torch.int64))
+    return o, lse, rng
+
+
+@te_attention_fwd.register_fake
+def _(q, k, v, layout, causal, softmax_scale, training):
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), *_aux_fake(q, layout, training)
+
+
+def _aux_fake(q: Tensor, layout: str, training: bool) -> tuple[Tensor, Tensor]:
+    form = _form(layout)
+    rows = (q.shape[form.index("b")], q.shape[2], q.shape[form.index("s")], 1) if training else (0,)
+    return q.new_empty(rows, dtype=torch.float32), q.new_empty(2 if training else 0, dtype=torch.int64)
+
+
+@torch.library.custom_op("te_dynamo::te_attention_bwd", mutates_args=(), tags=EXACT)
+def te_attention_bwd(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rng: Tensor, layout: str, causal: bool, softmax_scale: float
+) -> list[Tensor]:
+    """What forward took and gave, and do as o -> the gradients of q, k and v, in the buffers of `layout` (see `parts`)."""
+    te = api()
+    with running():
+        (q, k, v), lying = as_claimed(q, k, v, layout)
+        first, keywords = _common(q, k, lying, causal, softmax_scale)
+        backend = te.AttnBackend["F16_arbitrary_seqlen"]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        gradients = te.fused_attn_bwd(
+            *first, q, k, v, o, do, q.dtype, [lse, rng], backend, **_of_backward(keywords), deterministic=deterministic
+        )
+    return _buffers(gradients[:3], lying, layout)
+
+
+def _of_backward(keywords: dict[str, Any]) -> dict[str, Any]:
+    return keywords | {"do_format": keywords["o_format"], "dqkv_layout": keywords["qkv_layout"]}
+
+
+@te_attention_bwd.register_fake
+def _(do, q, k, v, o, lse, rng, layout, causal, softmax_scale):
+    return _buffers_fake(q, k, v, layout, do.dtype)
+
+
+def _buffers_fake(q: Tensor, k: Tensor, v: Tensor, layout: str, dtype: torch.dtype) -> list[Tensor]:
+    if packed(layout):
+        return [q.new_empty(_packed_shape(q.shape, layout), dtype=dtype)]
+    return [t.new_empty(t.shape, dtype=dtype) for t in (q, k, v)]
+
+
+# --- in FP8
+
+
+@torch.library.custom_op("te_dynamo::te_fp8_attention_fwd", mutates_args=(), tags=EXACT)
+def te_fp8_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qkv_inv: Tensor,
+    s_scale: Tensor,
+    o_scale: Tensor,
+    layout: str,
+    causal: bool,
+    softmax_scale: float,
+    dtype: torch.dtype,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v: E4M3, as `layout` says, with one scale_inv; scales f32, 0-d; dtype: what they stand for -> (o in E4M3, scaled by
+    `o_scale`, the log of the sum of exponentials and the random state as in `te_attention_fwd`, the amaxes of S and o f32 [2])."""
+    te = api()
+    amaxes = qkv_inv.new_zeros(2)
+    with running():
+        first, keywords = _common(q, k, layout, causal, softmax_scale)
+        s8, o8 = (quantizer(scale, amaxes[i : i + 1], E4M3, True, False) for i, scale in enumerate((s_scale, o_scale)))
+        operands = [_fp8(t, qkv_inv, dtype) for t in (q, k, v)]
+        o, aux, *_ = te.fused_attn_fwd(
+            training, *first, *operands, dtype, te.AttnBackend["FP8"], s_quantizer=s8, o_quantizer=o8, **keywords
+        )
+    lse, rng = aux if training else (amaxes.new_empty(0), amaxes.new_empty(0, dtype=torch.int64))
+    return o._data.view(E4M3), lse, rng, amaxes
+
+
+@te_fp8_attention_fwd.register_fake
+def _(q, k, v, qkv_inv, s_scale, o_scale, layout, causal, softmax_scale, dtype, training):
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), *_aux_fake(q, layout, training), qkv_inv.new_empty(2)
+
+
+@torch.library.custom_op("te_dynamo::te_fp8_attention_bwd", mutates_args=(), tags=EXACT)
+def te_fp8_attention_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    rng: Tensor,
+    qkv_inv: Tensor,
+    s_scale: Tensor,
+    o_inv: Tensor,
+    do_inv: Tensor,
+    dp_scale: Tensor,
+    dqkv_scale: Tensor,
+    layout: str,
+    causal: bool,
+    softmax_scale: float,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], Tensor]:
+    """do: FP8, as o; the rest as forward took and gave it -> (the gradients of q, k and v in do's format, scaled by
+    `dqkv_scale`, as they lie; the amaxes of dP and of the three f32 [2])."""
+    te = api()
+    amaxes = qkv_inv.new_zeros(2)
+    with running():
+        first, keywords = _common(q, k, layout, causal, softmax_scale)
+        s8 = quantizer(s_scale, qkv_inv.new_zeros(1), E4M3, True, False)
+        dp8, dqkv8 = (quantizer(scale, amaxes[i : i + 1], do.dtype, True, False) for i, scale in enumerate((dp_scale, dqkv_scale)))
+        operands = [*(_fp8(t, qkv_inv, dtype) for t in (q, k, v)), _fp8(o, o_inv, dtype), _fp8(do, do_inv, dtype)]
+        quantizers = {"s_quantizer": s8, "dp_quantizer": dp8, "dqkv_quantizer": dqkv8}
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        gradients = te.fused_attn_bwd(
+            *first, *operands, dtype, [lse, rng], te.AttnBackend["FP8"], **quantizers, **_of_backward(keywords), deterministic=deterministic
+        )
+    return [t._data.view(do.dtype) for t in gradients[:3]], amaxes
+
+
+@te_fp8_attention_bwd.register_fake
+def _(do, q, k, v, o, lse, rng, qkv_inv, s_scale, o_inv, do_inv, dp_scale, dqkv_scale, layout, causal, softmax_scale, dtype):
+    return _buffers_fake(q, k, v, layout, do.dtype), qkv_inv.new_empty(2)
+
+
+def _products(q: Sequence[int], k: Sequence[int], layout: str) -> int:
+    """2 x batches x heads x queries x keys."""
+    form = _form(layout)
+    return 2 * q[form.index("b")] * q[2] * q[form.index("s")] * k[form.index("s")]
+
+
+@register_flop_formula([torch.ops.te_dynamo.te_attention_fwd])
+def _(q, k, v, layout, *args, out_shape=None, **kwargs) -> int:
+    return _products(q, k, layout) * (q[3] + v[3])
+
+
+@register_flop_formula([torch.ops.te_dynamo.te_fp8_attention_fwd])
+def _(q, k, v, qkv_inv, s_scale, o_scale, layout, *args, out_shape=None, **kwargs) -> int:
+    return _products(q, k, layout) * (q[3] + v[3])
+
+
+@register_flop_formula([torch.ops.te_dynamo.te_attention_bwd])
+def _(do, q, k, v, o, lse, rng, layout, *args, out_shape=None, **kwargs) -> int:
+    return _products(q, k, layout) * (3 * q[3] + 2 * v[3])
+
+
+@register_flop_formula([torch.ops.te_dynamo.te_fp8_attention_bwd])
+def _(do, q, k, v, o, lse, rng, qkv_inv, s_scale, o_inv, do_inv, dp_scale, dqkv_scale, layout, *args, out_shape=None, **kwargs) -> int:
+    return _products(q, k, layout) * (3 * q[3] + 2 * v[3])
+
+
+# --- with autograd
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, layout, causal, softmax_scale):
+        training = any(ctx.needs_input_grad[:3])
+        attributes = (layout, causal, softmax_scale)
+        o, lse, rng = torch.ops.te_dynamo.te_attention_fwd(q, k, v, *attributes, training)
+        ctx.save_for_backward(q, k, v, o, lse, rng)
+        ctx.attributes = attributes
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        buffers = torch.ops.te_dynamo.te_attention_bwd(do.contiguous(), *ctx.saved_tensors, *ctx.attributes)
+        return *parts(buffers, ctx.attributes[0]), None, None, None
+
+
+class _FP8Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scales, inverses, grad_scales, grad_inverses, sink, layout, causal, softmax_scale, recipe):
+        casting = casting_of(recipe)
+        peaks = [amax(t) for t in (q, k, v)]
+        q8, k8, v8 = (casting.saturated(t, scales[0], E4M3).to(E4M3) for t in (q, k, v))
+        attributes = (layout, causal, softmax_scale, q.dtype)
+        o8, lse, rng, inner = torch.ops.te_dynamo.te_fp8_attention_fwd(
+            q8, k8, v8, inverses[0], scales[3], scales[4], *attributes, any(ctx.needs_input_grad[:3])
+        )
+        ctx.save_for_backward(q8, k8, v8, o8, lse, rng, inverses[0], scales[3], inverses[4])
+        ctx.attributes = (attributes, casting.gradient, casting, grad_scales, grad_inverses)
+        recorded = torch.cat([torch.stack(peaks), inner])
+        ctx.mark_non_differentiable(recorded)
+        return dequantize(o8, inverses[4], q.dtype), recorded
+
+    @staticmethod
+    def backward(ctx, do, _):
+        attributes, dtype, casting, scales, inverses = ctx.attributes
+        *forward, qkv_inv, s_scale, o_inv = ctx.saved_tensors
+        peak = amax(do)
+        do8 = casting.saturated(do.contiguous(), scales[0], dtype).to(dtype)
+        buffers, inner = torch.ops.te_dynamo.te_fp8_attention_bwd(
+            do8, *forward, qkv_inv, s_scale, o_inv, inverses[0], scales[1], scales[2], *attributes
+        )
+        gradients = [dequantize(t, inverses[2], do.dtype) for t in buffers]
+        recorded = torch.cat([peak.reshape(1), inner]) if ctx.needs_input_grad[7] else None
+        return *gradients, None, None, None, None, recorded, None, None, None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, layout: str, causal: bool, softmax_scale: float | None = None) -> Tensor:
+    """`scaled_dot_product_attention` by TE's kernels in 16 bits: what a lowered graph calls.
+
+    q: [B, H, S, D]; k, v: [B, H_kv, S_kv, D]; layout: how they lie in memory, as TE spells it; what does not lie as a layout
+    without packing says is copied. softmax_scale: None is 1/sqrt(D). Returns [B, H, S, D_v].
+    """
+    softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    order = FORMATS[_form(layout)]
+    ready = [t.permute(order) for t in (q, k, v)]
+    if packed(layout) and not lies(ready[0], ready[1], ready[2], layout):
+        layout = "_".join([_form(layout)] * 3)
+    if not packed(layout):
+        ready = [t.contiguous() for t in ready]
+    return _back(_Attention.apply(*ready, layout, causal, softmax_scale), order)
+
+
+def fp8_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[list[Tensor], list[Tensor]],
+    grad_scales: tuple[list[Tensor], list[Tensor]] | None,
+    sink: Tensor | None,
+    *,
+    layout: str,
+    causal: bool,
+    softmax_scale: float | None = None,
+    recipe: str,
+) -> tuple[Tensor, Tensor]:
+    """The same in FP8: (o, the amaxes of (q, k, v, S, o) f32 [5]).
+
+    scales: (values, reciprocals) of (q, k, v, S, o), all set, the first three equal; grad_scales: those of (do, dP, dqkv), None
+    without gradients; sink: None, or f32 [3] whose "gradient" is their amaxes; layout: one without packing; recipe: its key.
+    """
+    softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    order = FORMATS[_form(layout)]
+    ready = [t.permute(order).contiguous() for t in (q, k, v)]
+    backward = (None, None) if grad_scales is None else grad_scales
+    o, recorded = _FP8Attention.apply(*ready, *scales, *backward, sink, layout, causal, softmax_scale, recipe)
+    return _back(o, order), recorded
+
+
+def _back(o: Tensor, order: Sequence[int]) -> Tensor:
+    """From the order in memory to [B, H, S, D]."""
+    return o.permute([order.index(i) for i in range(4)])

@@ -1,0 +1,81 @@
+"""Which attention TE's kernels compute, as data: read from C/fused_attn/fused_attn.cpp:229-520 (TE 2.20), which asks cuDNN's versions.
+
+TE would say so itself only when it is called, by an exception; the plan has to know before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+HOPPER, BLACKWELL = (9, 0), (10, 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention that is asked about. head_qk, head_v: sizes; capability: of the device; cudnn: 91002 is 9.10.2."""
+
+    dtype: torch.dtype
+    head_qk: int
+    head_v: int
+    s_q: object  # numbers, or symbols
+    s_kv: object
+    causal: bool
+    mask: bool
+    dropout: float
+    trains: bool
+    in_fp8: bool
+    capability: tuple[int, int]
+    cudnn: int
+
+    @property
+    def largest_head(self) -> int:
+        return max(self.head_qk, self.head_v)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What is refused, and why: a clause, with the case's fields in braces."""
+
+    refuses: Callable[[Case], bool]
+    reason: str
+
+
+ALWAYS = (
+    Limit(lambda c: c.dtype not in SIXTEEN_BITS, "it takes bfloat16 and float16, not {dtype}"),
+    Limit(lambda c: c.mask, "a mask that is not proven causal"),
+    Limit(lambda c: c.dropout > 0, "its random numbers for dropout are not torch's"),
+    Limit(lambda c: c.causal and c.s_q is not c.s_kv and c.s_q != c.s_kv, "a causal mask of unequal lengths"),
+    Limit(lambda c: c.cudnn in (91000, 91001), "TE refuses cuDNN 9.10.0 and 9.10.1 (pip install -U nvidia-cudnn-cu12)"),
+)
+IN_16_BITS = (
+    Limit(lambda c: c.capability < (8, 0), "it needs compute capability 8.0"),
+    Limit(lambda c: c.head_qk % 8 != 0 or c.head_v % 8 != 0, "head sizes {head_qk} and {head_v} are not multiples of 8"),
+    Limit(lambda c: c.largest_head > 256, "head sizes {head_qk} and {head_v} are over 256"),
+    Limit(
+        lambda c: c.trains and c.largest_head > 128 and not (c.capability == HOPPER and c.cudnn >= 90500 and c.head_qk == c.head_v),
+        "it trains with head sizes over 128 on compute capability 9.0 alone (cuDNN 9.5 or newer, equal sizes)",
+    ),
+)
+IN_FP8 = (
+    Limit(lambda c: c.capability < HOPPER, "FP8 attention needs compute capability 9.0"),
+    Limit(lambda c: c.cudnn < 90700, "FP8 attention needs cuDNN 9.7 (pip install -U nvidia-cudnn-cu12)"),
+    Limit(lambda c: c.head_qk % 16 != 0 or c.head_v % 16 != 0, "head sizes {head_qk} and {head_v} are not multiples of 16"),
+    Limit(
+        lambda c: c.capability < BLACKWELL and c.trains and (c.head_qk, c.head_v) != (128, 128),
+        "FP8 attention trains with head size 128 on Hopper, not {head_qk} and {head_v}",
+    ),
+    Limit(lambda c: c.capability < BLACKWELL and c.largest_head > 256, "FP8 attention has no head sizes {head_qk} and {head_v}"),
+    Limit(lambda c: c.capability >= BLACKWELL and c.largest_head > 128, "FP8 attention has no head sizes {head_qk} and {head_v} here"),
+)
+
+
+def refused(case: Case) -> str | None:
+    """Why TE has no kernel for an attention, as a clause; None where it has one."""
+    for limit in (*ALWAYS, *(IN_FP8 if case.in_fp8 else IN_16_BITS)):
+        if limit.refuses(case):
+            return limit.reason.format(**vars(case))
+    return None

@@ -1,0 +1,1 @@
+"""What only a GPU can tell: `pytest -m gpu`. Without one, each test is skipped with the reason."""

@@ -1,0 +1,360 @@
+"""TE's fused attention behind te_dynamo's operators: against torch's attention, against te.DotProductAttention, in whole models."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+import te_dynamo
+from te_dynamo.backend import observing, te_fp8
+from te_dynamo.lowering.te import attention as te_attention
+from te_dynamo.lowering.te.attention_limits import Case, refused
+from te_dynamo.report.sites import Site
+from tests import te_on_cpu
+from tests.numerics import sqnr
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+APART = ("bshd_bshd_bshd", "sbhd_sbhd_sbhd")
+PACKED = ("bs3hd", "bsh3d", "sb3hd", "sbh3d")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def te() -> Any:
+    reason = te_on_cpu.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return te_on_cpu.install()
+
+
+def qkv_in(layout: str, heads: int = 4, kv_heads: int = 4, d: int = 16, b: int = 2, s: int = 24) -> tuple[list[Tensor], list[Tensor]]:
+    """(what a gradient goes to, q, k and v [B, H, S, D] as `layout` has them)."""
+    a, c = (b, s) if layout.startswith("b") else (s, b)
+    if "3" in layout:
+        interleaved = layout.endswith("h3d")
+        leaves = [torch.randn(a, c, *((heads, 3) if interleaved else (3, heads)), d).bfloat16().requires_grad_()]
+        three = leaves[0].unbind(-2 if interleaved else -3)
+    else:
+        leaves = three = [torch.randn(a, c, h, d).bfloat16().requires_grad_() for h in (heads, kv_heads, kv_heads)]
+    return leaves, [t.permute((0, 2, 1, 3) if layout.startswith("b") else (1, 2, 0, 3)) for t in three]
+
+
+# --- in 16 bits
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", [*APART, *PACKED])
+def test_it_is_attention(layout, causal):
+    torch.manual_seed(0)
+    leaves, qkv = qkv_in(layout, kv_heads=4 if "3" in layout else 2)
+    o = te_attention.attention(*qkv, layout=layout, causal=causal)
+    expected = scaled_dot_product_attention(*(t.float() for t in qkv), is_causal=causal, enable_gqa=True)
+    do = torch.randn_like(expected)
+    assert sqnr(expected, o.float()) > 50  # bf16 rounds at 2**-9: 55 dB
+    ours = torch.autograd.grad(o, leaves, do.bfloat16(), retain_graph=True)
+    for gradient, wanted in zip(ours, torch.autograd.grad(expected, leaves, do), strict=True):
+        assert sqnr(wanted, gradient) > 45
+
+
+def test_packed_parts_that_lie_elsewhere_are_copied():
+    torch.manual_seed(0)
+    _, (q, k, v) = qkv_in("bs3hd")
+    parts = [t.transpose(1, 2).detach() for t in (q, k, v)]
+    # The strides of a packed layout, with a memory of its own for each.
+    apart = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in parts]
+    assert te_attention.as_claimed(*parts, "bs3hd")[1] == "bs3hd"
+    assert te_attention.as_claimed(*apart, "bs3hd")[1] == "bshd_bshd_bshd"
+    run = torch.ops.te_dynamo.te_attention_fwd
+    packed, other = (run(*three, "bs3hd", True, 0.25, True) for three in (parts, apart))
+    assert torch.equal(packed[0], other[0])
+    do = torch.randn_like(packed[0])
+    back = torch.ops.te_dynamo.te_attention_bwd
+    (a,), (b,) = (back(do, *three, *out, "bs3hd", True, 0.25) for three, out in ((parts, packed), (apart, other)))
+    assert torch.equal(a, b)
+
+
+def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    ops = torch.ops.te_dynamo
+    torch.manual_seed(0)
+    _, qkv = qkv_in("bshd_bshd_bshd", kv_heads=2)
+    q, k, v = (t.transpose(1, 2).detach() for t in qkv)
+    out = ops.te_attention_fwd(q, k, v, APART[0], True, 0.25, True)
+    do = torch.randn_like(out[0])
+    one = torch.ones(())
+    _, big = qkv_in("bshd_bshd_bshd", heads=2, kv_heads=2, d=128)
+    q8, k8, v8 = (t.transpose(1, 2).detach().to(E4M3) for t in big)
+    scales = (one.clone(), torch.tensor(448.0), torch.tensor(64.0))
+    o8, *aux, _ = ops.te_fp8_attention_fwd(q8, k8, v8, *scales, APART[0], True, 0.1, torch.bfloat16, True)
+    do8 = torch.randn(o8.shape).to(E5M2)
+    return {
+        "forward": (ops.te_attention_fwd, (q, k, v, APART[0], True, 0.25, True)),
+        "inference": (ops.te_attention_fwd, (q, k, v, APART[0], False, 0.25, False)),
+        "backward": (ops.te_attention_bwd, (do, q, k, v, *out, APART[0], True, 0.25)),
+        "fp8 forward": (ops.te_fp8_attention_fwd, (q8, k8, v8, *scales, APART[0], True, 0.1, torch.bfloat16, True)),
+        "fp8 inference": (ops.te_fp8_attention_fwd, (q8, k8, v8, *scales, APART[0], True, 0.1, torch.bfloat16, False)),
+        "fp8 backward": (
+            ops.te_fp8_attention_bwd,
+            (do8, q8, k8, v8, o8, *aux, *(one.clone() for _ in range(6)), APART[0], True, 0.1, torch.bfloat16),
+        ),
+    }
+
+
+SAMPLES = ("forward", "inference", "backward", "fp8 forward", "fp8 inference", "fp8 backward")
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name, monkeypatch):
+    allclose = torch.allclose  # cannot compare FP8
+    monkeypatch.setattr(
+        torch, "allclose", lambda a, b, **k: allclose(*(t.view(torch.uint8) if t.itemsize == 1 else t for t in (a, b)), **k)
+    )
+    op, args = samples()[name]
+    torch.library.opcheck(op.default, args)
+
+
+def test_flops():
+    rows = 2 * 2 * 24 * 24  # 2 x batch x queries x keys
+    expected = {"forward": rows * 4 * 32, "backward": rows * 4 * 16 * 5, "fp8 forward": rows * 2 * 256, "fp8 backward": rows * 2 * 640}
+    for name, flops in expected.items():
+        op, args = samples()[name]
+        with FlopCounterMode(display=False) as counter:
+            op(*args)
+        assert counter.get_total_flops() == flops, name
+
+
+# --- in FP8, beside TE's own module
+
+
+def test_in_fp8_it_is_te_s_dot_product_attention(te, monkeypatch):
+    """Scales as TE's module has them: outputs and gradients to the bit, and so are the amaxes that it records."""
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch.constants import FP8BwdTensorIdx, FP8FwdTensorIdx
+
+    for name in ("NVTE_FLASH_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "0")
+    torch.manual_seed(0)
+    heads, d, b, s = 2, 128, 2, 32
+    with te_on_cpu.cuda_is_cpu():
+        theirs = te.DotProductAttention(heads, d, qkv_format="bshd", attn_mask_type="causal", attention_dropout=0.0)
+    recipe, key = DelayedScaling(fp8_dpa=True, amax_history_len=8), te_dynamo.recipe.DelayedScaling(like_te=True).key
+    forward = (FP8FwdTensorIdx.GEMM1_OUTPUT,) * 3 + (FP8FwdTensorIdx.GEMM3_OUTPUT, FP8FwdTensorIdx.GEMM2_INPUT)
+    backward = (FP8BwdTensorIdx.GRAD_INPUT2, FP8BwdTensorIdx.GRAD_INPUT3, FP8BwdTensorIdx.GRAD_OUTPUT1)
+    for step in range(12):
+        qkv = [(torch.randn(b, s, heads, d) * 4.0 ** (step % 5 - 2)).bfloat16() for _ in range(3)]
+        do = torch.randn(b, s, heads, d).bfloat16() * 10.0 ** (step % 4 - 2)
+        ours, other = ([t.clone().requires_grad_() for t in qkv] for _ in range(2))
+        scales = []
+        for which, places in (("scaling_fwd", forward), ("scaling_bwd", backward)):
+            state = theirs.fp8_meta.get(which)
+            values = [torch.ones(()) if state is None else state.scale[int(i)].clone() for i in places]
+            scales.append((values, [v.reciprocal() for v in values]))
+        sink = torch.zeros(3, requires_grad=True)
+        o, recorded = te_attention.fp8_attention(
+            *(t.transpose(1, 2) for t in ours), *scales, sink, layout="bshd_bshd_bshd", causal=True, recipe=key
+        )
+        o = o.transpose(1, 2)
+        o.backward(do)
+        with te_on_cpu.cuda_is_cpu():
+            with te.autocast(enabled=True, recipe=recipe):
+                z = theirs(*other)
+            z.backward(do.flatten(2))
+        assert torch.equal(o.flatten(2), z), step
+        for mine, yours in zip(ours, other, strict=True):
+            assert torch.equal(mine.grad, yours.grad), step
+        # Rolled when the autocast ended: the newest stands last. The gradients' state is rolled by TE's other modules only.
+        history = theirs.fp8_meta["scaling_fwd"].amax_history[-1]
+        assert [recorded[:3].max(), *recorded[3:]] == [history[int(i)] for i in forward[2:]], step
+        state = theirs.fp8_meta["scaling_bwd"]
+        assert sink.grad.tolist() == [state.amax_history[0][int(i)] for i in backward], step
+        state.amax_history.zero_()
+        state.scale.copy_(torch.rand(state.scale.shape) * 2.0 ** (step % 7))
+
+
+# --- which it takes
+
+
+def case(**changed: Any) -> Case:
+    return Case(
+        **{
+            "dtype": torch.bfloat16,
+            "head_qk": 128,
+            "head_v": 128,
+            "s_q": 64,
+            "s_kv": 64,
+            "causal": True,
+            "mask": False,
+            "dropout": 0.0,
+            "trains": True,
+            "in_fp8": False,
+            "capability": (9, 0),
+            "cudnn": 92400,
+        }
+        | changed
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, None),
+        ({"in_fp8": True}, None),
+        ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
+        ({"mask": True}, "not proven causal"),
+        ({"dropout": 0.1}, "random numbers"),
+        ({"s_kv": 80}, "unequal lengths"),
+        ({"s_kv": 80, "causal": False}, None),
+        ({"cudnn": 91000}, "9.10.0"),
+        ({"capability": (7, 5)}, "8.0"),
+        ({"head_qk": 60}, "60 and 128 are not multiples of 8"),
+        ({"head_qk": 256, "head_v": 256}, None),
+        ({"head_qk": 256, "head_v": 256, "capability": (8, 0)}, "over 128 on compute capability 9.0 alone"),
+        ({"head_qk": 512, "head_v": 512}, "over 256"),
+        ({"in_fp8": True, "head_qk": 64, "head_v": 64}, "trains with head size 128 on Hopper, not 64 and 64"),
+        ({"in_fp8": True, "head_qk": 64, "head_v": 64, "trains": False}, None),
+        ({"in_fp8": True, "head_qk": 64, "head_v": 64, "capability": (10, 0)}, None),
+        ({"in_fp8": True, "capability": (8, 9)}, "9.0"),
+        ({"in_fp8": True, "cudnn": 90500}, "cuDNN 9.7"),
+        ({"in_fp8": True, "head_qk": 192, "head_v": 192, "capability": (10, 0)}, "192"),
+    ],
+)
+def test_what_is_refused(changed, words):
+    reason = refused(case(**changed))
+    assert reason is None if words is None else reason is not None and words in reason
+
+
+def test_nothing_is_promised_that_te_refuses():
+    """Against tex.get_fused_attn_backend, wherever the table says yes."""
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.constants import TE_DType
+
+    dtypes, sizes = (torch.bfloat16, torch.float16), (8, 16, 40, 64, 96, 128, 192, 256, 512)
+    asked = itertools.product(dtypes, sizes, (True, False), (True, False), (True, False), ((8, 0), (9, 0), (10, 0)))
+    taken = 0
+    for dtype, size, causal, trains, in_fp8, capability in asked:
+        this = case(dtype=dtype, head_qk=size, head_v=size, causal=causal, trains=trains, in_fp8=in_fp8, capability=capability)
+        if refused(this) is not None:
+            continue
+        taken += 1
+        layout = tex.NVTE_QKV_Layout.NVTE_BSHD_BSHD_BSHD
+        parameters = SimpleNamespace(
+            is_training=trains,
+            qkv_dtype=TE_DType[E4M3 if in_fp8 else dtype],
+            qkv_layout=layout,
+            bias_type=tex.NVTE_Bias_Type.NVTE_NO_BIAS,
+            attn_mask_type=tex.NVTE_Mask_Type.NVTE_CAUSAL_MASK if causal else tex.NVTE_Mask_Type.NVTE_NO_MASK,
+            dropout=0.0,
+            head_dim_qk=size,
+            head_dim_v=size,
+            max_seqlen_q=64,
+            max_seqlen_kv=64,
+            window_size_left=-1,
+            window_size_right=0 if causal else -1,
+            return_max_logit=False,
+            deterministic=False,
+        )
+        with te_on_cpu.cuda_is_cpu(capability):
+            backend, why = tex.get_fused_attn_backend(parameters)
+        assert backend != tex.NVTE_Fused_Attn_Backend.NVTE_No_Backend, (this, why)
+    assert taken > 40
+
+
+# --- in whole models
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int = 64, heads: int = 4, packed: bool = False, rope: bool = False) -> None:
+        super().__init__()
+        self.heads, self.packed, self.rope = heads, packed, rope
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = (linear(x) for linear in (self.q, self.k, self.v))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.qkv(x).chunk(3, -1) if self.packed else apart))
+        if self.rope:
+            q, k = q * 1.5, k * 0.5
+        return self.o(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def trained(model: nn.Module, x: Tensor, **options: Any) -> tuple[list[Tensor], Site]:
+    """(the output and all gradients after three steps, the attention's site)."""
+    torch._dynamo.reset()
+    model, seen = copy.deepcopy(model), []
+    run = torch.compile(model, backend=te_fp8, fullgraph=True, options=options)
+    with observing(lambda gm, sites, _: seen.extend(s for s in sites.taken() if s.kind == "attention")):
+        for _ in range(3):
+            model.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = run(leaf)
+            y.square().sum().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None and not name.startswith("k.bias")]
+    return [y.detach(), leaf.grad, *gradients], seen[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "short", "kernel"),
+    [
+        ({}, 512, "TE's fused attention, bs3hd"),
+        ({}, 8, "TE's fused attention, bsh3d"),
+        ({"packed": True}, 8, "TE's fused attention, bs3hd"),
+        ({"rope": True}, 512, "not TE's: q, k and v are made apart"),
+    ],
+)
+def test_a_model_whose_gemm_packs_q_k_and_v(model, short, kernel):
+    torch.manual_seed(0)
+    module, x = SelfAttention(**model).bfloat16(), torch.randn(2, 16, 64).bfloat16()
+    ours, site = trained(module, x, provider="te", short_sequence=short)
+    assert site.detail["kernel"].startswith(kernel)
+    expected, _ = trained(module, x, provider="reference", short_sequence=short)
+    assert sqnr(expected[0], ours[0]) > 40
+    assert all(sqnr(a, b) > 25 for a, b in zip(expected, ours, strict=True))  # what bf16 rounds otherwise, FP8 makes more of
+
+
+def test_a_model_in_fp8():
+    torch.manual_seed(0)
+    module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
+    ours, site = trained(module, x, provider="te", attention="fp8")
+    assert site.detail["kernel"] == "TE's fused attention, bshd_bshd_bshd" and site.recipe == "delayed"
+    expected, _ = trained(module, x, provider="te", attention="high_precision")
+    assert 18 < sqnr(expected[0], ours[0]) < 30  # it is FP8
+    definition, _ = trained(module, x, provider="reference", attention="fp8")
+    assert all(sqnr(a, b) > 17 for a, b in zip(definition, ours, strict=True))
+
+
+def test_in_fp8_q_k_and_v_share_their_scale():
+    torch._dynamo.reset()
+    model, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
+    run = torch.compile(model, backend=te_fp8, options={"provider": "te", "attention": "fp8"})
+    for _ in range(2):
+        run(x).sum().backward()
+    state = te_dynamo.scale_state(model).state_dict()
+    assert len({state[f"attention.{name}.scale"].item() for name in "qkv"}) == 1
+    assert state["attention.s.scale"] == 448  # a row of a causal softmax is all on its first element
+
+
+@pytest.mark.parametrize(
+    ("recipe", "heads", "words"),
+    [("current", 2, "delayed scales for S and dP, and 'current' scaling has none"), ("delayed", 4, "head size 128 on Hopper, not 64")],
+)
+def test_fp8_that_te_does_not_have_is_the_definition(recipe, heads, words):
+    module, x = SelfAttention(width=256, heads=heads).bfloat16(), torch.randn(2, 16, 256).bfloat16()
+    _, site = trained(module, x, provider="te", attention="fp8", recipe=recipe)
+    assert words in site.detail["kernel"] and site.detail["precision"] == "fp8"
+
+
+def test_inference():
+    torch._dynamo.reset()
+    model, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
+    run = torch.compile(model, backend=te_fp8, options={"provider": "te", "attention": "fp8"})
+    for _ in range(2):
+        run(x).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        assert sqnr(model(x), run(x)) > 18
