@@ -92,6 +92,17 @@ def te_fp8(
     return CompiledGraph(steady, first, attached, device, chosen, trains=grad_enabled, check=stages.verifier)
 
 
+def planned(gm: GraphModule, options: Options, device: torch.device, *, grad_enabled: bool = True) -> Sites:
+    """What stages 1 to 4 decide for a graph, as if its tensors were on `device`. Nothing is lowered or compiled; raises as `te_fp8`."""
+    sites = Sites(strict=options.strict)
+    provider, reason = choose(options.provider, device)
+    if provider is None:
+        sites.whole_graph_left(reason or "")
+    else:
+        _raise_and_fuse(gm, sites, options, provider, device, grad_enabled, Stages(options, ()))
+    return sites
+
+
 def _raise_and_fuse(
     gm: GraphModule, sites: Sites, options: Options, provider: str, device: torch.device, grad_enabled: bool, stages: Stages
 ) -> GraphModule:

@@ -110,7 +110,7 @@ def test_flops(stand_in):
     ("found", "loaded", "device", "words"),
     [
         (None, None, CUDA, "transformer_engine is not installed (pip install"),
-        ("2.11.0", None, CUDA, "transformer_engine 2.11.0 is not supported (pip install 'transformer_engine[pytorch]>=2.20,<3.0')"),
+        ("2.11.0", None, CUDA, "2.11.0 is not supported (pip install --no-build-isolation 'transformer_engine[pytorch]>=2.20,<3.0')"),
         ("3.1", None, CUDA, "transformer_engine 3.1 is not supported"),
         ("2.20.2", None, CUDA, "without its extension for PyTorch, transformer_engine_torch"),
         ("2.20.2", SimpleNamespace(), CPU, "are for CUDA devices, not cpu"),

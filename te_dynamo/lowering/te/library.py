@@ -30,19 +30,24 @@ def unavailable(device: torch.device) -> str | None:
     try:
         found = version("transformer_engine")
     except PackageNotFoundError:
-        return "the package transformer_engine is not installed (pip install 'transformer_engine[pytorch]')"
+        return f"the package transformer_engine is not installed ({install()})"
     numbers = tuple(int(n) for n in found.split(".")[:2] if n.isdigit())
     if not OLDEST <= numbers < NEWEST:
         wanted = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, NEWEST))}"
-        return f"transformer_engine {found} is not supported (pip install 'transformer_engine[pytorch]{wanted}')"
+        return f"transformer_engine {found} is not supported ({install(wanted)})"
     loaded = sys.modules.get(EXTENSION)
     if getattr(loaded, "__stand_in__", False):
         return None
     if loaded is None and importlib.util.find_spec(EXTENSION) is None:
-        return f"transformer_engine is installed without its extension for PyTorch, {EXTENSION} (pip install 'transformer_engine[pytorch]')"
+        return f"transformer_engine is installed without its extension for PyTorch, {EXTENSION} ({install()})"
     if device.type != "cuda":
         return f"transformer_engine's kernels are for CUDA devices, not {device.type}"
     return None
+
+
+def install(versions: str = "") -> str:
+    """The command that installs TE. Its extension is built against the torch that is there, not one that pip fetches to build it."""
+    return f"pip install --no-build-isolation 'transformer_engine[pytorch]{versions}'"
 
 
 @cache

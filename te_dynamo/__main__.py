@@ -1,0 +1,35 @@
+"""`python -m te_dynamo doctor`: what te_dynamo finds on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 unless a command itself fails, whatever it finds."""
+    parser = argparse.ArgumentParser(prog="python -m te_dynamo", description="te_dynamo's commands.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor = commands.add_parser(
+        "doctor", help="devices, packages, who would compute what, what is missing and how to get it, known miscompiles tried"
+    )
+    doctor.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor.set_defaults(run=_doctor)
+    chosen = parser.parse_args(arguments)
+    status: int = chosen.run(chosen)
+    return status
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    from te_dynamo.report import doctor  # imports torch
+
+    with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print
+        found = doctor.diagnose()
+    print(doctor.as_json(found) if chosen.json else doctor.as_text(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What the docs state as data is what the code has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from te_dynamo.lowering.te import library
+from te_dynamo.lowering.te.hardware import GATES, NOT_IN_TE
+from te_dynamo.recipe import CLASSES, Recipe
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def row(recipe: type[Recipe]) -> str:
+    if recipe in NOT_IN_TE:
+        return f"| `{recipe.name}` | none | | | {NOT_IN_TE[recipe]} |"
+    gate = GATES[recipe]
+    where = f"{dotted(gate.least)} and newer" if gate.below is None else f"{dotted(gate.least)} to below {dotted(gate.below)}"
+    note = f" {gate.note} |" if gate.note else " |"
+    return f"| `{recipe.name}` | {where} | {dotted(gate.cuda)} | {gate.rows}, {gate.columns} |{note}"
+
+
+@pytest.mark.parametrize("recipe", CLASSES)
+def test_what_each_gpu_supports(recipe):
+    assert row(recipe) in (DOCS / "transformer-engine.md").read_text().splitlines()
+
+
+def test_the_versions_of_transformer_engine():
+    text = (DOCS / "transformer-engine.md").read_text()
+    assert f"te_dynamo takes TE from {dotted(library.OLDEST)} on, below {library.NEWEST[0]};" in text
+    extra = (DOCS.parent / "pyproject.toml").read_text()
+    assert f'te = ["transformer_engine[pytorch]>={dotted(library.OLDEST)},<{library.NEWEST[0]}"]' in extra

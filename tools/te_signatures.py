@@ -1,0 +1,374 @@
+"""Reads what a version of Transformer Engine lets one call, from its packages, and writes it to tests/te_signatures/<version>.json.
+
+    python tools/te_signatures.py 2.11.0 2.20.2                # fetches the wheel and the source archive of each
+    python tools/te_signatures.py --packages FOLDER 2.20.2     # where they lie already
+
+Nothing of TE is installed, imported or built: Python is read with `ast`, C++ by its `m.def(...)` and declarations. What is
+written is facts, each on a line: for a function its parameters as a Python signature (a default is `...`, which ones are
+positional or by name as pybind has it), its module and the modules that give its name, attributes of classes, values of
+enums. tests/lowering/test_te_versions.py binds te_dynamo's calls to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import keyword
+import re
+import tarfile
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+OUT = Path(__file__).resolve().parent.parent / "tests" / "te_signatures"
+INDEX = "https://pypi.org/simple"
+Sources = Mapping[str, str]  # path -> text
+
+# Of transformer_engine.pytorch: a name, and the method that is called by it where it is a class.
+PYTHON: Mapping[str, str | None] = {
+    "general_gemm": None,
+    "fused_attn_fwd": None,
+    "fused_attn_bwd": None,
+    "Float8Quantizer": "__init__",
+    "Float8CurrentScalingQuantizer": "__init__",
+    "Float8BlockQuantizer": "__init__",
+    "MXFP8Quantizer": "__init__",
+    "Float8TensorStorage": "__new__",
+    "Float8BlockwiseQTensorStorage": "__new__",
+    "MXFP8TensorStorage": "__new__",
+    "is_fp8_available": None,
+    "is_mxfp8_available": None,
+    "is_nvfp4_available": None,
+    "is_fp8_block_scaling_available": None,
+}
+# What is imported and is neither a function nor a class.
+VALUES = ("TE_DType", "QKVLayout", "AttnMaskType", "AttnBiasType", "FusedAttnBackend", "Quantizer")
+EXTENSION = (
+    "quantize",
+    "bgrad_quantize",
+    "generic_gemm",
+    "layernorm_fwd",
+    "layernorm_bwd",
+    "rmsnorm_fwd",
+    "rmsnorm_bwd",
+    "fused_attn_fwd",
+    "fused_attn_bwd",
+    "get_fused_attn_backend",
+    "fused_amax_and_scale_update_after_reduction",
+)
+ENUMS = (
+    "DType",
+    "NVTE_QKV_Layout",
+    "NVTE_QKV_Format",
+    "NVTE_Mask_Type",
+    "NVTE_Bias_Type",
+    "NVTE_Softmax_Type",
+    "NVTE_Fused_Attn_Backend",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="+")
+    parser.add_argument("--packages", type=Path, help="a folder where packages lie, and where those that are fetched are kept")
+    parser.add_argument("--index", default=INDEX, help="the package index (%(default)s)")
+    arguments = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    for version in arguments.versions:
+        wheel = fetch("transformer_engine", version, arguments.index, arguments.packages)
+        sdist = fetch("transformer_engine_torch", version, arguments.index, arguments.packages)
+        found = facts(version, python_sources(wheel), cpp_sources(sdist))
+        (OUT / f"{version}.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{version}: {len(found['python'])} in Python, {len(found['extension'])} in the extension, {len(found['enums'])} enums")
+
+
+# --- the packages
+
+
+def fetch(project: str, version: str, index: str, folder: Path | None) -> bytes:
+    """The pure-python wheel of a project, or else its source archive."""
+    names = [f"{project}-{version}-py3-none-any.whl", f"{project}-{version}.tar.gz"]
+    for name in names:
+        if folder is not None and (folder / name).is_file():
+            return (folder / name).read_bytes()
+    page_url = f"{index.rstrip('/')}/{project.replace('_', '-')}/"
+    links = re.findall(r'href="([^"#]+)', read(page_url).decode())
+    for name in names:
+        for link in links:
+            if urllib.parse.unquote(link.rsplit("/", 1)[-1]) == name:
+                data = read(urllib.parse.urljoin(page_url, link))
+                if folder is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(data)
+                return data
+    raise SystemExit(f"{page_url} has neither {' nor '.join(names)}")
+
+
+def read(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=300) as answer:
+        data: bytes = answer.read()
+    return data
+
+
+def python_sources(wheel: bytes) -> Sources:
+    """The modules below transformer_engine.pytorch, by their path below transformer_engine."""
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        names = [n for n in archive.namelist() if n.startswith("transformer_engine/pytorch/") and n.endswith(".py")]
+        return {n.removeprefix("transformer_engine/"): archive.read(n).decode() for n in names}
+
+
+def cpp_sources(sdist: bytes) -> Sources:
+    with tarfile.open(fileobj=io.BytesIO(sdist)) as archive:
+        members = [m for m in archive.getmembers() if m.isfile() and re.search(r"\.(h|cpp|cu|cuh)$", m.name)]
+        return {m.name.partition("/")[2]: archive.extractfile(m).read().decode(errors="replace") for m in members}  # type: ignore[union-attr]
+
+
+def facts(version: str, python: Sources, cpp: Sources) -> dict[str, Any]:
+    """All that is written of a version."""
+    trees = {path: ast.parse(text) for path, text in python.items()}
+    cpp = {path: without_comments(text) for path, text in cpp.items()}
+    return {
+        "transformer_engine": version,
+        "python": {name: found for name, method in PYTHON.items() if (found := python_signature(trees, name, method)) is not None},
+        "attributes": {name: ", ".join(attributes(trees, name)) for name, method in PYTHON.items() if method is not None},
+        "modules": {name: ", ".join(modules(trees, name)) for name in (*PYTHON, *VALUES)},
+        "extension": {name: found for name in EXTENSION if (found := extension_signature(cpp, name)) is not None},
+        "enums": {name: enum_values(cpp, name) for name in ENUMS},
+    }
+
+
+# --- Python
+
+
+def definition(trees: Mapping[str, ast.Module], name: str) -> tuple[str, Any] | None:
+    """(path, node) of the function or class of that name."""
+    for path, tree in trees.items():
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+                return path, node
+    return None
+
+
+def python_signature(trees: Mapping[str, ast.Module], name: str, method: str | None) -> str | None:
+    found = definition(trees, name)
+    if found is None:
+        return None
+    node = found[1]
+    if method is not None:
+        node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == method), None)
+        if node is None:
+            return None
+    return signature(node.args, skip=method is not None)
+
+
+def signature(args: ast.arguments, *, skip: bool) -> str:
+    """Parameters as a Python signature with `...` for defaults; skip: without the first, self or cls."""
+    plain = [*args.posonlyargs, *args.args]
+    required = len(plain) - len(args.defaults)
+    parts = [a.arg + ("=..." if i >= required else "") for i, a in enumerate(plain)][1 if skip else 0 :]
+    if args.vararg is not None:
+        parts.append(f"*{args.vararg.arg}")
+    elif args.kwonlyargs:
+        parts.append("*")
+    parts += [a.arg + ("" if default is None else "=...") for a, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    if args.kwarg is not None:
+        parts.append(f"**{args.kwarg.arg}")
+    return ", ".join(parts)
+
+
+def attributes(trees: Mapping[str, ast.Module], name: str) -> list[str]:
+    """The attributes that a class declares, or sets on what it makes; those of its bases here among them."""
+    found = definition(trees, name)
+    if found is None:
+        return []
+    node, names = found[1], set()
+    for part in ast.walk(node):
+        targets = part.targets if isinstance(part, ast.Assign) else [part.target] if isinstance(part, ast.AnnAssign) else []
+        names |= {t.attr for t in targets if isinstance(t, ast.Attribute) and ast.unparse(t.value) in ("self", "instance")}
+    names |= {part.target.id for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)}
+    for base in node.bases:
+        if isinstance(base, ast.Name):
+            names |= set(attributes(trees, base.id))
+    return sorted(names)
+
+
+def modules(trees: Mapping[str, ast.Module], name: str) -> list[str]:
+    """The modules below transformer_engine that a name is to be imported from: where it is made, and packages that give it."""
+    return sorted(
+        dotted(p) for p in trees if name in bound(trees, p, frozenset()) and (p.endswith("/__init__.py") or makes(trees[p], name))
+    )
+
+
+def makes(tree: ast.Module, name: str) -> bool:
+    return any(not isinstance(node, ast.ImportFrom) and name in names_of(node) for node in tree.body)
+
+
+def names_of(node: ast.stmt) -> set[str]:
+    """The names that a statement binds, but for `import *`."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return {t.id for t in targets if isinstance(t, ast.Name)}
+    if isinstance(node, ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names} - {"*"}
+    return set()
+
+
+def dotted(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def bound(trees: Mapping[str, ast.Module], path: str, seen: frozenset[str]) -> set[str]:
+    """The names at a module's top level; `from x import *` followed within the package."""
+    if path not in trees or path in seen:
+        return set()
+    names: set[str] = set()
+    for node in top_level(trees[path].body):
+        names |= names_of(node)
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+            for source in imported(path, node):
+                names |= exported(trees, source, seen | {path})
+    return names
+
+
+def exported(trees: Mapping[str, ast.Module], path: str, seen: frozenset[str]) -> set[str]:
+    """What `import *` gives: `__all__`, or all without an underscore."""
+    for node in trees[path].body if path in trees else ():
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return set(ast.literal_eval(node.value)) if isinstance(node.value, (ast.List, ast.Tuple)) else set()
+    return {n for n in bound(trees, path, seen) if not n.startswith("_")}
+
+
+def top_level(body: Iterable[ast.stmt]) -> Iterable[ast.stmt]:
+    for node in body:
+        yield node
+        if isinstance(node, (ast.If, ast.Try, ast.With)):
+            yield from top_level(node.body)
+
+
+def imported(path: str, node: ast.ImportFrom) -> list[str]:
+    """The paths that an import may mean."""
+    if node.level:
+        package = path.split("/")[: -node.level]
+    elif node.module and node.module.startswith("transformer_engine."):
+        package = []
+    else:
+        return []
+    parts = (node.module or "").removeprefix("transformer_engine.").split(".") if node.module else []
+    whole = "/".join([*package, *parts])
+    return [f"{whole}.py", f"{whole}/__init__.py"]
+
+
+# --- C++
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
+
+
+def inside(text: str, start: int) -> str:
+    """What stands between the parenthesis (or brace) that opens at `start` and the one that closes it."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] in "({[") - (text[i] in ")}]")
+        if not depth:
+            return text[start + 1 : i]
+    raise ValueError("a parenthesis is not closed")
+
+
+def split(text: str) -> list[str]:
+    """At the commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for c in text:
+        depth += (c in "({[<") - (c in ")}]>")
+        if c == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [p.strip() for p in parts if p.strip()]
+
+
+def extension_signature(cpp: Sources, name: str) -> dict[str, str] | None:
+    """parameters: of the function as Python sees it; returns: the C++ type."""
+    binding = cpp["csrc/extensions/pybind.cpp"]
+    found = re.search(rf'\bm\.def\(\s*"{name}"', binding)
+    if found is None:
+        return None
+    arguments = split(inside(binding, binding.index("(", found.start())))
+    target = re.sub(r"[&\s]", "", arguments[1]).rpartition("::")[2]
+    returns, declared = declaration(cpp, target)
+    parts: list[str] = []
+    for argument in arguments[2:]:
+        if re.fullmatch(r"py::kw_only\(\)", argument):
+            parts.append("*")
+        elif (match := re.match(r'py::arg\(\s*"(\w+)"\s*\)(\s*=)?', argument)) is not None:
+            parts.append(match[1] + ("=..." if match[2] else ""))
+    if not parts and declared:  # pybind then has no names: they are taken by position alone
+        parts = [*declared, "/"]
+    elif len([p for p in parts if p != "*"]) != len(declared):
+        raise ValueError(f"{name} has {len(declared)} parameters in C++ and {len(parts)} names")
+    return {"parameters": ", ".join(parts), "returns": returns}
+
+
+def declaration(cpp: Sources, name: str) -> tuple[str, list[str]]:
+    """(the type it returns, the names of its parameters) of a C++ function."""
+    for path in sorted(cpp, key=lambda p: p != "csrc/extensions.h"):
+        for found in re.finditer(rf"(?<![\w:.>\"]){name}\s*\(", cpp[path]):
+            before = re.search(r"([\w:<>,\s]+)$", cpp[path][: found.start()])
+            returns = "" if before is None else " ".join(before[1].split())
+            returns = re.sub(r"^(?:static|inline)\s+", "", returns)
+            if not returns or returns.split()[-1] in ("return", "else"):
+                continue
+            parameters = [parameter_name(p) for p in split(inside(cpp[path], found.end() - 1))]
+            if all(parameters):
+                return returns, parameters
+    raise ValueError(f"no declaration of {name} was found")
+
+
+def parameter_name(text: str) -> str:
+    found = re.search(r"(\w+)$", text.partition("=")[0].strip())
+    name = "" if found is None else found[1]
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def enum_values(cpp: Sources, name: str) -> dict[str, int]:
+    """The values that Python sees, by name."""
+    for text in cpp.values():
+        found = re.search(rf'enum_<([\w:]+)>\(\s*\\?\s*m,\s*"{name}"', text)
+        if found is not None:
+            values = cpp_enum(cpp, found[1].rpartition("::")[2])
+            rest = text[found.end() :]
+            shown = re.findall(r'\.value\(\s*"(\w+)",[\s\\]*([\w:]+)\)', rest[: end_of_statement(rest)])
+            return {shown_name: values[target.rpartition("::")[2]] for shown_name, target in shown}
+    raise ValueError(f"no enum {name} was found")
+
+
+def end_of_statement(text: str) -> int:
+    """Where the next enum or class begins, or the text ends."""
+    following = re.search(r"enum_<|class_<|m\.def\(|#endif", text)
+    return len(text) if following is None else following.start()
+
+
+def cpp_enum(cpp: Sources, name: str) -> dict[str, int]:
+    for text in cpp.values():
+        found = re.search(rf"\benum\s+(?:class\s+)?{name}\s*(?::\s*\w+\s*)?\{{", text)
+        if found is not None:
+            values: dict[str, int] = {}
+            following = 0
+            for item in split(inside(text, found.end() - 1)):
+                key, _, value = (part.strip() for part in item.partition("="))
+                following = values[value] if value in values else int(value, 0) if value else following
+                values[key] = following
+                following += 1
+            return values
+    raise ValueError(f"no C++ enum {name} was found")
+
+
+if __name__ == "__main__":
+    main()
