@@ -172,16 +172,16 @@ def test_a_gemm_is_the_product_of_what_was_quantised(a, b, layout):
 def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     torch.manual_seed(0)
     found: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        f"cast {name} {which}": (quantize, (torch.randn(96, 64), *arguments(how), *which))
+        f"te_block_quantize, {name} {which}": (quantize, (torch.randn(96, 64), *arguments(how), *which))
         for name, how in FORMATS.items()
         for which in ((True, True), (False, True))
     }
     x, w = FORMATS["1 x 128"].quantize(torch.randn(64, 128)), FORMATS["128 x 128"].quantize(torch.randn(32, 128))
     scales = (x.scale_inv.t().contiguous(), nn.functional.pad(w.scale_inv, (0, 3)))
-    found["gemm of blocks"] = (gemm, (x.data, w.data, *scales, False, True, "TN", torch.randn(32).bfloat16(), torch.bfloat16, False))
+    found["te_block_gemm, block"] = (gemm, (x.data, w.data, *scales, False, True, "TN", torch.randn(32).bfloat16(), torch.bfloat16, False))
     g8, x8 = torch.randn(64, 32).to(E5M2), torch.randn(64, 96).to(E4M3)
     g_inv, x_inv = (torch.full((4, 128), 127, dtype=torch.uint8) for _ in range(2))
-    found["gemm of mx"] = (gemm, (g8, x8, g_inv, x_inv, False, False, "NT", None, torch.float32, False))
+    found["te_block_gemm, mxfp8"] = (gemm, (g8, x8, g_inv, x_inv, False, False, "NT", None, torch.float32, False))
     return found
 
 
@@ -195,7 +195,7 @@ def test_opcheck(name, monkeypatch):
 
 
 def test_flops():
-    for name, expected in (("gemm of blocks", 2 * 64 * 128 * 32), ("gemm of mx", 2 * 32 * 64 * 96)):
+    for name, expected in (("te_block_gemm, block", 2 * 64 * 128 * 32), ("te_block_gemm, mxfp8", 2 * 32 * 64 * 96)):
         op, args = samples()[name]
         with FlopCounterMode(display=False) as counter:
             op(*args)
