@@ -14,9 +14,9 @@ def unsupported_dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"dtype {str(dtype).removeprefix('torch.')} has no FP8 path (float32, bfloat16, float16 do)"
 
 
-def unaligned(k: Any, n: Any) -> str | None:
+def unaligned(k: Any, n: Any, multiple: int = ALIGNMENT_ON_GPU, what: str = "FP8 GEMMs on a GPU") -> str | None:
     """Why a GPU cannot multiply by a weight [n, k] in FP8."""
     for name, size in (("in_features", k), ("out_features", n)):
-        if size % ALIGNMENT_ON_GPU:
-            return f"{name} {size} is not a multiple of {ALIGNMENT_ON_GPU}, which FP8 GEMMs on a GPU need"
+        if size % multiple:
+            return f"{name} {size} is not a multiple of {multiple}, which {what} need"
     return None

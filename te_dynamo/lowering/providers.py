@@ -17,6 +17,7 @@ from te_dynamo.lowering.scalars import largest_of
 from te_dynamo.lowering.stateless_provider import Stateless
 from te_dynamo.lowering.te import library
 from te_dynamo.lowering.te import norm as te_norm
+from te_dynamo.lowering.te.blocks_provider import BLOCKWISE, NO_TE, Blockwise
 from te_dynamo.lowering.te.linear import FusedGemm
 from te_dynamo.lowering.te.linear import cast as te_cast
 from te_dynamo.lowering.te.linear import gemm as te_gemm
@@ -236,12 +237,13 @@ def provider_named(key: str) -> Any:
 
 def provider_for(key: str, recipe: str) -> Any:
     """The provider of a key, in its form for a recipe (its key)."""
-    return provider_named(key) if isinstance(from_key(recipe), PER_TENSOR) else _stateless(key.partition(":")[0], recipe)
+    return provider_named(key) if isinstance(from_key(recipe), PER_TENSOR) else _finer(key.partition(":")[0], recipe)
 
 
 @cache
-def _stateless(name: str, recipe: str) -> Stateless:
-    return Stateless(name, from_key(recipe))
+def _finer(name: str, recipe: str) -> Blockwise | Stateless:
+    """The provider of a recipe that scales finer than a tensor."""
+    return Blockwise(from_key(recipe)) if name == "te" else Stateless(name, from_key(recipe))
 
 
 def choose(requested: str, device: torch.device) -> tuple[str | None, str | None]:
@@ -272,10 +274,10 @@ def choose_for(recipe: Recipe, requested: str, chosen: str, device: torch.device
     """
     if isinstance(recipe, PER_TENSOR) or chosen == "reference":
         return chosen, None
-    if chosen == "te":
-        reason: str | None = "Transformer Engine's kernels for it are not connected"
+    if chosen == "te" and not isinstance(recipe, BLOCKWISE):
+        reason: str | None = NO_TE[type(recipe)]
     else:
-        reason = Stateless(chosen.partition(":")[0], recipe).unavailable(device)
+        reason = _finer(chosen.partition(":")[0], recipe.key).unavailable(device)
     if reason is None:
         return chosen, None
     if requested != "auto":

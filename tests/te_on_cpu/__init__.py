@@ -9,6 +9,8 @@ TE's own tests passes.
     te = te_on_cpu.install()          # before anything else imports transformer_engine
     with te_on_cpu.cuda_is_cpu():     # around TE's eager modules, backward included; never around torch.compile
         ...
+    with te_on_cpu.pretended((10, 0)):   # around anything: what is a device there is a Blackwell
+        ...
 
     signatures.json  the built module's functions and enums (2.20.2)
     extension.py     makes the module of them, each stand-in checked against its signature
@@ -34,10 +36,10 @@ from typing import Any
 
 import torch
 
-from tests.te_on_cpu.device import capability, cuda_is_cpu
+from tests.te_on_cpu.device import capability, cuda_is_cpu, pretended
 from tests.te_on_cpu.extension import VERSION, extension
 
-__all__ = ["cuda_is_cpu", "install", "missing"]
+__all__ = ["cuda_is_cpu", "install", "missing", "pretended"]
 
 
 def missing() -> str | None:

@@ -51,7 +51,7 @@ def copy_for_gemm(t: Any, transposed: bool) -> Tensor | None:
     copy = t._columnwise_data if transposed else t._rowwise_data
     if copy is None:
         return None
-    rows = copy.reshape(copy.shape[0], -1) if transposed else copy.reshape(-1, copy.shape[-1])
+    rows = copy.flatten(1) if transposed else copy.flatten(0, -2)
     return _values(t, rows, t._columnwise_scale_inv if transposed else t._rowwise_scale_inv)
 
 

@@ -105,27 +105,31 @@ _STAND_INS: dict[Any, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def cuda_is_cpu(capability: tuple[int, int] = HOPPER) -> Iterator[None]:
+def cuda_is_cpu(capability: tuple[int, int] | None = None) -> Iterator[None]:
     """While it is open, torch claims a device of that compute capability, and what is put on it stays on the CPU.
 
-    Dynamo and Inductor do not run inside.
+    None: of the one that is pretended already, a Hopper at first. Dynamo and Inductor do not run inside.
     """
-    _pretend(capability)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pretended(_pretended[-1] if capability is None else capability))
+        for owner, names in _STAND_INS.items():
+            for name, value in names.items():
+                stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(_DeviceArguments())
+        yield
+
+
+@contextlib.contextmanager
+def pretended(capability: tuple[int, int]) -> Iterator[None]:
+    """While it is open, `cuda_is_cpu` is of that compute capability; torch itself claims nothing, so that it may be open around
+    torch.compile."""
+    _forget(_pretended[-1] != capability)
+    _pretended.append(capability)
     try:
-        with contextlib.ExitStack() as stack:
-            for owner, names in _STAND_INS.items():
-                for name, value in names.items():
-                    stack.enter_context(mock.patch.object(owner, name, value))
-            stack.enter_context(_DeviceArguments())
-            yield
+        yield
     finally:
         _pretended.pop()
         _forget(_pretended[-1] != capability)
-
-
-def _pretend(capability: tuple[int, int]) -> None:
-    _forget(_pretended[-1] != capability)
-    _pretended.append(capability)
 
 
 def _forget(changed: bool) -> None:

@@ -18,7 +18,7 @@ def largest(dtype: torch.dtype) -> float:
 def amax_of(values: Tensor, dims: int | tuple[int, ...] | None = None) -> Tensor:
     """max |values| over `dims` (all of them: [1]). A NaN does not count (the kernels' fmaxf, C/cast/fp8/quantize_fp8.cuh:175)."""
     if values.numel() == 0:
-        return torch.zeros(1)
+        return torch.zeros(1) if dims is None else values.sum(dims)
     magnitudes = values.abs().nan_to_num(nan=0.0, posinf=torch.inf)
     return magnitudes.amax().reshape(1) if dims is None else magnitudes.amax(dims)
 

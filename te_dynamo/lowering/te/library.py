@@ -56,11 +56,13 @@ def api() -> Any:
     with running():
         import transformer_engine.pytorch  # noqa: F401  (loads the extension)
         import transformer_engine_torch as tex
-        from transformer_engine.pytorch import Float8Quantizer
+        from transformer_engine.pytorch import Float8BlockQuantizer, Float8Quantizer, MXFP8Quantizer
         from transformer_engine.pytorch.constants import TE_DType
         from transformer_engine.pytorch.cpp_extensions import fused_attn_bwd, fused_attn_fwd, general_gemm
         from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend
+        from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
         from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+        from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
     return SimpleNamespace(
         tex=tex,
         general_gemm=general_gemm,
@@ -68,7 +70,11 @@ def api() -> Any:
         fused_attn_bwd=fused_attn_bwd,
         AttnBackend=FusedAttnBackend,
         Float8Quantizer=Float8Quantizer,
+        Float8BlockQuantizer=Float8BlockQuantizer,
+        MXFP8Quantizer=MXFP8Quantizer,
         Storage=Float8TensorStorage,
+        BlockStorage=Float8BlockwiseQTensorStorage,
+        MXFP8Storage=MXFP8TensorStorage,
         dtype=TE_DType,
     )
 
