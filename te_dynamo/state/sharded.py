@@ -24,10 +24,9 @@ def _of_fully_shard() -> Iterator[Any]:
     """The gathered parameters of all modules that `fully_shard` was applied to."""
     from torch.distributed import _composable_state
 
-    for found in list(_composable_state._module_state_mapping.values()):
-        for one in found if isinstance(found, (list, tuple)) else (found,):
-            state = one() if isinstance(one, weakref.ref) else one
-            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-            for group in groups:
-                for parameter in getattr(group, "fsdp_params", ()):
-                    yield getattr(parameter, "_unsharded_param", None)
+    states: list[Any] = list(_composable_state._module_state_mapping.values())
+    for found in states:
+        state = found() if isinstance(found, weakref.ref) else found
+        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+            for parameter in getattr(group, "fsdp_params", ()):
+                yield getattr(parameter, "_unsharded_param", None)

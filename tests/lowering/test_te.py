@@ -78,6 +78,18 @@ def test_quantize_is_the_cast_its_transpose_and_the_amax(stand_in, dtype):
     assert torch.equal(bits(only), bits(expected.t().contiguous())) and nothing.numel() == 0
 
 
+def test_where_its_casts_do_not_transpose_a_kernel_of_ours_does(stand_in):
+    torch.manual_seed(0)
+    x, scale = torch.randn(32, 64), torch.tensor(3.5)
+    for data in (True, False):
+        expected = torch.ops.te_dynamo.te_quantize(x, scale, E4M3, data, True)
+        with te_on_cpu.pretended((10, 0)):
+            found = torch.ops.te_dynamo.te_quantize(x, scale, E4M3, data, True)
+            grad = torch.ops.te_dynamo.te_bgrad_quantize(x, scale, E5M2)
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(expected, found, strict=True))
+        assert torch.equal(bits(grad[1]), bits(grad[0].t().contiguous()))
+
+
 def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     a, b = operands()
     ops = torch.ops.te_dynamo
@@ -144,6 +156,23 @@ def test_asked_for_by_name_and_not_there(monkeypatch):
 
 
 # --- whole models
+
+
+def test_on_a_blackwell(stand_in):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), torch.randn(32, 64)
+    found = []
+    for capability in ((9, 0), (10, 0)):
+        torch._dynamo.reset()
+        te_dynamo.scale_state(model).reset()
+        model.zero_grad()
+        with te_on_cpu.pretended(capability):
+            run = torch.compile(model, backend=te_fp8, options={"provider": "te"})
+            for _ in range(2):
+                y = run(x)
+                y.sum().backward()
+        found.append([y.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_dimensions_that_it_cannot_take_are_left_with_the_reason(stand_in):

@@ -87,6 +87,13 @@ def capability(device: torch.device) -> tuple[int, int]:
     return getattr(extension, "capability", lambda: (9, 0))()
 
 
+def casts_transpose(device: torch.device) -> bool:
+    """Whether TE's casts write a transposed copy: not where FP8 GEMMs take operands of any layout, so that its own need none
+    (C/transformer_engine.cpp:1191)."""
+    found = capability(device)
+    return not ((10, 0) <= found < (12, 0) or found >= (13, 0))
+
+
 def cudnn_version() -> int:
     """As TE sees it: 91002 is 9.10.2."""
     with running():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from te_dynamo.lowering.linears import OnePassGemm, Quantized, Slots
-from te_dynamo.lowering.te.library import api, running
+from te_dynamo.lowering.te.library import api, casts_transpose, running
 
 
 @torch.library.custom_op("te_dynamo::te_gemm", mutates_args=())
@@ -83,15 +83,23 @@ def _(grad, scale, dtype):
 def quantizer(scale: Tensor, amax: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> Any:
     """TE's delayed-scaling quantizer of one tensor; it max-writes `amax` [1]. scale: f32, 0-d."""
     te = api()
+    if transposed and not casts_transpose(scale.device):
+        data, transposed = True, False  # `plain` transposes
     made = te.Float8Quantizer(scale.reshape(1), amax, te.dtype[dtype], rowwise=data, columnwise=transposed)
     made.internal = True
     return made
 
 
 def plain(made: Any, like: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor]:
-    """What TE quantised as plain tensors: as it is, and transposed; empty where it is not wanted."""
+    """What TE quantised as plain tensors: as it is, and transposed; empty where it is not wanted.
+
+    Where its casts do not transpose, a kernel of ours does: GEMMs here are TN on every device.
+    """
     empty = like.new_empty((0, 0), dtype=dtype)
-    return made._data.view(dtype) if data else empty, made._transpose.view(dtype) if transposed else empty.clone()
+    across = made._transpose
+    if transposed and across is None:
+        across = torch.ops.te_dynamo.transpose(made._data)
+    return made._data.view(dtype) if data else empty, across.view(dtype) if transposed else empty.clone()
 
 
 def plain_fake(x: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor]:
