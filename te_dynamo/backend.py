@@ -77,7 +77,7 @@ def te_fp8(
 
     def variant(first: bool, compiler: Compiler = compile_inductor) -> Variant:
         graph = copy_graph_module(fused) if read_again else fused
-        lowered = lower(graph, first=first)
+        lowered = lower(graph, first=first, keep_weights=chosen.keep_weights)
         stages.done("lower" if not first else "lower_first", graph)
         inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
         return Variant(compiler(graph, inputs, chosen), lowered)

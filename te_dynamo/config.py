@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "provider": ("auto", "te", "native", "reference"),
     "attention": ("auto", "fp8", "high_precision", "off"),
 }
-SWITCHES = ("include_logits", "like_te", "recompute_inputs", "verify", "strict")
+SWITCHES = ("include_logits", "like_te", "recompute_inputs", "keep_weights", "verify", "strict")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,9 @@ class Options:
             `te_dynamo.recipe.DelayedScaling`; a recipe has it too, for some sites).
         recompute_inputs: Make the FP8 inputs of linears again in backward, out of what is kept anyhow, instead of keeping them:
             less memory for a little time, on a GPU (on a CPU it does nothing).
+        keep_weights: Keep the FP8 copies of weights from one training step to the next for as long as the weights do not change:
+            over the microbatches of an accumulation, and for good where they are frozen. Two bytes an element of memory.
+            State is what it would be without. On a GPU, or with the provider "reference".
         amax_group: The process group whose ranks share their amaxes, and so have the same scales; None is the world, where
             torch.distributed is initialised.
         debug_dir: A folder that gets each graph after each stage, as numbered scripts that run by themselves.
@@ -66,6 +69,7 @@ class Options:
     include_logits: bool = False
     like_te: bool = False
     recompute_inputs: bool = False
+    keep_weights: bool = False
     amax_group: Any = None
     debug_dir: str | None = None
     verify: bool = False

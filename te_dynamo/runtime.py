@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 from te_dynamo.cache_key import SOURCES_HASH
 from te_dynamo.config import Options
-from te_dynamo.lowering.functions import quantize_weights
 from te_dynamo.lowering.partition import OneMeasurement, inputs_made_again
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, QuantizedWeights
@@ -107,7 +106,8 @@ class CompiledGraph:
             STATE.visit(group if recording else None)
         variant = self._variant(group)
         state = self._state_inputs(group, args, recording)
-        outputs = variant.run(*args, *state, *self.weights.inputs(variant.lowered.weights, args))
+        weights = self.weights.inputs(variant.lowered.weights, args, state[0] if state else None)
+        outputs = variant.run(*args, *state, *weights)
         if not variant.lowered.records:
             return outputs
         *outputs, amax = outputs
@@ -167,18 +167,19 @@ class WeightCache:
         self.changing: dict[tuple[int, tuple[int, ...]], bool] = {}  # whether a version tells nothing of these weights
         WeightCache.everyone.add(self)
 
-    def inputs(self, wanted: Sequence[QuantizedWeights], args: Sequence[Any]) -> list[Tensor]:
-        """The FP8 weight and scale_inv of each GEMM, in the order of the graph's inputs."""
-        return [t for number, weights in enumerate(wanted) for t in self._one(number, weights, args)]
+    def inputs(self, wanted: Sequence[QuantizedWeights], args: Sequence[Any], scales: Tensor | None) -> list[Tensor]:
+        """The FP8 weights of each GEMM, in the order of the graph's inputs. scales: the call's packed scales."""
+        return [t for number, weights in enumerate(wanted) for t in self._one(number, weights, args, scales)]
 
-    def _one(self, number: int, wanted: QuantizedWeights, args: Sequence[Any]) -> list[Tensor]:
+    def _one(self, number: int, wanted: QuantizedWeights, args: Sequence[Any], scales: Tensor | None) -> list[Tensor]:
         tensors = [args[i] for i in wanted.arguments]
         key = (number, tuple([id(t) for t in tensors]))
-        state = None if self._changes(key, tensors) else _fingerprint(tensors)
+        state = None if self._changes(key, tensors) or _captured(wanted, tensors) else _fingerprint(tensors)
         entry = self.entries.get(key)
         if entry is not None and state is not None and entry[0] == state:
             return entry[1]
-        made = self._quantize(wanted, tensors)
+        with torch.no_grad():
+            made = wanted.make(tensors, scales)
         if state is not None:
             if entry is None:
                 for t in tensors:
@@ -194,16 +195,15 @@ class WeightCache:
                 STATE.watch(t, self.changing, key)
         return self.changing[key]
 
-    @staticmethod
-    @torch.no_grad()
-    def _quantize(wanted: QuantizedWeights, tensors: Sequence[Tensor]) -> list[Tensor]:
-        views = [view(t.detach()) for view, t in zip(wanted.views, tensors, strict=True)]
-        return [part for pair in quantize_weights(views, *wanted.form.arguments()) for part in pair]
-
     def forget(self, tensors: set[int]) -> None:
         """Drops what was made of any of these tensors, by id."""
         for key in [k for k in self.entries if not tensors.isdisjoint(k[1])]:
             del self.entries[key]
+
+
+def _captured(wanted: QuantizedWeights, tensors: Sequence[Tensor]) -> bool:
+    """Whether a CUDA graph is being captured that the weights of training will change under."""
+    return wanted.trains and any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering.linears import Layout, Needs
-from te_dynamo.lowering.providers import Scales, provider_for
+from te_dynamo.lowering.providers import Ready, Scales, provider_for
 from te_dynamo.lowering.te import norm as te_norm
 from te_dynamo.ops import NormKind
 
@@ -51,11 +51,12 @@ def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scales, grad_scales, sink, provider, recipe, peers, layout, out_dtype, first, *weights_and_biases):
+    def forward(ctx, x, scales, grad_scales, sink, ready, provider, recipe, peers, layout, out_dtype, first, *weights_and_biases):
         n = len(layout.sizes)
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
         kernels = provider_for(provider, recipe)
-        ys, x8, used, amax = kernels.linears_forward(x, weights, biases, scales, layout, out_dtype, recipe, peers, first)
+        given = {"ready": ready} if ready else {}
+        ys, x8, used, amax = kernels.linears_forward(x, weights, biases, scales, layout, out_dtype, recipe, peers, first, **given)
         wanted = ctx.needs_input_grad[-2 * n :]
         ctx.needs = Needs(ctx.needs_input_grad[0], tuple(wanted[:n]), tuple(wanted[n:]))
         ctx.save_for_backward(x8 if any(ctx.needs.weights) else None, *weights, *used)
@@ -72,7 +73,7 @@ class _Linears(torch.autograd.Function):
             grads[:-1], x8, rest[:n], rest[n:], grad_scales, layout, ctx.needs, x_dtype, recipe, peers, first
         )
         dbs = [None if db is None else db.to(dtype) for db, dtype in zip(dbs, bias_dtypes, strict=True)]
-        return (dx, None, None, amax if ctx.needs_input_grad[3] else None, *[None] * 6, *dws, *dbs)
+        return (dx, None, None, amax if ctx.needs_input_grad[3] else None, *[None] * 7, *dws, *dbs)
 
 
 def linears(
@@ -82,6 +83,7 @@ def linears(
     scales: Scales,
     grad_scales: Scales,
     sink: Tensor | None,
+    ready: Sequence[Ready] = (),
     *,
     provider: str,
     recipe: str,
@@ -94,25 +96,41 @@ def linears(
     """FP8 training linears of one input: `[*outputs, amax]`.
 
     x: [..., K]; weights: [N_i, K]; biases: [N_i] or None; scales: 2n of them, an input's and a weight's in turn;
-    grad_scales: n; sink: f32 [n], the piece of the sink, or None. The outputs are [..., N_i], or [..., heads,
+    grad_scales: n; sink: f32 [n], the piece of the sink, or None; ready: the weight of each GEMM as `prepare_weights` gave it, or
+    nothing. The outputs are [..., N_i], or [..., heads,
     interleave]; amax is f32 [2n]. recipe: its key; peers: the process
     group whose ranks share first scales, or ""; first: a slot whose scale is 0 takes it from its own tensor.
     """
     layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
-    *ys, amax = _Linears.apply(x, scales, grad_scales, sink, provider, recipe, peers, layout, out_dtype, first, *weights, *biases)
+    *ys, amax = _Linears.apply(x, scales, grad_scales, sink, ready, provider, recipe, peers, layout, out_dtype, first, *weights, *biases)
     return [*(layout.split(ys[0]) if merged else ys), amax]
 
 
 class _NormLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, norm_weight, norm_bias, scales, grad_scales, sink, provider, recipe, layout, out_dtype, kind, eps, zero_centered, *rest
+        ctx,
+        x,
+        norm_weight,
+        norm_bias,
+        scales,
+        grad_scales,
+        sink,
+        ready,
+        provider,
+        recipe,
+        layout,
+        out_dtype,
+        kind,
+        eps,
+        zero_centered,
+        *rest,
     ):
         n = len(layout.sizes)
         weights, biases = rest[:n], rest[n:]
         norm = (norm_weight, norm_bias, kind, eps, zero_centered)
         ys, x8t, statistics, used, amax = provider_for(provider, recipe).norm_linears_forward(
-            x, norm, weights, biases, scales, layout, out_dtype, recipe
+            x, norm, weights, biases, scales, layout, out_dtype, recipe, ready
         )
         wanted = ctx.needs_input_grad[-2 * n :]
         ctx.needs = Needs(any(ctx.needs_input_grad[:3]), tuple(wanted[:n]), tuple(wanted[n:]))
@@ -136,7 +154,7 @@ class _NormLinears(torch.autograd.Function):
             dx, dw, db = te_norm.backward(dh, x, norm_weight, mean, inverse, kind, zero_centered)
             dw = dw.to(norm_weight.dtype)
             db = None if norm_bias_dtype is None else db.to(norm_bias_dtype)
-        return (dx, dw, db, None, None, amax if ctx.needs_input_grad[5] else None, *[None] * 7, *dws, *dbs)
+        return (dx, dw, db, None, None, amax if ctx.needs_input_grad[5] else None, *[None] * 8, *dws, *dbs)
 
 
 def norm_linears(
@@ -148,6 +166,7 @@ def norm_linears(
     scales: Scales,
     grad_scales: Scales,
     sink: Tensor | None,
+    ready: Sequence[Ready] = (),
     *,
     provider: str,
     recipe: str,
@@ -166,7 +185,7 @@ def norm_linears(
     layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
     norm = (kind, eps, zero_centered)
     *ys, amax = _NormLinears.apply(
-        x, norm_weight, norm_bias, scales, grad_scales, sink, provider, recipe, layout, out_dtype, *norm, *weights, *biases
+        x, norm_weight, norm_bias, scales, grad_scales, sink, ready, provider, recipe, layout, out_dtype, *norm, *weights, *biases
     )
     return [*(layout.split(ys[0]) if merged else ys), amax]
 
@@ -194,6 +213,17 @@ def linears_inference(
     layout = Layout(tuple(sizes), merged, interleave)
     ys = provider_for(provider, recipe).linears_inference(x, w8s, w_invs, biases, scales, layout, out_dtype, recipe, peers, first)
     return list(layout.split(ys[0])) if merged else list(ys)
+
+
+def prepare_weights(
+    weights: Sequence[Tensor], scales: Sequence[Tensor] | None, merged: bool, interleave: int, provider: str, recipe: str
+) -> list[Ready]:
+    """The weights [N_i, K] of linears as `linears` takes them `ready`, one for each GEMM.
+
+    scales: that of each GEMM, f32, 0-d, all set; None: each weight's own.
+    """
+    layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
+    return provider_for(provider, recipe).prepare_weights(weights, scales, layout, recipe)
 
 
 def quantize_weights(weights: Sequence[Tensor], merged: bool, interleave: int, provider: str, recipe: str) -> list[tuple[Tensor, Tensor]]:

@@ -222,11 +222,15 @@ def forward(
     out_dtype: torch.dtype,
     casting: Casting,
     first: bool,
+    ready: Sequence[Quantized] = (),
 ) -> tuple[list[Tensor], Tensor | None, list[Scale], list[Tensor], list[Tensor]]:
     """x [T, K] -> (outputs [T, N] of each GEMM, x8 [T padded, K], the scales of x and of each GEMM's weight, 2n amaxes, the
-    transposed FP8 weights [K, N] of the GEMMs for backward, none where it makes them itself)."""
+    transposed FP8 weights [K, N] of the GEMMs for backward, none where it makes them itself).
+
+    ready: the weight of each GEMM as `prepare_weights` gave it, where they are not to be quantised here.
+    """
     x8 = gemm.activation(x, Slots(scales, 0, casting, first))
-    ys, used, amaxes, kept = multiply(gemm, x8, x.shape[0], weights, biases, scales, layout, out_dtype, casting, first)
+    ys, used, amaxes, kept = multiply(gemm, x8, x.shape[0], weights, biases, scales, layout, out_dtype, casting, first, ready)
     return ys, x8.data, used, amaxes, kept
 
 
@@ -241,11 +245,13 @@ def multiply(
     out_dtype: torch.dtype,
     casting: Casting,
     first: bool,
+    ready: Sequence[Quantized] = (),
 ) -> tuple[list[Tensor], list[Scale], list[Tensor], list[Tensor]]:
     """`forward` of an input [T padded, K] that is quantised already, of which the first `tokens` rows count."""
     ys, used, amaxes, kept = [], [x8.scale], [x8.amax] * (2 * len(weights)), []
-    for block in layout.blocks():
-        w8 = gemm.weight([weights[i] for i in block], layout, Slots(scales, 2 * block[0] + 1, casting, first))
+    for number, block in enumerate(layout.blocks()):
+        slots = Slots(scales, 2 * block[0] + 1, casting, first)
+        w8 = ready[number] if ready else gemm.weight([weights[i] for i in block], layout, slots)
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x8.data.device)
         y = gemm(x8.data, w8.data, x8.scale.inverse, w8.scale.inverse, out_dtype, bias, True)
         ys.append(y[:tokens] if gemm.multiple > 1 else y)
@@ -377,6 +383,23 @@ def quantize_weights(weights: Sequence[Tensor], layout: Layout, casting: Casting
         w = layout.join([weights[i].detach() for i in block])
         scale = casting.scale_of(amax(w), casting.forward)
         result.append((quantize(w, scale, casting.forward), scale.reciprocal()))
+    return result
+
+
+def prepare_weights(
+    gemm: Gemm, weights: Sequence[Tensor], scales: Sequence[Tensor] | None, layout: Layout, casting: Casting
+) -> list[Quantized]:
+    """The weight of each GEMM for both directions of training: with its transposed copy, and its amax as one number.
+
+    scales: that of each GEMM, f32, 0-d, set; None: each weight's own.
+    """
+    result = []
+    for number, block in enumerate(layout.blocks()):
+        given = None if scales is None else [Scale(scales[number], scales[number].reciprocal())]
+        w8 = gemm.weight([weights[i].detach() for i in block], layout, Slots(given, 0, casting, first=False))
+        assert w8.data is not None
+        across = w8.data.t().contiguous() if w8.transposed is None else w8.transposed
+        result.append(Quantized(w8.data, across, w8.scale, w8.amax.amax()))
     return result
 
 

@@ -33,11 +33,13 @@ class Provider(Protocol):
     """What a provider is: a name, where it is available, what it supports, and its kernels.
 
     `unavailable` and `unsupported` answer None, or the reason as a clause for a report. opaque: its kernels decide on
-    unset scales by themselves, so that one graph serves the first step and all others.
+    unset scales by themselves, so that one graph serves the first step and all others. keeps_weights: it can be given weights
+    that were quantised before, for training (`ready`).
     """
 
     name: str
     opaque: bool
+    keeps_weights: bool
 
     def unavailable(self, device: torch.device) -> str | None: ...
 
@@ -54,6 +56,7 @@ class Provider(Protocol):
         recipe: str,
         peers: str,
         first: bool,
+        ready: Sequence[Ready] = (),
     ) -> tuple[list[Tensor], Tensor, Sequence[Tensor], Tensor]: ...
 
     def linears_backward(
@@ -88,6 +91,10 @@ class Provider(Protocol):
     ) -> list[Tensor]: ...
 
 
+# A weight that was quantised before: FP8 [N, K], FP8 [K, N], the scale, its reciprocal and the amax (f32, 0-d).
+Ready = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class PerTensor:
     """What providers with one scale a tensor have in common."""
 
@@ -99,6 +106,7 @@ class Generated(PerTensor):
     """Quantization as plain torch, left to Inductor to fuse with its neighbours, around a provider's GEMM."""
 
     opaque = False
+    keeps_weights = True
 
     def __init__(self, name: str, gemm: Gemm) -> None:
         self.name, self.gemm = name, gemm
@@ -109,9 +117,16 @@ class Generated(PerTensor):
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(dtype)
 
-    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, recipe, peers, first):
+    def prepare_weights(self, weights, scales, layout, recipe) -> list[Ready]:
+        """Each GEMM's weight, as `linears_forward` takes it. scales: that of each GEMM, or None."""
+        made = linears.prepare_weights(self.gemm, weights, scales, layout, casting_of(recipe))
+        return [(w.data, w.transposed, *w.scale, w.amax) for w in made]  # type: ignore[misc]  # both copies are there
+
+    def linears_forward(self, x, weights, biases, scales, layout, out_dtype, recipe, peers, first, ready=()):
         rows, casting = x.reshape(-1, x.shape[-1]), casting_of(recipe, peers)
-        ys, x8, used, amaxes, kept = linears.forward(self.gemm, rows, weights, biases, _pairs(scales), layout, out_dtype, casting, first)
+        ys, x8, used, amaxes, kept = linears.forward(
+            self.gemm, rows, weights, biases, _pairs(scales), layout, out_dtype, casting, first, _quantized(ready)
+        )
         ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
         return ys, x8, [*(t for pair in used for t in pair), *kept], largest_of(amaxes)
 
@@ -129,6 +144,10 @@ class Generated(PerTensor):
         rows = x.reshape(-1, x.shape[-1])
         ys = linears.inference(self.gemm, rows, w8s, w_invs, biases, _pairs(scales), layout, out_dtype, casting_of(recipe), first)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _quantized(ready: Sequence[Ready]) -> list[linears.Quantized]:
+    return [linears.Quantized(data, across, Scale(*scale), amax) for data, across, *scale, amax in ready]
 
 
 def _pairs(scales: Scales) -> list[Scale] | None:
@@ -153,6 +172,7 @@ class NativeOnCPU(PerTensor):
 
     name = "native"
     opaque = True
+    keeps_weights = False
 
     def unavailable(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"this form of it is for the CPU, not {device.type}"
@@ -200,7 +220,7 @@ class TransformerEngine(Generated):
             return "a norm writes FP8 by itself only where the scale is known before: in delayed scaling"
         return te_norm.unsupported(x, weight, bias, kind, self.gemm.multiple)
 
-    def norm_linears_forward(self, x, norm, weights, biases, scales, layout, out_dtype, recipe):
+    def norm_linears_forward(self, x, norm, weights, biases, scales, layout, out_dtype, recipe, ready=()):
         """norm: (weight, bias, kind, eps, zero_centered) -> (outputs, the norm's output transposed in FP8, its (mean, one over the
         deviation), what backward is given as `used`, amaxes)."""
         weight, bias, *attributes = norm
@@ -208,7 +228,7 @@ class TransformerEngine(Generated):
         h8, h8t, *statistics, amax = torch.ops.te_dynamo.te_norm(rows, weight, bias, pairs[0].value, casting.forward, *attributes)
         h = linears.Quantized(h8, h8t, pairs[0], amax)
         ys, used, amaxes, kept = linears.multiply(
-            self.gemm, h, rows.shape[0], weights, biases, pairs, layout, out_dtype, casting, first=False
+            self.gemm, h, rows.shape[0], weights, biases, pairs, layout, out_dtype, casting, False, _quantized(ready)
         )
         ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
         return ys, h8t, statistics, [*(t for pair in used for t in pair), *kept], largest_of(amaxes)

@@ -33,6 +33,7 @@ class Stateless:
     given are not read, those that are returned are empty."""
 
     opaque = True
+    keeps_weights = False
 
     def __init__(self, name: str, recipe: Recipe) -> None:
         """name: "reference" or "native"; recipe: one that `stateless.operands_of` knows."""

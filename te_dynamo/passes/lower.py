@@ -20,7 +20,7 @@ from te_dynamo.lowering import functions
 from te_dynamo.lowering.fp8_attention import FORWARD_SLOTS, GRADIENT_SLOTS
 from te_dynamo.lowering.fp8_attention import attention as fp8_attention
 from te_dynamo.lowering.linears import Layout
-from te_dynamo.lowering.providers import provider_named
+from te_dynamo.lowering.providers import provider_for, provider_named
 from te_dynamo.lowering.te import attention as te_attention
 from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.canonicalize import SDPA
@@ -47,24 +47,40 @@ class QuantizedAs:
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """Weights that a graph takes in FP8: where they are among the inputs, how each is viewed, and how they are joined."""
+    """Weights that a graph takes in FP8: where they are among the inputs, how each is viewed, and how they are joined.
+
+    trains: for both directions of training, else for inference; slots: where the scale of each GEMM's weight is in the packed
+    scales, None where a weight is scaled by its own amax.
+    """
 
     arguments: tuple[int, ...]
     views: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
     form: QuantizedAs
+    trains: bool = False
+    slots: tuple[int, ...] | None = None
+
+    def make(self, tensors: Sequence[torch.Tensor], scales: torch.Tensor | None) -> list[torch.Tensor]:
+        """The graph's inputs, in order, out of the parameters and the packed scales."""
+        views = [view(t.detach()) for view, t in zip(self.views, tensors, strict=True)]
+        if not self.trains:
+            return [part for pair in functions.quantize_weights(views, *self.form.arguments()) for part in pair]
+        own = None if self.slots is None or scales is None else [scales[i] for i in self.slots]
+        return [part for ready in functions.prepare_weights(views, own, *self.form.arguments()) for part in ready]
 
 
 @dataclass
 class Lowered:
-    """Of the outermost graph: the quantised weights it takes, and whether its last output is the recorded amaxes."""
+    """Of the outermost graph: whether and which quantised weights it takes, and whether its last output is the recorded amaxes."""
 
+    keep_weights: bool = False
     weights: list[QuantizedWeights] = field(default_factory=list)
     records: bool = False
 
 
-def lower(gm: GraphModule, *, first: bool) -> Lowered:
-    """Rewrites `gm` and its sub-graphs in place. first: unset scales are taken from the tensor itself, in the graph."""
-    lowered = Lowered()
+def lower(gm: GraphModule, *, first: bool, keep_weights: bool = False) -> Lowered:
+    """Rewrites `gm` and its sub-graphs in place. first: unset scales are taken from the tensor itself, in the graph;
+    keep_weights: where all scales are set, the outermost graph takes the weights that it trains in FP8 too."""
+    lowered = Lowered(keep_weights)
     _lower(gm, {}, lowered, first=first, top=True)
     gm.graph.lint()
     gm.recompile()
@@ -132,8 +148,9 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
         grad_scales = _scales(grad_scale, slots.g, len(refs), packed) if slots else None
         if not plan.trains and top and all(_replayable(r) for r in refs) and not _written(graph, refs):
             layout = Layout(tuple(int(tensor(w).shape[0]) for w in weights), attributes["merged"], attributes["interleave"])
-            w8s, inverses = _weight_inputs(gm, refs, QuantizedAs(layout, plan.provider, plan.recipe.key), lowered)
-            inference_args = (x, w8s, inverses, biases, scales)
+            form = QuantizedAs(layout, plan.provider, plan.recipe.key)
+            w8s, inverses = zip(*_weight_inputs(gm, refs, form, lowered, ("w8", "w_inv")), strict=True)
+            inference_args = (x, list(w8s), list(inverses), biases, scales)
             new = emit(
                 graph,
                 functions.linears_inference,
@@ -144,7 +161,8 @@ def _lower_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bool, t
             )
             amax = None
         else:
-            args = (x, weights, biases, scales, grad_scales, sink)
+            ready = _ready(gm, node, refs, lowered, first, top)
+            args = (x, weights, biases, scales, grad_scales, sink, ready)
             new = emit(graph, functions.linears, args, attributes, like=node, value=[*node.meta[EXAMPLE], _amax_of(node, 2 * len(refs))])
             amax = emit(graph, operator.getitem, (new, len(refs)), like=node) if slots and plan.trains else None
     node.replace_all_uses_with(new)
@@ -193,7 +211,7 @@ def _lower_norm_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bo
     graph, k = gm.graph, node.kwargs
     x, norm_weight, norm_bias, weights, biases = node.args
     if node.meta[PLAN].norm_kernel and not first:
-        return _lower_to_norm_kernel(gm, node)
+        return _lower_to_norm_kernel(gm, node, lowered, top)
     norm_attributes = {name: k[name] for name in ("kind", "eps", "zero_centered", "round_before_weight")} | {"out_dtype": k["norm_dtype"]}
     with graph.inserting_before(node):
         h = emit(graph, ops.norm, (x, norm_weight, norm_bias), norm_attributes, like=node)
@@ -212,14 +230,15 @@ def _lower_norm_linears(gm: GraphModule, node: Node, lowered: Lowered, first: bo
     return _lower_linears(gm, group, lowered, first, top)
 
 
-def _lower_to_norm_kernel(gm: GraphModule, node: Node) -> list[Node]:
+def _lower_to_norm_kernel(gm: GraphModule, node: Node, lowered: Lowered, top: bool) -> list[Node]:
     graph, plan, slots, k = gm.graph, node.meta[PLAN], node.meta[SLOTS], node.kwargs
     n = len(node.args[3])
     names = ("merged", "interleave", "out_dtype", "kind", "eps", "zero_centered")
     attributes = {"provider": plan.provider, "recipe": plan.recipe.key} | {name: k[name] for name in names}
     scale, grad_scale, sink = _state_nodes(gm, slots)
     with graph.inserting_before(node):
-        args = (*node.args, _scales(scale, slots.f, 2 * n, False), _scales(grad_scale, slots.g, n, False), sink)
+        ready = _ready(gm, node, [weight_of(w) for w in node.args[3]], lowered, False, top)
+        args = (*node.args, _scales(scale, slots.f, 2 * n, False), _scales(grad_scale, slots.g, n, False), sink, ready)
         value = [*node.meta[EXAMPLE][1:], _amax_of(node, 2 * n)]
         new = emit(graph, functions.norm_linears, args, attributes, like=node, value=value)
         amax = emit(graph, operator.getitem, (new, n), like=node)
@@ -314,24 +333,55 @@ def _replay(ref: WeightRef) -> Callable[[torch.Tensor], torch.Tensor]:
     return view
 
 
-def _weight_inputs(gm: GraphModule, refs: Sequence[WeightRef], form: QuantizedAs, lowered: Lowered) -> tuple[list[Node], list[Node]]:
-    """New last inputs of the graph: the FP8 weight and scale_inv of each GEMM."""
+def _ready(
+    gm: GraphModule, node: Node, refs: Sequence[WeightRef | None], lowered: Lowered, first: bool, top: bool
+) -> list[tuple[Node, ...]]:
+    """The inputs that a site's weights come in by, in FP8, where they are kept from call to call; none where it makes them itself."""
+    plan, slots = node.meta[PLAN], node.meta.get(SLOTS)
+    stateful = plan.recipe.stateful
+    able = lowered.keep_weights and plan.trains and top and provider_for(plan.provider, plan.recipe.key).keeps_weights
+    if not able or (stateful and (first or slots is None)) or not all(_replayable(r) for r in refs) or _written(gm.graph, refs):
+        return []
+    sizes = tuple(int(tensor(r.chain[-1] if r.chain else r.root).shape[0]) for r in refs)
+    layout = Layout(sizes, node.kwargs["merged"], node.kwargs["interleave"])
+    places = tuple(slots.f + 2 * block[0] + 1 for block in layout.blocks()) if stateful else None
+    form = QuantizedAs(layout, plan.provider, plan.recipe.key)
+    return _weight_inputs(gm, refs, form, lowered, ("w8", "w8t", "w_scale", "w_inv", "w_amax"), trains=True, slots=places)
+
+
+def _weight_inputs(
+    gm: GraphModule,
+    refs: Sequence[WeightRef],
+    form: QuantizedAs,
+    lowered: Lowered,
+    names: tuple[str, ...],
+    trains: bool = False,
+    slots: tuple[int, ...] | None = None,
+) -> list[tuple[Node, ...]]:
+    """New last inputs of the graph, so many for each GEMM: the FP8 weight, its scale_inv and what training wants beside them."""
     graph = gm.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     position = {n: i for i, n in enumerate(placeholders)}
-    lowered.weights.append(QuantizedWeights(tuple(position[r.root] for r in refs), tuple(_replay(r) for r in refs), form))
-    views = [r.chain[-1] if r.chain else r.root for r in refs]
-    pairs = emit(graph, functions.quantize_weights, (views, *form.arguments()), like=placeholders[-1])
-    w8s: list[Node] = []
-    inverses: list[Node] = []
-    for i, pair in enumerate(pairs.meta[EXAMPLE]):
-        for name, value, into in (("te_w8", pair[0], w8s), ("te_w_inv", pair[1], inverses)):
+    arguments, views = tuple(position[r.root] for r in refs), tuple(_replay(r) for r in refs)
+    lowered.weights.append(QuantizedWeights(arguments, views, form, trains, slots))
+    nodes = [r.chain[-1] if r.chain else r.root for r in refs]
+    made = (
+        emit(graph, functions.prepare_weights, (nodes, None, *form.arguments()), like=placeholders[-1])
+        if trains
+        else emit(graph, functions.quantize_weights, (nodes, *form.arguments()), like=placeholders[-1])
+    )
+    inputs: list[tuple[Node, ...]] = []
+    for i, parts in enumerate(made.meta[EXAMPLE]):
+        of_gemm = []
+        for name, value in zip(names, parts, strict=True):
             with graph.inserting_after(placeholders[-1]):
-                node = graph.placeholder(f"{name}_{len(lowered.weights)}_{i}")
+                node = graph.placeholder(f"te_{name}_{len(lowered.weights)}_{i}")
             node._dynamo_source = None
-            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            # In training they are made anew when the weights have changed: no address that CUDA graphs could rely on.
+            node.meta["tensor_dict"] = {} if trains else {"_dynamo_static_input_type": "unguarded"}
             node.meta[EXAMPLE] = value
             placeholders.append(node)
-            into.append(node)
-    graph.erase_node(pairs)
-    return w8s, inverses
+            of_gemm.append(node)
+        inputs.append(tuple(of_gemm))
+    graph.erase_node(made)
+    return inputs

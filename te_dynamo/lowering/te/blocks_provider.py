@@ -46,6 +46,7 @@ class Blockwise:
 
     name = "te"
     opaque = False
+    keeps_weights = False
 
     def __init__(self, recipe: Recipe) -> None:
         """recipe: one of `BLOCKWISE`."""

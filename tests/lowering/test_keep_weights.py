@@ -1,0 +1,135 @@
+"""FP8 copies of weights that are kept from one training step to the next: results and state as without, and when they are made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import te_dynamo
+from te_dynamo.backend import te_fp8
+from te_dynamo.lowering import functions
+from te_dynamo.runtime import compile_without_codegen
+from tests import te_on_cpu
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(32)
+        self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(torch.relu(self.gate(h)) * self.up(h))
+
+
+@pytest.fixture(params=["reference", "te"])
+def provider(request: Any, monkeypatch: Any) -> str:
+    if request.param == "te":
+        reason = te_on_cpu.missing()
+        if reason is not None:
+            pytest.skip(reason)
+        te_on_cpu.install()
+    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+    torch._dynamo.reset()
+    return request.param
+
+
+@pytest.fixture
+def made(monkeypatch: Any) -> Iterator[list[int]]:
+    """The number of GEMMs for which weights were made outside of the graph, real ones."""
+    counts: list[int] = []
+    original = functions.prepare_weights
+
+    def counting(weights: Any, *args: Any) -> Any:
+        if all(type(w) is Tensor for w in weights):
+            counts.append(len(weights))
+        return original(weights, *args)
+
+    monkeypatch.setattr(functions, "prepare_weights", counting)
+    yield counts
+
+
+def batches(n: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 32, generator=generator) * (i + 1) for i in range(n)]
+
+
+def accumulate(model: nn.Module, steps: int = 3, microbatches: int = 3, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """(each output, and the gradients at each optimizer step; the scale state)."""
+    run = torch.compile(model, backend=te_fp8, fullgraph=True, options=options)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    seen: list[Tensor] = []
+    for i, x in enumerate(batches(steps * microbatches)):
+        y = run(x)
+        y.square().mean().backward()
+        seen.append(y.detach())
+        if i % microbatches == microbatches - 1:
+            seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen, te_dynamo.scale_state(model).state_dict()
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_over_an_accumulation(provider, made, recipe):
+    model = Model()
+    kept, _ = accumulate(copy.deepcopy(model), provider=provider, recipe=recipe, keep_weights=True)
+    # gate and up are one GEMM, down the other. Delayed: the first call has its scales from itself, in a graph of its own.
+    assert made == [2, 1] * 3
+    torch._dynamo.reset()
+    made.clear()
+    fresh, _ = accumulate(copy.deepcopy(model), provider=provider, recipe=recipe)
+    assert not made
+    if recipe == "current":  # one scale for a weight that does not change
+        assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
+    else:  # the scale that it was quantised with stays, where a fresh copy would have the newest
+        for a, b in zip(kept, fresh, strict=True):
+            assert (a - b).norm() <= 0.2 * b.norm()
+
+
+def test_the_amax_is_recorded_at_each_call(provider):
+    """State is what it is without: three microbatches, in which no weight moves."""
+    states = [accumulate(Model(), steps=1, provider=provider, keep_weights=keep)[1] for keep in (True, False)]
+    weights = [{k: v for k, v in state.items() if ".weight." in k} for state in states]
+    assert len(weights[0]) == 6 and all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+    assert all((v > 0).sum() == 3 for k, v in weights[0].items() if k.endswith("amax_history"))
+
+
+def test_weights_that_are_frozen(provider, made):
+    model = Model()
+    for linear in (model.gate, model.up, model.down):
+        linear.requires_grad_(False)
+    seen, _ = accumulate(model, provider=provider, recipe="current", keep_weights=True)
+    assert made == [2, 1]  # for good
+    torch._dynamo.reset()
+    fresh, _ = accumulate(copy.deepcopy(model), steps=1, provider=provider, recipe="current")
+    assert (seen[0] - fresh[0]).norm() < 0.2 * fresh[0].norm()  # the norm has learnt since
+
+
+def test_whoever_writes_them_unseen_says_so(provider, made):
+    model = Model()
+    run = torch.compile(model, backend=te_fp8, options={"provider": provider, "recipe": "current", "keep_weights": True})
+    (x,) = batches(1)
+    before = run(x)
+    model.down.weight.data.mul_(2)
+    te_dynamo.weights_changed(model)
+    after = run(x)
+    torch.testing.assert_close((after - x - model.down.bias) / 2, before - x - model.down.bias)
+    assert made == [2, 1] * 2
+
+
+def test_in_inference_they_are_those_of_inference(provider):
+    model, (x,) = Model(), batches(1)
+    run = torch.compile(model, backend=te_fp8, options={"provider": provider, "keep_weights": True})
+    for _ in range(3):
+        run(x).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        assert (run(x) - model(x)).norm() < 0.1 * model(x).norm()
