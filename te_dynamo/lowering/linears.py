@@ -325,7 +325,7 @@ def backward(
             amaxes[i] = g8.amax
             if needs.biases[i]:
                 assert db is not None
-                dbs[i] = layout.rows(db, member, len(block))
+                dbs[i] = layout.rows(db, member, len(block)).clone() if len(block) > 1 else db  # an operator's outputs overlap nowhere
     return (None if dx is None else dx.to(x_dtype)), dws, dbs, amaxes
 
 

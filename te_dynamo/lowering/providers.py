@@ -303,4 +303,6 @@ def choose_for(recipe: Recipe, requested: str, chosen: str, device: torch.device
     if requested != "auto":
         message = f"provider={requested!r} does not have the recipe {recipe.name!r}: {reason}"
         raise RuntimeError(f"te_fp8: {message}. Remedy: provider='auto' or 'reference'.")
+    if device.type == "cuda" and isinstance(recipe, BLOCKWISE) and _finer("te", recipe.key).unavailable(device) is None:
+        return "te", reason
     return "reference", reason

@@ -14,7 +14,7 @@ from te_dynamo.lowering.cost import flops_of_linear
 from te_dynamo.lowering.fp8_attention import unsupported as unsupported_attention
 from te_dynamo.lowering.providers import choose_for, provider_named
 from te_dynamo.lowering.te.attention_limits import Case, refused
-from te_dynamo.lowering.te.library import capability, cudnn_version
+from te_dynamo.lowering.te.library import capability, cudnn_version, unavailable
 from te_dynamo.passes.fuse import LAYOUT, MEMBERS
 from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.layout import Layout, packed_in_memory
@@ -137,14 +137,20 @@ def _attention(
         site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
     site.detail["precision"] = "fp8" if precision else "high"
     site.flops = _attention_flops(node)
-    sites.add(site)
     lies_as = ""
-    if provider == "te":
+    if provider == "te" or (precision is not None and te_beside(options, device)):
         instead = _why_no_te_attention(node, precision, device, trains)
         if instead is None:
             lies_as = (packed_in_memory(node) if precision is None else None) or Layout(node.meta[LAYOUT].form, "").name
+            provider = site.provider = "te"
         site.detail["kernel"] = f"TE's fused attention, {lies_as}" if instead is None else f"not TE's: {instead}"
+    sites.add(site)
     return Plan(provider, precision, trains, peers_of(wanted, peers), lies_as=lies_as), site
+
+
+def te_beside(options: Options, device: torch.device) -> bool:
+    """Whether what the chosen provider has no kernel for may go to TE: FP8 attention on a GPU, which else is its definition."""
+    return options.provider == "auto" and device.type == "cuda" and unavailable(device) is None
 
 
 def _why_no_te_attention(node: Node, precision: Recipe | None, device: torch.device, trains: bool) -> str | None:

@@ -358,3 +358,12 @@ def test_inference():
     model.eval()
     with torch.no_grad():
         assert sqnr(model(x), run(x)) > 18
+
+
+def test_auto_takes_te_for_fp8_attention_alone(monkeypatch):
+    monkeypatch.setattr("te_dynamo.passes.plan.te_beside", lambda options, device: options.provider == "auto")
+    module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
+    _, site = trained(module, x, attention="fp8")
+    assert site.provider == "te" and site.detail["kernel"].startswith("TE's fused attention")
+    _, site = trained(module, x)
+    assert site.provider == "native" and "kernel" not in site.detail

@@ -19,7 +19,7 @@ from te_dynamo.lowering import functions
 from te_dynamo.lowering.granularity import MX, Blocks, Quantized
 from te_dynamo.lowering.providers import choose_for
 from te_dynamo.lowering.te.blocks_provider import Blockwise
-from te_dynamo.recipe import Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
+from te_dynamo.recipe import DelayedScaling, Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 from tests import te_on_cpu
 from tests.models import CASES, output
 from tests.numerics import sqnr
@@ -510,3 +510,14 @@ def test_where_it_is_and_why_not(recipe, device, words):
         assert key == "reference" and reason is not None and words in reason
         with pytest.raises(RuntimeError, match=f"provider='te' does not have the recipe '{recipe.name}': .*Remedy"):
             choose_for(recipe, "te", "te", CPU)
+
+
+def test_auto_takes_te_for_the_recipes_that_native_does_not_have(monkeypatch):
+    device, block = torch.device("cuda"), Float8BlockScaling()
+    monkeypatch.setattr("te_dynamo.lowering.te.library.unavailable", lambda device: None)
+    monkeypatch.setattr("te_dynamo.lowering.te.blocks_provider.unavailable_recipe", lambda recipe, device: None)
+    key, reason = choose_for(block, "auto", "native:cuda", device)
+    assert key == "te" and "torch._scaled_mm" in reason
+    monkeypatch.setattr("te_dynamo.lowering.te.blocks_provider.unavailable_recipe", lambda recipe, device: "not here")
+    assert choose_for(block, "auto", "native:cuda", device)[0] == "reference"
+    assert choose_for(DelayedScaling(), "auto", "native:cuda", device) == ("native:cuda", None)
