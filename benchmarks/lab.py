@@ -1,11 +1,14 @@
-"""The predicted step of a Llama-3-8B layer on an H100, Inductor in bf16 against te_fp8 `native`, on a machine without a GPU.
+"""The predicted step of a Llama-3-8B layer on an H100, Inductor in bf16 against te_fp8's providers, on a machine without a GPU.
 
     python -m benchmarks.lab PATH_TO_GPULAB [--shape 1x4096 ...] [--python PYTHON] [--json FILE]
+
+Two tables: what a step is, and what its microseconds are spent on, beside the floor: the same GEMMs and attention in FP8 and bf16,
+one read and one write of each tensor that must exist, every quantization written by the kernel that makes the values.
 
 gpulab is an external cost model and no part of this repository: PATH_TO_GPULAB is its folder. It compiles the step for
 sm_90, runs it on fake CUDA tensors and notes each launch: kernels, bytes and the ratio are what to read, not milliseconds.
 `--json benchmarks/results/lab.json` is what the benchmarks on a GPU print beside their own times.
-It needs triton and g++, so `--python` may name another interpreter than this one.
+It needs triton, transformer_engine's Python package and g++, so `--python` may name another interpreter than this one.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,31 @@ BACKENDS = {
     "bf16 Inductor": [],
     "te_fp8 native": [*TE_FP8, 'provider="native"'],
     "te_fp8 te": ["--import", "te_present", *TE_FP8, 'provider="te"'],
+    "te_fp8 te, recompute_inputs": ["--import", "te_present", *TE_FP8, 'provider="te"', "--option", "recompute_inputs=true"],
+}
+FLOOR = """
+import dataclasses, json, os, sys
+import gpulab
+gpulab.pretend_h100()
+import fp8_cases
+hardware, rows = gpulab.Hardware(), {}
+for shape in sys.argv[2:]:
+    events, _ = fp8_cases.floor(*map(int, shape.split("x")), True, True)
+    rows[shape] = [dataclasses.asdict(event) | {"us": hardware.us(event)} for event in events]
+json.dump(rows, open(sys.argv[1], "w"))
+sys.stdout.flush()
+os._exit(0)
+"""
+WEIGHT_CASTS = ("cast_transpose", "te_quantize", "weights")
+SMALL = 8.0  # us
+# What an event of the lab belongs to: the first that fits.
+GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "GEMMs": lambda e: e["kind"] == "gemm",
+    "attention": lambda e: e["kind"] == "attention",
+    "weights to FP8, both ways": lambda e: e["name"].startswith(WEIGHT_CASTS),
+    "transposed copies": lambda e: e["name"] == "transpose",
+    "scales and other small kernels": lambda e: e["us"] < SMALL,
+    "norms, RoPE, SwiGLU, sums and casts": lambda e: True,
 }
 COLUMNS = {"kernels": "kernels", "GEMMs": "gemms", "GB outside GEMMs": "gb", "saved MiB": "saved_mb", "predicted ms": "device_ms"}
 
@@ -56,6 +85,34 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def floor(lab: Path, python: str, shapes: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The events of the floor at each shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "floor.json"
+        subprocess.run([python, "-c", FLOOR, str(result), *shapes], cwd=lab, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(result.read_text())
+
+
+def spent(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Microseconds by group."""
+    result = dict.fromkeys(GROUPS, 0.0)
+    for event in events:
+        result[next(name for name, fits in GROUPS.items() if fits(event))] += event["us"]
+    return result
+
+
+def spending(rows: dict[str, list[dict[str, Any]]], floors: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: microseconds of a step by group, beside the floor's."""
+    lines = ["| shape | backend | " + " | ".join(GROUPS) + " | all, us |", "|---" * (len(GROUPS) + 3) + "|"]
+    for i, row in enumerate(next(iter(rows.values()))):
+        measured = {"floor": floors[row["shape"]]} | {name: found[i]["events"] for name, found in rows.items()}
+        for name, events in measured.items():
+            groups = spent(events)
+            cells = [f"{us:.0f}" for us in (*groups.values(), sum(groups.values()))]
+            lines.append(f"| {row['shape']} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def predictions(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
     """{backend: {shape: {"predicted_ms", "ratio"}}}; the ratio is to the first backend at the same shape."""
     base = next(iter(rows.values()))
@@ -77,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     shapes = args.shape or list(SHAPES)
     rows = {name: measure(args.lab, args.python, shapes, arguments) for name, arguments in BACKENDS.items()}
-    print(table(rows))
+    print(table(rows), spending(rows, floor(args.lab, args.python, shapes)), sep="\n\n")
     if args.json:
         args.json.write_text(json.dumps(predictions(rows), indent=1) + "\n")
 
