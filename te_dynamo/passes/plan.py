@@ -12,15 +12,14 @@ from te_dynamo import ops
 from te_dynamo.config import Options
 from te_dynamo.lowering.cost import flops_of_linear
 from te_dynamo.lowering.fp8_attention import unsupported as unsupported_attention
-from te_dynamo.lowering.providers import choose_for, provider_named
-from te_dynamo.lowering.te.attention_limits import Case, refused
-from te_dynamo.lowering.te.library import capability, cudnn_version, unavailable
+from te_dynamo.lowering.providers import choose_for
 from te_dynamo.passes.fuse import LAYOUT, MEMBERS
 from te_dynamo.passes.graph import is_call, tensor
-from te_dynamo.passes.layout import Layout, packed_in_memory
+from te_dynamo.passes.layout import Layout as AttentionLayout
+from te_dynamo.passes.layout import packed_in_memory
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.select import RECIPE, site_path, wants_fp8
-from te_dynamo.passes.weights import is_view
+from te_dynamo.passes.te_kernels import te_beside, why_no_norm_kernel, why_no_te_attention
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
 from te_dynamo.report.sites import Site, Sites, module_path
 
@@ -53,7 +52,7 @@ def plan(
             recipe = node.meta[RECIPE]
             key, reason = choose_for(recipe, options.provider, provider, device)
             trains = where[node][1]
-            instead = _why_no_norm_kernel(node, key, recipe, trains) if key == "te" and node.target is ops.norm_linears else ""
+            instead = why_no_norm_kernel(node, key, recipe, trains) if key == "te" and node.target is ops.norm_linears else ""
             node.meta[PLAN] = Plan(key, recipe, trains, peers_of(recipe, peers), norm_kernel=instead is None)
             node.meta[SITE] = _linear_sites(node, sites, key, recipe, reason)
             if key == "te" and node.target is ops.norm_linears:
@@ -63,27 +62,6 @@ def plan(
         elif is_call(node, ops.norm):
             node.meta[PLAN] = Plan(provider, None, where[node][1])
             node.meta[SITE] = Site("norm", module_path(node), node.name, provider=provider.partition(":")[0])
-
-
-def _why_no_norm_kernel(node: Node, provider: str, recipe: Recipe, trains: bool) -> str | None:
-    """Why a norm before linears is left to Inductor, as a clause; None where the provider's own kernel is to compute it."""
-    x, weight, bias = node.args[:3]
-    if not trains:
-        return "Inductor writes it in FP8 as well, and inference needs no transposed copy"
-    if any(output.args[1] == 0 and output.users for output in node.users):
-        return "its result is wanted in high precision too"
-    if not lies_in_memory(x):
-        return "Inductor fuses it with what makes its input"
-    return provider_named(provider).unsupported_norm(*(tensor(t) for t in (x, weight, bias)), node.kwargs["kind"], recipe)
-
-
-def lies_in_memory(node: Any) -> bool:
-    """Whether a value is an input of the graph or made by a GEMM: there is nothing that a kernel could be fused with."""
-    while is_view(node):
-        if is_call(node.args[0], ops.linears, ops.norm_linears):
-            return True
-        node = node.args[0]
-    return node.op == "placeholder"
 
 
 def peers_of(recipe: Recipe, peers: str) -> str:
@@ -139,42 +117,13 @@ def _attention(
     site.flops = _attention_flops(node)
     lies_as = ""
     if provider == "te" or (precision is not None and te_beside(options, device)):
-        instead = _why_no_te_attention(node, precision, device, trains)
+        instead = why_no_te_attention(node, precision, device, trains)
         if instead is None:
-            lies_as = (packed_in_memory(node) if precision is None else None) or Layout(node.meta[LAYOUT].form, "").name
+            lies_as = (packed_in_memory(node) if precision is None else None) or AttentionLayout(node.meta[LAYOUT].form, "").name
             provider = site.provider = "te"
         site.detail["kernel"] = f"TE's fused attention, {lies_as}" if instead is None else f"not TE's: {instead}"
     sites.add(site)
     return Plan(provider, precision, trains, peers_of(wanted, peers), lies_as=lies_as), site
-
-
-def te_beside(options: Options, device: torch.device) -> bool:
-    """Whether what the chosen provider has no kernel for may go to TE: FP8 attention on a GPU, which else is its definition."""
-    return options.provider == "auto" and device.type == "cuda" and unavailable(device) is None
-
-
-def _why_no_te_attention(node: Node, precision: Recipe | None, device: torch.device, trains: bool) -> str | None:
-    """Why TE's fused attention does not compute a site, as a clause; None where it does."""
-    q, k, v = (tensor(a) for a in node.args[:3])
-    case = Case(
-        dtype=q.dtype,
-        head_qk=int(q.shape[3]),
-        head_v=int(v.shape[3]),
-        s_q=q.shape[2],
-        s_kv=k.shape[2],
-        causal=node.kwargs.get("causal", False),
-        mask=len(node.args) > 3 and node.args[3] is not None,
-        dropout=node.kwargs.get("dropout_p", 0.0),
-        trains=trains,
-        in_fp8=precision is not None,
-        capability=capability(device),
-        cudnn=cudnn_version(),
-    )
-    if precision is None and packed_in_memory(node) is None:
-        return "q, k and v are made apart, and torch's attention takes them as they lie"
-    if precision is not None and not isinstance(precision, DelayedScaling):
-        return f"its kernels have delayed scales for S and dP, and {precision.name!r} scaling has none"
-    return refused(case)
 
 
 def is_learned(node: Any) -> bool:
