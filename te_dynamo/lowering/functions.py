@@ -129,12 +129,12 @@ class _NormLinears(torch.autograd.Function):
         n = len(layout.sizes)
         weights, biases = rest[:n], rest[n:]
         norm = (norm_weight, norm_bias, kind, eps, zero_centered)
-        ys, x8t, statistics, used, amax = provider_for(provider, recipe).norm_linears_forward(
+        ys, h8, statistics, used, amax = provider_for(provider, recipe).norm_linears_forward(
             x, norm, weights, biases, scales, layout, out_dtype, recipe, ready
         )
         wanted = ctx.needs_input_grad[-2 * n :]
         ctx.needs = Needs(any(ctx.needs_input_grad[:3]), tuple(wanted[:n]), tuple(wanted[n:]))
-        ctx.save_for_backward(x, norm_weight, *statistics, x8t if any(ctx.needs.weights) else None, *weights, *used)
+        ctx.save_for_backward(x, norm_weight, *statistics, h8 if any(ctx.needs.weights) else None, *weights, *used)
         dtypes = [None if b is None else b.dtype for b in (norm_bias, *biases)]
         ctx.attributes = (provider, recipe, grad_scales, layout, out_dtype, kind, zero_centered, dtypes)
         ctx.mark_non_differentiable(amax)
@@ -144,9 +144,9 @@ class _NormLinears(torch.autograd.Function):
     def backward(ctx, *grads):
         provider, recipe, grad_scales, layout, out_dtype, kind, zero_centered, (norm_bias_dtype, *bias_dtypes) = ctx.attributes
         n = len(layout.sizes)
-        x, norm_weight, mean, inverse, x8t, *rest = ctx.saved_tensors
+        x, norm_weight, mean, inverse, h8, *rest = ctx.saved_tensors
         dh, dws, dbs, amax = provider_for(provider, recipe).linears_backward(
-            grads[:-1], None, rest[:n], rest[n:], grad_scales, layout, ctx.needs, out_dtype, recipe, "", False, x8t=x8t
+            grads[:-1], h8, rest[:n], rest[n:], grad_scales, layout, ctx.needs, out_dtype, recipe, "", False
         )
         dbs = [None if db is None else db.to(dtype) for db, dtype in zip(dbs, bias_dtypes, strict=True)]
         dx = dw = db = None

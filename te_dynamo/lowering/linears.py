@@ -294,16 +294,11 @@ def backward(
     x_dtype: torch.dtype,
     casting: Casting,
     first: bool,
-    x8t: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor]]:
-    """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, n amaxes).
-
-    x8t: the input transposed, [K, T padded], where forward made that; then `x8` is not read.
-    """
+    """grads [T, N] of each GEMM -> (dx [T, K] or None, each dw [N_i, K], each db [N_i] f32, n amaxes)."""
     x_scale, *w_scales = used
-    if x8t is None and x8 is not None:
-        with made_again_in_backward():
-            x8t = gemm.transposed(x8)
+    with made_again_in_backward():
+        x8t = None if x8 is None else gemm.transposed(x8)
     dws: list[Tensor | None] = [None] * len(weights)
     dbs: list[Tensor | None] = [None] * len(weights)
     amaxes: list[Tensor] = list(grads[:1]) * len(weights)

@@ -130,13 +130,13 @@ class Generated(PerTensor):
         ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
         return ys, x8, [*(t for pair in used for t in pair), *kept], largest_of(amaxes)
 
-    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, recipe, peers, first, x8t=None):
+    def linears_backward(self, grads, x8, weights, used, scales, layout, needs, x_dtype, recipe, peers, first):
         lead, casting = grads[0].shape[:-1], casting_of(recipe, peers)
         rows = [t.reshape(-1, t.shape[-1]) for t in grads]
         pairs = 2 * (1 + len(grads))
         forward_scales, kept = [Scale(*pair) for pair in zip(used[:pairs:2], used[1:pairs:2], strict=True)], used[pairs:]
         dx, dws, dbs, amaxes = linears.backward(
-            self.gemm, rows, x8, weights, forward_scales, kept, _pairs(scales), layout, needs, x_dtype, casting, first, x8t
+            self.gemm, rows, x8, weights, forward_scales, kept, _pairs(scales), layout, needs, x_dtype, casting, first
         )
         return (None if dx is None else dx.reshape(*lead, dx.shape[-1])), dws, dbs, largest_of(amaxes)
 
@@ -221,17 +221,17 @@ class TransformerEngine(Generated):
         return te_norm.unsupported(x, weight, bias, kind, self.gemm.multiple)
 
     def norm_linears_forward(self, x, norm, weights, biases, scales, layout, out_dtype, recipe, ready=()):
-        """norm: (weight, bias, kind, eps, zero_centered) -> (outputs, the norm's output transposed in FP8, its (mean, one over the
-        deviation), what backward is given as `used`, amaxes)."""
+        """norm: (weight, bias, kind, eps, zero_centered) -> (outputs, the norm's output in FP8, its (mean, one over the deviation),
+        what backward is given as `used`, amaxes)."""
         weight, bias, *attributes = norm
         rows, casting, pairs = x.reshape(-1, x.shape[-1]), casting_of(recipe), _pairs(scales)
-        h8, h8t, *statistics, amax = torch.ops.te_dynamo.te_norm(rows, weight, bias, pairs[0].value, casting.forward, *attributes)
-        h = linears.Quantized(h8, h8t, pairs[0], amax)
+        h8, *statistics, amax = torch.ops.te_dynamo.te_norm(rows, weight, bias, pairs[0].value, casting.forward, *attributes)
+        h = linears.Quantized(h8, None, pairs[0], amax)
         ys, used, amaxes, kept = linears.multiply(
             self.gemm, h, rows.shape[0], weights, biases, pairs, layout, out_dtype, casting, False, _quantized(ready)
         )
         ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
-        return ys, h8t, statistics, [*(t for pair in used for t in pair), *kept], largest_of(amaxes)
+        return ys, h8, statistics, [*(t for pair in used for t in pair), *kept], largest_of(amaxes)
 
 
 REFERENCE = Generated("reference", linears.REFERENCE)

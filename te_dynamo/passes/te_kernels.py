@@ -25,7 +25,7 @@ def why_no_norm_kernel(node: Node, provider: str, recipe: Recipe, trains: bool) 
     """Why a norm before linears is left to Inductor, as a clause; None where the provider's own kernel is to compute it."""
     x, weight, bias = node.args[:3]
     if not trains:
-        return "Inductor writes it in FP8 as well, and inference needs no transposed copy"
+        return "Inductor writes it in FP8 as well"
     if any(output.args[1] == 0 and output.users for output in node.users):
         return "its result is wanted in high precision too"
     if not lies_in_memory(x):

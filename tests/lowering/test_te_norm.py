@@ -40,7 +40,7 @@ def test_a_norm_in_fp8(kind, dtype, zero_centered):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(32, 64, dtype=dtype), torch.randn(64).to(dtype), torch.randn(64).to(dtype)
     scale = torch.tensor(20.0)
-    h8, h8t, mean, inverse, peak = torch.ops.te_dynamo.te_norm(
+    h8, mean, inverse, peak = torch.ops.te_dynamo.te_norm(
         x, weight, bias if kind == "layer" else None, scale, E4M3, kind, 1e-5, zero_centered
     )
     shape, factor = (64,), weight.float() + zero_centered
@@ -51,7 +51,6 @@ def test_a_norm_in_fp8(kind, dtype, zero_centered):
     )
     torch.testing.assert_close(h8.float() / 20, exact, rtol=2**-4, atol=2**-10)  # E4M3 has three bits behind the point
     assert (bits(h8) != bits(quantize(exact, scale, E4M3))).sum() <= 4  # another order of float32's sums
-    assert torch.equal(bits(h8t), bits(h8.t().contiguous()))
     torch.testing.assert_close(peak.item(), amax(exact).item(), rtol=1e-6, atol=0)
     assert mean.numel() == (32 if kind == "layer" else 0) and inverse.shape == (32,)
 

@@ -83,8 +83,8 @@ def _(grad, scale, dtype):
 def quantizer(scale: Tensor, amax: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> Any:
     """TE's delayed-scaling quantizer of one tensor; it max-writes `amax` [1]. scale: f32, 0-d."""
     te = api()
-    if transposed and not casts_transpose(scale.device):
-        data, transposed = True, False  # `plain` transposes
+    if transposed:  # TE's cast and transpose writes both; where it does not transpose, `plain` does
+        data, transposed = True, casts_transpose(scale.device)
     made = te.Float8Quantizer(scale.reshape(1), amax, te.dtype[dtype], rowwise=data, columnwise=transposed)
     made.internal = True
     return made

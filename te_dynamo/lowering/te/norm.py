@@ -1,8 +1,9 @@
-"""TE's norms that write FP8, its transposed copy and the amax, with what backward needs: one kernel.
+"""TE's norms that write FP8 and the amax, with what backward needs, in one kernel.
 
-The calls are those of TE 2.20 (pytorch/module/_common.py, apply_normalization). TE rounds once, to FP8, from float32. Backward is
-plain torch: what it computes Inductor fuses with the gradients that are added to it and casts that follow, a kernel of TE's
-would write its result for a kernel of the sum to read again.
+The calls are those of TE 2.20 (pytorch/module/_common.py, apply_normalization). TE rounds once, to FP8, from float32. Asked for the
+transposed copy too, TE runs its transpose kernel after the norm (C/normalization/rmsnorm/rmsnorm_api.cpp): it is made in backward
+instead, as for other inputs. Backward is plain torch: what it computes Inductor fuses with the gradients that are added to it, where
+a kernel of TE's would write its result for a kernel of the sum to read again.
 """
 
 from __future__ import annotations
@@ -13,33 +14,32 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering.te.library import api, running
-from te_dynamo.lowering.te.linear import plain, plain_fake, quantizer
+from te_dynamo.lowering.te.linear import quantizer
 from te_dynamo.ops import NormKind
 
 
 @torch.library.custom_op("te_dynamo::te_norm", mutates_args=())
 def te_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, dtype: torch.dtype, kind: str, eps: float, zero_centered: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [T, H]; weight, bias [H] of x's dtype; scale f32, 0-d -> (FP8 [T, H], FP8 [H, T], the mean f32 [T] (empty for "rms"),
-    one over the deviation or the root mean square f32 [T], amax f32 [1])."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, H]; weight, bias [H] of x's dtype; scale f32, 0-d -> (FP8 [T, H], the mean f32 [T] (empty for "rms"), one over the
+    deviation or the root mean square f32 [T], amax f32 [1])."""
     te = api()
     amax = x.new_zeros(1, dtype=torch.float32)
     with running():
-        q = quantizer(scale, amax, dtype, True, True)
-        rest = (eps, None, q, te.dtype[x.dtype], 0, zero_centered)
+        rest = (eps, None, quantizer(scale, amax, dtype, True, False), te.dtype[x.dtype], 0, zero_centered)
         if kind == "layer":
-            y, mean, inverse = te.tex.layernorm_fwd(x, weight, bias, *rest)
+            y, mean, inverse = te.tex.layernorm_fwd(x.contiguous(), weight, bias, *rest)
         else:
-            y, mean, inverse = te.tex.rmsnorm_fwd(x, weight, *rest)
-    return *plain(y, x, dtype, True, True), inverse.new_empty(0) if mean is None else mean, inverse, amax
+            y, mean, inverse = te.tex.rmsnorm_fwd(x.contiguous(), weight, *rest)
+    return y._data.view(dtype), inverse.new_empty(0) if mean is None else mean, inverse, amax
 
 
 @te_norm.register_fake
 def _(x, weight, bias, scale, dtype, kind, eps, zero_centered):
     f32 = {"dtype": torch.float32}
     mean = x.new_empty(x.shape[0] if kind == "layer" else 0, **f32)
-    return *plain_fake(x, dtype, True, True), mean, x.new_empty(x.shape[0], **f32), x.new_empty(1, **f32)
+    return x.new_empty(x.shape, dtype=dtype), mean, x.new_empty(x.shape[0], **f32), x.new_empty(1, **f32)
 
 
 def backward(
@@ -73,4 +73,4 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str
     if any(isinstance(size, torch.SymInt) for size in sizes):
         return "the number of tokens is not known when it is compiled"
     tokens = math.prod(sizes)
-    return f"{tokens} tokens are not a multiple of {multiple}" if tokens % multiple else None
+    return f"{tokens} tokens are not a multiple of {multiple}" if tokens % multiple or not tokens else None
