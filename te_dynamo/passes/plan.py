@@ -52,7 +52,7 @@ def plan(
             recipe = node.meta[RECIPE]
             key, reason = choose_for(recipe, options.provider, provider, device)
             trains = where[node][1]
-            instead = why_no_norm_kernel(node, key, recipe, trains) if key == "te" and node.target is ops.norm_linears else ""
+            instead = why_no_norm_kernel(node, key, recipe, options, trains) if key == "te" and node.target is ops.norm_linears else ""
             node.meta[PLAN] = Plan(key, recipe, trains, peers_of(recipe, peers), norm_kernel=instead is None)
             node.meta[SITE] = _linear_sites(node, sites, key, recipe, reason)
             if key == "te" and node.target is ops.norm_linears:

@@ -21,11 +21,13 @@ from te_dynamo.passes.weights import is_view
 from te_dynamo.recipe import DelayedScaling, Recipe
 
 
-def why_no_norm_kernel(node: Node, provider: str, recipe: Recipe, trains: bool) -> str | None:
+def why_no_norm_kernel(node: Node, provider: str, recipe: Recipe, options: Options, trains: bool) -> str | None:
     """Why a norm before linears is left to Inductor, as a clause; None where the provider's own kernel is to compute it."""
     x, weight, bias = node.args[:3]
     if not trains:
         return "Inductor writes it in FP8 as well"
+    if options.recompute_inputs:
+        return "recompute_inputs: what Inductor generates can be made again in backward"
     if any(output.args[1] == 0 and output.users for output in node.users):
         return "its result is wanted in high precision too"
     if not lies_in_memory(x):
