@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class CompiledGraph:
             STATE.visit(group if recording else None)
         variant = self._variant(group)
         state = self._state_inputs(group, args, recording)
-        weights = self.weights.inputs(variant.lowered.weights, args, state[0] if state else None)
+        weights = self.weights.inputs(variant.lowered.weights, args)
         outputs = variant.run(*args, *state, *weights)
         if not variant.lowered.records:
             return outputs
@@ -156,7 +157,8 @@ class CompiledGraph:
 class WeightCache:
     """FP8 copies of weights that did not change: by identity, version counter and address.
 
-    A write through `.data` leaves no trace: `te_dynamo.weights_changed(model)` tells of it. A tensor without a version
+    An optimizer's step tells by itself: fused ones leave no trace in a version. Nor does a write through `.data`, or through other
+    memory that a weight is a view of: `te_dynamo.weights_changed(model)` tells of it. A tensor without a version
     counter (made in inference mode), or that FSDP gathers, is quantised at every call.
     """
 
@@ -165,13 +167,14 @@ class WeightCache:
     def __init__(self) -> None:
         self.entries: dict[tuple[int, tuple[int, ...]], tuple[tuple[Any, ...], list[Tensor]]] = {}
         self.changing: dict[tuple[int, tuple[int, ...]], bool] = {}  # whether a version tells nothing of these weights
+        _watch_optimizers()
         WeightCache.everyone.add(self)
 
-    def inputs(self, wanted: Sequence[QuantizedWeights], args: Sequence[Any], scales: Tensor | None) -> list[Tensor]:
-        """The FP8 weights of each GEMM, in the order of the graph's inputs. scales: the call's packed scales."""
-        return [t for number, weights in enumerate(wanted) for t in self._one(number, weights, args, scales)]
+    def inputs(self, wanted: Sequence[QuantizedWeights], args: Sequence[Any]) -> list[Tensor]:
+        """The FP8 weights of each GEMM, in the order of the graph's inputs."""
+        return [t for number, weights in enumerate(wanted) for t in self._one(number, weights, args)]
 
-    def _one(self, number: int, wanted: QuantizedWeights, args: Sequence[Any], scales: Tensor | None) -> list[Tensor]:
+    def _one(self, number: int, wanted: QuantizedWeights, args: Sequence[Any]) -> list[Tensor]:
         tensors = [args[i] for i in wanted.arguments]
         key = (number, tuple([id(t) for t in tensors]))
         state = None if self._changes(key, tensors) or _captured(wanted, tensors) else _fingerprint(tensors)
@@ -179,7 +182,7 @@ class WeightCache:
         if entry is not None and state is not None and entry[0] == state:
             return entry[1]
         with torch.no_grad():
-            made = wanted.make(tensors, scales)
+            made = wanted.make(tensors)
         if state is not None:
             if entry is None:
                 for t in tensors:
@@ -201,6 +204,19 @@ class WeightCache:
             del self.entries[key]
 
 
+@cache
+def _watch_optimizers() -> None:
+    """From now on, whatever an optimizer of torch's kind has stepped is forgotten."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def stepped(optimizer: Any, *_: Any) -> None:
+        weights = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for weight_cache in list(WeightCache.everyone):
+            weight_cache.forget(weights)
+
+    register_optimizer_step_post_hook(stepped)
+
+
 def _captured(wanted: QuantizedWeights, tensors: Sequence[Tensor]) -> bool:
     """Whether a CUDA graph is being captured that the weights of training will change under."""
     return wanted.trains and any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
@@ -218,5 +234,5 @@ def weights_changed(model: torch.nn.Module) -> None:
     """Tells te_dynamo that parameters of `model` were written in a way that leaves no trace (through `.data`, or by foreign
     code): their FP8 copies are made again at the next call."""
     tensors = {id(p) for p in model.parameters()}
-    for cache in list(WeightCache.everyone):
-        cache.forget(tensors)
+    for weight_cache in list(WeightCache.everyone):
+        weight_cache.forget(tensors)

@@ -215,15 +215,10 @@ def linears_inference(
     return list(layout.split(ys[0])) if merged else list(ys)
 
 
-def prepare_weights(
-    weights: Sequence[Tensor], scales: Sequence[Tensor] | None, merged: bool, interleave: int, provider: str, recipe: str
-) -> list[Ready]:
-    """The weights [N_i, K] of linears as `linears` takes them `ready`, one for each GEMM.
-
-    scales: that of each GEMM, f32, 0-d, all set; None: each weight's own.
-    """
+def prepare_weights(weights: Sequence[Tensor], merged: bool, interleave: int, provider: str, recipe: str) -> list[Ready]:
+    """The weights [N_i, K] of linears as `linears` takes them `ready`, one for each GEMM, scaled by its own amax."""
     layout = Layout(tuple(w.shape[0] for w in weights), merged, interleave)
-    return provider_for(provider, recipe).prepare_weights(weights, scales, layout, recipe)
+    return provider_for(provider, recipe).prepare_weights(weights, layout, recipe)
 
 
 def quantize_weights(weights: Sequence[Tensor], merged: bool, interleave: int, provider: str, recipe: str) -> list[tuple[Tensor, Tensor]]:

@@ -148,8 +148,12 @@ class Gemm:
         return self.function(a, b, a_inv, b_inv, out_dtype, bias, fast)
 
     def operand(self, t: Tensor) -> Tensor:
-        """`t`, which more than one kernel reads, as something that lies in memory: Inductor would else store it for each."""
-        return t.as_strided(t.shape, t.stride()) if self.contiguous else t
+        """`t`, which more than one kernel reads, as something that lies in memory, row by row: Inductor would else store it for
+        each, and keep the order that its source happens to have."""
+        if not self.contiguous:
+            return t
+        t = t.contiguous()
+        return t.as_strided(t.shape, t.stride())
 
     def transposed(self, t: Tensor) -> Tensor:
         """`t.t()` as an operand, of a `t` that lies in memory."""
@@ -363,7 +367,7 @@ def inference(
     """x [T, K] and, for each GEMM, the FP8 weight [N, K] and its f32 scale_inv -> the output [T, N] of each GEMM."""
     tokens = x.shape[0]
     x_scale = Slots(scales, 0, casting, first).pick(row_amax(x), casting.forward)
-    x8 = pad_rows(casting.saturated(x, x_scale.value, casting.forward), gemm.multiple).to(casting.forward)
+    x8 = gemm.operand(pad_rows(casting.saturated(x, x_scale.value, casting.forward), gemm.multiple).to(casting.forward))
     ys = []
     for block, w8, w_inv in zip(layout.blocks(), w8s, w_invs, strict=True):
         bias = join_biases([biases[i] for i in block], [layout.sizes[i] for i in block], layout, out_dtype, x.device)
@@ -381,17 +385,14 @@ def quantize_weights(weights: Sequence[Tensor], layout: Layout, casting: Casting
     return result
 
 
-def prepare_weights(
-    gemm: Gemm, weights: Sequence[Tensor], scales: Sequence[Tensor] | None, layout: Layout, casting: Casting
-) -> list[Quantized]:
+def prepare_weights(gemm: Gemm, weights: Sequence[Tensor], layout: Layout, casting: Casting) -> list[Quantized]:
     """The weight of each GEMM for both directions of training: with its transposed copy, and its amax as one number.
 
-    scales: that of each GEMM, f32, 0-d, set; None: each weight's own.
+    Each is scaled by its own amax, which costs one more reading: it is kept, and a scale that it has outgrown would be too.
     """
     result = []
-    for number, block in enumerate(layout.blocks()):
-        given = None if scales is None else [Scale(scales[number], scales[number].reciprocal())]
-        w8 = gemm.weight([weights[i].detach() for i in block], layout, Slots(given, 0, casting, first=False))
+    for block in layout.blocks():
+        w8 = gemm.weight([weights[i].detach() for i in block], layout, Slots(None, 0, casting, first=False))
         assert w8.data is not None
         across = w8.data.t().contiguous() if w8.transposed is None else w8.transposed
         result.append(Quantized(w8.data, across, w8.scale, w8.amax.amax()))

@@ -117,9 +117,9 @@ class Generated(PerTensor):
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(dtype)
 
-    def prepare_weights(self, weights, scales, layout, recipe) -> list[Ready]:
-        """Each GEMM's weight, as `linears_forward` takes it. scales: that of each GEMM, or None."""
-        made = linears.prepare_weights(self.gemm, weights, scales, layout, casting_of(recipe))
+    def prepare_weights(self, weights, layout, recipe) -> list[Ready]:
+        """Each GEMM's weight, as `linears_forward` takes it."""
+        made = linears.prepare_weights(self.gemm, weights, layout, casting_of(recipe))
         return [(w.data, w.transposed, *w.scale, w.amax) for w in made]  # type: ignore[misc]  # both copies are there
 
     def linears_forward(self, x, weights, biases, scales, layout, out_dtype, recipe, peers, first, ready=()):

@@ -49,23 +49,20 @@ class QuantizedAs:
 class QuantizedWeights:
     """Weights that a graph takes in FP8: where they are among the inputs, how each is viewed, and how they are joined.
 
-    trains: for both directions of training, else for inference; slots: where the scale of each GEMM's weight is in the packed
-    scales, None where a weight is scaled by its own amax.
+    trains: for both directions of training, else for inference.
     """
 
     arguments: tuple[int, ...]
     views: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
     form: QuantizedAs
     trains: bool = False
-    slots: tuple[int, ...] | None = None
 
-    def make(self, tensors: Sequence[torch.Tensor], scales: torch.Tensor | None) -> list[torch.Tensor]:
-        """The graph's inputs, in order, out of the parameters and the packed scales."""
+    def make(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The graph's inputs, in order, out of the parameters."""
         views = [view(t.detach()) for view, t in zip(self.views, tensors, strict=True)]
-        if not self.trains:
-            return [part for pair in functions.quantize_weights(views, *self.form.arguments()) for part in pair]
-        own = None if self.slots is None or scales is None else [scales[i] for i in self.slots]
-        return [part for ready in functions.prepare_weights(views, own, *self.form.arguments()) for part in ready]
+        of_gemm: Callable[..., Sequence[tuple[torch.Tensor, ...]]]
+        of_gemm = functions.prepare_weights if self.trains else functions.quantize_weights
+        return [part for parts in of_gemm(views, *self.form.arguments()) for part in parts]
 
 
 @dataclass
@@ -337,16 +334,16 @@ def _ready(
     gm: GraphModule, node: Node, refs: Sequence[WeightRef | None], lowered: Lowered, first: bool, top: bool
 ) -> list[tuple[Node, ...]]:
     """The inputs that a site's weights come in by, in FP8, where they are kept from call to call; none where it makes them itself."""
-    plan, slots = node.meta[PLAN], node.meta.get(SLOTS)
-    stateful = plan.recipe.stateful
+    plan = node.meta[PLAN]
     able = lowered.keep_weights and plan.trains and top and provider_for(plan.provider, plan.recipe.key).keeps_weights
-    if not able or (stateful and (first or slots is None)) or not all(_replayable(r) for r in refs) or _written(gm.graph, refs):
+    like_te = getattr(plan.recipe, "like_te", False)  # whose copies have the slot's scale
+    starts = plan.recipe.stateful and first  # a call or two, in a graph of its own
+    if not able or like_te or starts or not all(_replayable(r) for r in refs) or _written(gm.graph, refs):
         return []
     sizes = tuple(int(tensor(r.chain[-1] if r.chain else r.root).shape[0]) for r in refs)
     layout = Layout(sizes, node.kwargs["merged"], node.kwargs["interleave"])
-    places = tuple(slots.f + 2 * block[0] + 1 for block in layout.blocks()) if stateful else None
     form = QuantizedAs(layout, plan.provider, plan.recipe.key)
-    return _weight_inputs(gm, refs, form, lowered, ("w8", "w8t", "w_scale", "w_inv", "w_amax"), trains=True, slots=places)
+    return _weight_inputs(gm, refs, form, lowered, ("w8", "w8t", "w_scale", "w_inv", "w_amax"), trains=True)
 
 
 def _weight_inputs(
@@ -356,23 +353,19 @@ def _weight_inputs(
     lowered: Lowered,
     names: tuple[str, ...],
     trains: bool = False,
-    slots: tuple[int, ...] | None = None,
 ) -> list[tuple[Node, ...]]:
     """New last inputs of the graph, so many for each GEMM: the FP8 weight, its scale_inv and what training wants beside them."""
     graph = gm.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     position = {n: i for i, n in enumerate(placeholders)}
     arguments, views = tuple(position[r.root] for r in refs), tuple(_replay(r) for r in refs)
-    lowered.weights.append(QuantizedWeights(arguments, views, form, trains, slots))
+    lowered.weights.append(QuantizedWeights(arguments, views, form, trains))
     nodes = [r.chain[-1] if r.chain else r.root for r in refs]
-    made = (
-        emit(graph, functions.prepare_weights, (nodes, None, *form.arguments()), like=placeholders[-1])
-        if trains
-        else emit(graph, functions.quantize_weights, (nodes, *form.arguments()), like=placeholders[-1])
-    )
+    of_gemm = functions.prepare_weights if trains else functions.quantize_weights
+    made = emit(graph, of_gemm, (nodes, *form.arguments()), like=placeholders[-1])
     inputs: list[tuple[Node, ...]] = []
     for i, parts in enumerate(made.meta[EXAMPLE]):
-        of_gemm = []
+        added = []
         for name, value in zip(names, parts, strict=True):
             with graph.inserting_after(placeholders[-1]):
                 node = graph.placeholder(f"te_{name}_{len(lowered.weights)}_{i}")
@@ -381,7 +374,7 @@ def _weight_inputs(
             node.meta["tensor_dict"] = {} if trains else {"_dynamo_static_input_type": "unguarded"}
             node.meta[EXAMPLE] = value
             placeholders.append(node)
-            of_gemm.append(node)
-        inputs.append(tuple(of_gemm))
+            added.append(node)
+        inputs.append(tuple(added))
     graph.erase_node(made)
     return inputs

@@ -361,7 +361,8 @@ def _rank(node: Node) -> int:
 
 def _state_input(node: Node) -> Iterator[Problem]:
     value, name = tensor(node), str(node.target)
-    if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") != "unguarded":
+    kept = name.startswith("te_w") and not node.meta.get("tensor_dict")  # weights of training: made anew when they have changed
+    if not kept and node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") != "unguarded":
         yield Problem("not marked as a static input", 'meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}')
     if value is None:
         yield Problem("no fake tensor", f"meta[{EXAMPLE!r}], a tensor made in the graph's fake mode")

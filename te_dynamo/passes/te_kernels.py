@@ -65,6 +65,7 @@ def why_no_te_attention(node: Node, precision: Recipe | None, device: torch.devi
         in_fp8=precision is not None,
         capability=capability(device),
         cudnn=cudnn_version(),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     if precision is None and packed_in_memory(node) is None:
         return "q, k and v are made apart, and torch's attention takes them as they lie"

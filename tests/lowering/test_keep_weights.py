@@ -87,9 +87,9 @@ def test_over_an_accumulation(provider, made, recipe):
     made.clear()
     fresh, _ = accumulate(copy.deepcopy(model), provider=provider, recipe=recipe)
     assert not made
-    if recipe == "current":  # one scale for a weight that does not change
+    if recipe == "current":
         assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
-    else:  # the scale that it was quantised with stays, where a fresh copy would have the newest
+    else:  # a kept copy is scaled by its own amax, a fresh one by its slot's scale
         for a, b in zip(kept, fresh, strict=True):
             assert (a - b).norm() <= 0.2 * b.norm()
 
@@ -111,6 +111,54 @@ def test_weights_that_are_frozen(provider, made):
     torch._dynamo.reset()
     fresh, _ = accumulate(copy.deepcopy(model), steps=1, provider=provider, recipe="current")
     assert (seen[0] - fresh[0]).norm() < 0.2 * fresh[0].norm()  # the norm has learnt since
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("how", ["fused", "data", "load", "plain"])
+def test_weights_that_changed_are_made_again(provider, keep, how):
+    """By a fused optimizer, which leaves no trace in a version, by another tensor in a parameter's place, ..."""
+    model, (x,) = Model(), batches(1)
+    run = torch.compile(model, backend=te_fp8, options={"provider": provider, "recipe": "current", "keep_weights": True})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=how == "fused")
+
+    def error() -> float:
+        with torch.set_grad_enabled(keep):
+            y = run(x)
+        return float((y - model(x)).norm() / model(x).norm())
+
+    assert error() < 0.1
+    if how in ("fused", "plain"):
+        model(x).square().sum().backward()
+        optimizer.step()
+    elif how == "data":
+        for p in model.parameters():
+            p.data = p.data * 3
+    else:
+        model.load_state_dict({k: v * 3 for k, v in model.state_dict().items()})
+    assert error() < 0.1
+
+
+def test_a_kept_weight_does_not_outgrow_its_scale(provider):
+    """Frozen weights that grow at once: a fresh copy would saturate for one step, a kept one for good."""
+    model, (x,) = Model().requires_grad_(False), batches(1)
+    model.norm.requires_grad_(True)
+    run = torch.compile(model, backend=te_fp8, options={"provider": provider, "keep_weights": True})
+    for _ in range(3):
+        run(x).sum().backward()
+    with torch.no_grad():
+        for linear in (model.gate, model.up, model.down):
+            linear.weight.mul_(6)
+    for _ in range(2):
+        run(x).sum().backward()
+    assert (run(x) - model(x)).norm() < 0.2 * model(x).norm()
+
+
+def test_verify_knows_them(provider):
+    model, (x,) = Model(), batches(1)
+    options = {"provider": provider, "keep_weights": True, "verify": True, "recompute_inputs": True}
+    run = torch.compile(model, backend=te_fp8, options=options)
+    for _ in range(3):
+        run(x).sum().backward()
 
 
 def test_whoever_writes_them_unseen_says_so(provider, made):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,48 @@ def test_a_gemm_is_the_product(stand_in):
             assert y.dtype == out_dtype
             expected = exact if bias is None else exact + bias.double()
             torch.testing.assert_close(y, expected.to(out_dtype), rtol=2 * torch.finfo(out_dtype).eps, atol=1e-2)
+
+
+def test_forward_accumulates_fast_and_backward_does_not(stand_in, monkeypatch):
+    """As TE's recipes say for Hopper: use_split_accumulator is False in forward, True in dgrad and wgrad."""
+    seen, general_gemm = [], library.api().general_gemm
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["use_split_accumulator"])
+        return general_gemm(*args, **kwargs)
+
+    monkeypatch.setattr(library.api(), "general_gemm", noting)
+    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+    torch._dynamo.reset()
+    run = torch.compile(nn.Linear(32, 32), backend=te_fp8, options={"provider": "te", "recipe": "current"})
+    run(torch.randn(16, 32, requires_grad=True)).sum().backward()
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_operands_lie_row_by_row_whatever_the_input_s_strides(stand_in, monkeypatch, bias, grad):
+    """TE reads memory, not strides (the stand-in refuses what does not lie so): channels-last images, transposed inputs."""
+    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+    first, second = nn.Linear(32, 48, bias=bias), nn.Linear(16, 32, bias=bias)
+
+    def model(image: Tensor) -> Tensor:
+        y = first(image.flatten(2).transpose(1, 2))  # a view [1, 16, 32] with strides (1, 16)
+        return second(y.transpose(1, 2))  # and so its gradient
+
+    image = torch.randn(1, 32, 4, 4, requires_grad=grad)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=te_fp8, options={"provider": "te"})
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            first.zero_grad()
+            y = run(image)
+            if grad:
+                y.square().sum().backward()
+    assert sqnr(model(image), y) > 20
+    if grad:
+        (expected,) = torch.autograd.grad(model(image).square().sum(), first.weight)
+        assert sqnr(expected, first.weight.grad) > 17
 
 
 def test_a_gradient_times_a_weight(stand_in):
@@ -140,12 +183,27 @@ def test_what_is_missing_is_named(monkeypatch, found, loaded, device, words):
 
     monkeypatch.setattr(library, "version", version)
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(library, "import_error", lambda: None)
     if loaded is None:
         monkeypatch.delitem(sys.modules, library.EXTENSION, raising=False)
     else:
         monkeypatch.setitem(sys.modules, library.EXTENSION, loaded)
     reason = library.unavailable(device)
     assert reason is None if words is None else words in reason
+
+
+def test_one_that_cannot_be_imported_is_not_there(monkeypatch):
+    def undefined() -> None:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(library, "version", lambda name: "2.20.2")
+    monkeypatch.setitem(sys.modules, library.EXTENSION, SimpleNamespace())
+    monkeypatch.setattr(library, "api", undefined)
+    library.import_error.cache_clear()
+    try:
+        assert "cannot be imported: undefined symbol: _ZN3c10 (pip install" in library.unavailable(CUDA)
+    finally:
+        library.import_error.cache_clear()
 
 
 def test_asked_for_by_name_and_not_there(monkeypatch):
@@ -156,6 +214,18 @@ def test_asked_for_by_name_and_not_there(monkeypatch):
 
 
 # --- whole models
+
+
+def test_the_lowered_graph_s_script_runs(stand_in, tmp_path, capsys):
+    """As every dumped stage does by itself: where TE is, or its stand-in."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    run = torch.compile(model, backend=te_fp8, options={"provider": "te", "debug_dir": str(tmp_path), "keep_weights": True})
+    for _ in range(2):
+        run(torch.randn(32, 64)).sum().backward()
+    (script,) = tmp_path.glob("*/*_lower.py")
+    runpy.run_path(str(script), run_name="__main__")
+    assert "norm_linears" in script.read_text()
 
 
 def test_on_a_blackwell(stand_in):

@@ -49,13 +49,13 @@ def qkv_in(layout: str, heads: int = 4, kv_heads: int = 4, d: int = 16, b: int =
 # --- in 16 bits
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "scale"), [(False, None), (True, None), (True, 0.7)])
 @pytest.mark.parametrize("layout", [*APART, *PACKED])
-def test_it_is_attention(layout, causal):
+def test_it_is_attention(layout, causal, scale):
     torch.manual_seed(0)
     leaves, qkv = qkv_in(layout, kv_heads=4 if "3" in layout else 2)
-    o = te_attention.attention(*qkv, layout=layout, causal=causal)
-    expected = scaled_dot_product_attention(*(t.float() for t in qkv), is_causal=causal, enable_gqa=True)
+    o = te_attention.attention(*qkv, layout=layout, causal=causal, softmax_scale=scale)
+    expected = scaled_dot_product_attention(*(t.float() for t in qkv), is_causal=causal, scale=scale, enable_gqa=True)
     do = torch.randn_like(expected)
     assert sqnr(expected, o.float()) > 50  # bf16 rounds at 2**-9: 55 dB
     ours = torch.autograd.grad(o, leaves, do.bfloat16(), retain_graph=True)
@@ -219,6 +219,14 @@ def case(**changed: Any) -> Case:
         ({"in_fp8": True, "head_qk": 64, "head_v": 64}, "trains with head size 128 on Hopper, not 64 and 64"),
         ({"in_fp8": True, "head_qk": 64, "head_v": 64, "trains": False}, None),
         ({"in_fp8": True, "head_qk": 64, "head_v": 64, "capability": (10, 0)}, None),
+        ({"capability": (12, 0), "cudnn": 91200}, "needs cuDNN 9.18.1"),
+        ({"capability": (12, 0)}, None),
+        ({"capability": (12, 0), "deterministic": True}, "no deterministic backward"),
+        ({"capability": (10, 0), "deterministic": True, "cudnn": 91200, "s_kv": 128, "s_q": 128}, "no deterministic backward"),
+        ({"capability": (9, 0), "deterministic": True}, None),
+        ({"cudnn": 91500}, "64 keys, no multiple of 128"),
+        ({"cudnn": 91500, "s_q": 128, "s_kv": 128}, None),
+        ({"cudnn": 91500, "trains": False}, None),
         ({"in_fp8": True, "capability": (8, 9)}, "9.0"),
         ({"in_fp8": True, "cudnn": 90500}, "cuDNN 9.7"),
         ({"in_fp8": True, "head_qk": 192, "head_v": 192, "capability": (10, 0)}, "192"),

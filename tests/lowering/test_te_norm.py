@@ -139,6 +139,7 @@ OF_A_SUM = "Inductor fuses it with what makes its input"
         (Residual(), 20, {}, "20 tokens are not a multiple of 16"),
         (Residual(), 32, {"recipe": "current"}, "a norm writes FP8 by itself only where the scale is known before: in delayed scaling"),
         (Residual(lambda n: nn.LayerNorm(n, elementwise_affine=False)), 32, {}, "TE's norms have a weight"),
+        (Residual(lambda n: nn.LayerNorm(n, bias=False)), 32, {}, "TE's LayerNorm has a bias"),
         (Residual(), 32, {"recompute_inputs": True}, "recompute_inputs: what Inductor generates can be made again in backward"),
     ],
 )

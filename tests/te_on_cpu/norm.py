@@ -27,12 +27,13 @@ def layernorm_fwd(
     zero_centered_gamma: bool,
 ) -> list[Any]:
     """[the norm of `input` [..., H], its mean [rows] and reciprocal deviation [rows], float32]."""
+    if bias is None:
+        raise RuntimeError("Gamma and Beta must have the same shape: a LayerNorm has a bias")
     x = _rows(input)
     mu = x.mean(-1)
     rsigma = torch.rsqrt(x.var(-1, unbiased=False) + eps)
     y = (x - mu[:, None]) * rsigma[:, None] * _gamma(weight, zero_centered_gamma)
-    if bias is not None:
-        y = y + bias.detach().float()
+    y = y + bias.detach().float()
     return [store(y.reshape(input.shape), HIGH_PRECISION[int(otype)], quantizer, ln_out), mu, rsigma]
 
 

@@ -44,5 +44,7 @@ def copy_for_gemm(t: Any, transposed: bool) -> Tensor | None:
     copy = (None if t._transpose_invalid else t._transpose) if transposed else t._data
     if copy is None:
         return None
+    if not copy.is_contiguous():
+        raise RuntimeError(f"an operand of the GEMM has strides {copy.stride()}: the kernel reads memory, row by row")
     rows = copy.reshape(copy.shape[0], -1) if transposed else copy.reshape(-1, copy.shape[-1])
     return rows.view(FP8[int(t._fp8_dtype)]).float() * t._scale_inv.reshape(())

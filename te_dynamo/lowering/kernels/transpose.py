@@ -29,6 +29,7 @@ def _(x):
 
 
 def launch(x: Tensor) -> Tensor:
+    x = x.contiguous()
     rows, columns = x.shape
     out = x.new_empty(columns, rows)
     if x.numel():

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-HOPPER, BLACKWELL = (9, 0), (10, 0)
+HOPPER, BLACKWELL, RTX_50 = (9, 0), (10, 0), (12, 0)
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Case:
     dtype: torch.dtype
     head_qk: int
     head_v: int
-    s_q: object  # numbers, or symbols
-    s_kv: object
+    s_q: Any  # numbers, or symbols
+    s_kv: Any
     causal: bool
     mask: bool
     dropout: float
@@ -30,6 +31,7 @@ class Case:
     in_fp8: bool
     capability: tuple[int, int]
     cudnn: int
+    deterministic: bool = False
 
     @property
     def largest_head(self) -> int:
@@ -58,6 +60,16 @@ IN_16_BITS = (
     Limit(
         lambda c: c.trains and c.largest_head > 128 and not (c.capability == HOPPER and c.cudnn >= 90500 and c.head_qk == c.head_v),
         "it trains with head sizes over 128 on compute capability 9.0 alone (cuDNN 9.5 or newer, equal sizes)",
+    ),
+    Limit(lambda c: c.capability >= RTX_50 and c.cudnn < 91801, "on compute capability 12.0 it needs cuDNN 9.18.1"),
+    Limit(
+        lambda c: c.deterministic and c.trains and (c.capability >= RTX_50 or (c.capability >= BLACKWELL and c.cudnn < 91801)),
+        "it has no deterministic backward here (torch.use_deterministic_algorithms)",
+    ),
+    # Under a captured CUDA graph alone; who captures what is not known when it is planned.
+    Limit(
+        lambda c: c.trains and c.cudnn <= 91500 and c.s_kv % 128 != 0,
+        "until cuDNN 9.15 it does not train with {s_kv} keys, no multiple of 128, in a CUDA graph",
     ),
 )
 IN_FP8 = (

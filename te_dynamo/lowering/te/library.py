@@ -42,6 +42,16 @@ def unavailable(device: torch.device) -> str | None:
         return f"transformer_engine is installed without its extension for PyTorch, {EXTENSION} ({install()})"
     if device.type != "cuda":
         return f"transformer_engine's kernels are for CUDA devices, not {device.type}"
+    return import_error()
+
+
+@cache
+def import_error() -> str | None:
+    """Why TE, which is installed, cannot be imported: one that was built against another torch, say. None if it can."""
+    try:
+        api()
+    except Exception as error:  # whatever a foreign import raises
+        return f"transformer_engine cannot be imported: {error} ({install()})"
     return None
 
 

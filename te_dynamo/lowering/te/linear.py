@@ -24,7 +24,7 @@ def te_gemm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, bias: Tensor | N
     with running():
         operands = [
             te.Storage(
-                data=t.view(torch.uint8),
+                data=t.contiguous().view(torch.uint8),  # TE reads memory, not strides
                 fp8_scale_inv=inv.reshape(1),
                 fp8_dtype=te.dtype[t.dtype],
                 fake_dtype=out_dtype,

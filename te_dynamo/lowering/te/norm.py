@@ -65,8 +65,8 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str
     """Why TE's kernel does not compute this norm over the last dimension of x [..., H], as a clause; None if it does."""
     if weight is None:
         return "TE's norms have a weight"
-    if kind == "rms" and bias is not None:
-        return "TE's RMSNorm has no bias"
+    if (kind == "layer") != (bias is not None):
+        return "TE's LayerNorm has a bias" if kind == "layer" else "TE's RMSNorm has no bias"
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
         return f"TE's norms take weights of the dtype of what they normalise, {x.dtype}, not {weight.dtype}"
     sizes = x.shape[:-1]
