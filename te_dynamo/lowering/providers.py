@@ -18,6 +18,7 @@ from te_dynamo.lowering.stateless_provider import Stateless
 from te_dynamo.lowering.te import library
 from te_dynamo.lowering.te import norm as te_norm
 from te_dynamo.lowering.te.blocks_provider import BLOCKWISE, NO_TE, Blockwise
+from te_dynamo.lowering.te.hardware import unavailable_recipe
 from te_dynamo.lowering.te.linear import FusedGemm
 from te_dynamo.lowering.te.linear import cast as te_cast
 from te_dynamo.lowering.te.linear import gemm as te_gemm
@@ -209,7 +210,7 @@ class TransformerEngine(Generated):
     already, and gradients that a bias wants summed: those kernels are TE's."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        return library.unavailable(device)
+        return library.unavailable(device) or unavailable_recipe(DelayedScaling(), device)  # what current scaling needs too
 
     def unsupported_linear(self, device: torch.device, k: Any, n: Any, dtype: torch.dtype) -> str | None:
         return unaligned(k, n) or unsupported_dtype(dtype)

@@ -192,6 +192,12 @@ def test_what_is_missing_is_named(monkeypatch, found, loaded, device, words):
     assert reason is None if words is None else words in reason
 
 
+def test_on_a_device_without_fp8(stand_in):
+    torch._dynamo.reset()
+    with te_on_cpu.pretended((8, 0)), pytest.raises(Exception, match="provider='te' is not available: it needs compute capability 8.9"):
+        torch.compile(nn.Linear(16, 16), backend=te_fp8, options={"provider": "te"})(torch.randn(16, 16))
+
+
 def test_one_that_cannot_be_imported_is_not_there(monkeypatch):
     def undefined() -> None:
         raise ImportError("undefined symbol: _ZN3c10")
