@@ -38,9 +38,9 @@ from te_dynamo.passes.raise_norm import NORM_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.select import RECIPE, blind, linear_sizes, select, unmatched_absolute_patterns
 from te_dynamo.passes.undo import Rewrites
-from te_dynamo.report.sites import Sites
 from te_dynamo.report.stages import Stages
 from te_dynamo.runtime import CompiledGraph, Compiler, Variant, compile_inductor, compile_without_codegen
+from te_dynamo.sites import Sites
 from te_dynamo.state.reduce import ranks
 
 Callback = Callable[[GraphModule, Sites, Options], None]

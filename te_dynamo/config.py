@@ -52,7 +52,7 @@ class Options:
             over the microbatches of an accumulation, and for good where they are frozen. Two bytes an element of memory.
             State is what it would be without. On a GPU, or with the provider "reference".
         amax_group: The process group whose ranks share their amaxes, and so have the same scales; None is the world, where
-            torch.distributed is initialised.
+            torch.distributed is initialized.
         debug_dir: A folder that gets each graph after each stage, as numbered scripts that run by themselves.
         verify: Compare each high-precision stage with its input graph, on the real inputs, and name the pass that
             diverged.

@@ -35,7 +35,7 @@ def linears(
     merged: bool = False,
     interleave: int = 0,
 ) -> list[Tensor]:
-    """Linears of one input: the input is quantised once for all of them.
+    """Linears of one input: the input is quantized once for all of them.
 
     x: [..., K]; weights: [N_i, K]; biases: [N_i] or None. Returns one [..., N_i] for each weight.
     merged: one GEMM for all of them; what it returns are views of one buffer.
@@ -63,7 +63,7 @@ def norm(
 
     x: [..., *normalized]; weight, bias: [*normalized] or None. Returns the shape of `x` in `out_dtype`.
     zero_centered: the weight is stored minus one (Gemma).
-    round_before_weight: the dtype to which the normalised value is rounded before the weight is applied (Llama
+    round_before_weight: the dtype to which the normalized value is rounded before the weight is applied (Llama
         rounds there, and again at the end; TE's RMSNorm rounds once).
     """
     axes = tuple(range(-dims, 0))

@@ -159,7 +159,7 @@ class WeightCache:
 
     An optimizer's step tells by itself: fused ones leave no trace in a version. Nor does a write through `.data`, or through other
     memory that a weight is a view of: `te_dynamo.weights_changed(model)` tells of it. A tensor without a version
-    counter (made in inference mode), or that FSDP gathers, is quantised at every call.
+    counter (made in inference mode), or that FSDP gathers, is quantized at every call.
     """
 
     everyone: weakref.WeakSet[WeightCache] = weakref.WeakSet()

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.config import Options
 from te_dynamo.lowering import cpu_ops
-from te_dynamo.report.sites import Site
+from te_dynamo.sites import Site
 from tests.numerics import sqnr
 
 
@@ -276,7 +276,7 @@ def test_frozen_weights_and_inputs_get_no_gradient():
     assert model.down.weight.grad is not None and model.up.bias.grad is not None
 
 
-def test_inference_quantises_weights_once_and_again_after_they_change():
+def test_inference_quantizes_weights_once_and_again_after_they_change():
     model = MLP().eval()
     run = compiled(model)
     x = torch.randn(8, 64)
@@ -397,9 +397,9 @@ def test_numbers_that_modules_hold_are_numbers_under_dynamic_too():
     assert found == [{"norm_linear", "attention"}] * 2
 
 
-@pytest.mark.parametrize("write", ["scaled", "normalised"])
+@pytest.mark.parametrize("write", ["scaled", "normalized"])
 def test_a_weight_that_the_forward_writes_is_read_as_written(write):
-    """In eval weights are quantised once, ahead of the graph: not where the graph itself writes them."""
+    """In eval weights are quantized once, ahead of the graph: not where the graph itself writes them."""
 
     class Prototypes(nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from te_dynamo.backend import observing, te_fp8
-from te_dynamo.report.sites import Site
+from te_dynamo.sites import Site
 from tests.models import CASES, Case, output
 from tests.numerics import sqnr
 from tests.slots import index_of

@@ -21,8 +21,8 @@ class Device:
 
 H100 = Device(bf16_tflops=989 * 0.75, fp8_tflops=1979 * 0.70, gbs=3350 * 0.85)
 # Bytes that FP8 moves beyond what bf16 moves, for each element: read in bf16, written in FP8, and in training a transposed
-# copy made again in backward. An activation is usually quantised by the kernel that makes it: only the writes are counted.
-WEIGHT_BYTES = {True: 6, False: 0}  # in inference weights are quantised once
+# copy made again in backward. An activation is usually quantized by the kernel that makes it: only the writes are counted.
+WEIGHT_BYTES = {True: 6, False: 0}  # in inference weights are quantized once
 ACTIVATION_BYTES = {True: 3, False: 1}
 GRADIENT_BYTES = {True: 3, False: 0}
 

@@ -1,4 +1,4 @@
-"""FP8 by definition: amax, scale, quantise, dequantise. Plain torch, so that Inductor may fuse it.
+"""FP8 by definition: amax, scale, quantize, dequantize. Plain torch, so that Inductor may fuse it.
 
 An FP8 tensor is `data` and `scale_inv`: value = data * scale_inv. `scale` is what the high-precision value is
 multiplied by before the cast. Both are float32. As in Transformer Engine: scale = fp8_max / amax, a cast saturates,

@@ -5,11 +5,11 @@ Every operand of its seven GEMMs is FP8, one scale a tensor, E4M3 in forward and
     forward:   P = q k^T * softmax_scale + mask;  S = softmax(P);  o = S v                     q, k, v, S, o in E4M3
     backward:  dS = do v^T;  dP = S * (dS - delta);  dv = S^T do;  dq = dP k;  dk = dP^T q     do, dP in E5M2
 
-As in Transformer Engine (`FP8EmulationFunc` of its unfused attention, and what its cuDNN kernels do): S is quantised
-after it is normalised, and only as a GEMM's operand (the softmax's backward reads it in float32); P and dS stay in
+As in Transformer Engine (`FP8EmulationFunc` of its unfused attention, and what its cuDNN kernels do): S is quantized
+after it is normalized, and only as a GEMM's operand (the softmax's backward reads it in float32); P and dS stay in
 float32; dP is the gradient of the scaled scores; S has the same scale in backward as in forward; dq, dk and dv share
 one scale; o leaves in FP8 under delayed scaling and in high precision under current scaling. Two differences: here q, k
-and v have a scale each (TE quantises the three with one), and S and dP may take theirs from their own amax (TE's
+and v have a scale each (TE quantizes the three with one), and S and dP may take theirs from their own amax (TE's
 kernels keep delayed scaling for those two under every per-tensor recipe, only its emulation does not).
 
 The products are computed in float32 from FP8 operands, exactly but for the accumulation, in blocks of query rows: at no
@@ -207,7 +207,7 @@ def backward(
     recipe: str = "",
     peers: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `forward`, from what it returned (o: `o8` if the output was quantised, else `o`).
+    """The gradients of `forward`, from what it returned (o: `o8` if the output was quantized, else `o`).
 
     do: [B, H, S, D_v]; scale: float32 [n] with this site's slots (do, dp, dqkv) from `g` on, as in `forward`.
     Returns (dq, dk, dv, amax): in do's dtype and the shapes of q8, k8, v8, rounded through E5M2 with one scale if
@@ -352,7 +352,7 @@ def _backward_flops(do: Any, o: Any, q8: Any, k8: Any, v8: Any, *args: Any, **kw
 
 
 class Attention(torch.autograd.Function):
-    """The two operations as one differentiable function. Saved for backward: q, k, v (and o, if quantised) in FP8."""
+    """The two operations as one differentiable function. Saved for backward: q, k, v (and o, if quantized) in FP8."""
 
     @staticmethod
     def forward(

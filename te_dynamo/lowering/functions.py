@@ -206,7 +206,7 @@ def linears_inference(
     out_dtype: torch.dtype,
     first: bool,
 ) -> list[Tensor]:
-    """FP8 linears of one input with weights that are quantised already, without gradients.
+    """FP8 linears of one input with weights that are quantized already, without gradients.
 
     x: [..., K]; w8s, w_invs: the FP8 weight [N, K] and its f32 scale_inv for each GEMM; the rest as in `linears`.
     """

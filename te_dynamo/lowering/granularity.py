@@ -40,7 +40,7 @@ class Quantized(NamedTuple):
 
 
 class Granularity(Protocol):
-    """A frozen value: equal ones quantise equally."""
+    """A frozen value: equal ones quantize equally."""
 
     def quantize(self, t: Tensor) -> Quantized:
         """t: [R, C], float32, bfloat16 or float16, of any strides. The results are contiguous and share no memory with it."""
@@ -51,7 +51,7 @@ class Granularity(Protocol):
         ...
 
     def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        """What `quantize` gives for a [rows, columns], uninitialised, on the device of `like`."""
+        """What `quantize` gives for a [rows, columns], uninitialized, on the device of `like`."""
         ...
 
 
@@ -124,7 +124,7 @@ class NVFP4:
     data: uint8 [R, 8 for each block across], two codes a byte, the first of each pair in the low half. scale_inv: float32
     [blocks down, blocks across], the product of the two levels. E2M1 has no NaN: the scale_inv of a block with one is NaN.
 
-    hadamard: each 16 columns are multiplied by an orthonormal matrix with signs before they are quantised, which spreads an
+    hadamard: each 16 columns are multiplied by an orthonormal matrix with signs before they are quantized, which spreads an
     outlier over them; `dequantize` multiplies by its inverse. stochastic: rounded up or down at random, so that the expected
     value is exact, with torch's generator of the device: two calls differ, and `torch.manual_seed` makes them repeatable.
     """

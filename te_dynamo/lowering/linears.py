@@ -132,7 +132,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Gemm:
-    """How a provider multiplies and quantises.
+    """How a provider multiplies and quantizes.
 
     contiguous: operands must lie with K innermost (Hopper's FP8 GEMM is TN only), so that backward writes transposed
     copies; else views do. multiple: the token count is padded to it.
@@ -231,7 +231,7 @@ def forward(
     """x [T, K] -> (outputs [T, N] of each GEMM, x8 [T padded, K], the scales of x and of each GEMM's weight, 2n amaxes, the
     transposed FP8 weights [K, N] of the GEMMs for backward, none where it makes them itself).
 
-    ready: the weight of each GEMM as `prepare_weights` gave it, where they are not to be quantised here.
+    ready: the weight of each GEMM as `prepare_weights` gave it, where they are not to be quantized here.
     """
     x8 = gemm.activation(x, Slots(scales, 0, casting, first))
     ys, used, amaxes, kept = multiply(gemm, x8, x.shape[0], weights, biases, scales, layout, out_dtype, casting, first, ready)
@@ -251,7 +251,7 @@ def multiply(
     first: bool,
     ready: Sequence[Quantized] = (),
 ) -> tuple[list[Tensor], list[Scale], list[Tensor], list[Tensor]]:
-    """`forward` of an input [T padded, K] that is quantised already, of which the first `tokens` rows count."""
+    """`forward` of an input [T padded, K] that is quantized already, of which the first `tokens` rows count."""
     ys, used, amaxes, kept = [], [x8.scale], [x8.amax] * (2 * len(weights)), []
     for number, block in enumerate(layout.blocks()):
         slots = Slots(scales, 2 * block[0] + 1, casting, first)
@@ -409,7 +409,7 @@ def scaled_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: tor
 
 
 def defined_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
-    """The definition: dequantise, multiply in float32, add the bias, round once."""
+    """The definition: dequantize, multiply in float32, add the bias, round once."""
     y = dequantize(a, a_inv) @ dequantize(b, b_inv).t()
     return (y if bias is None else y + bias.float()).to(out_dtype)
 

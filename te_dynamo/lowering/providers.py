@@ -35,7 +35,7 @@ class Provider(Protocol):
 
     `unavailable` and `unsupported` answer None, or the reason as a clause for a report. opaque: its kernels decide on
     unset scales by themselves, so that one graph serves the first step and all others. keeps_weights: it can be given weights
-    that were quantised before, for training (`ready`).
+    that were quantized before, for training (`ready`).
     """
 
     name: str
@@ -92,7 +92,7 @@ class Provider(Protocol):
     ) -> list[Tensor]: ...
 
 
-# A weight that was quantised before: FP8 [N, K], FP8 [K, N], the scale, its reciprocal and the amax (f32, 0-d).
+# A weight that was quantized before: FP8 [N, K], FP8 [K, N], the scale, its reciprocal and the amax (f32, 0-d).
 Ready = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -104,7 +104,7 @@ class PerTensor:
 
 
 class Generated(PerTensor):
-    """Quantization as plain torch, left to Inductor to fuse with its neighbours, around a provider's GEMM."""
+    """Quantization as plain torch, left to Inductor to fuse with its neighbors, around a provider's GEMM."""
 
     opaque = False
     keeps_weights = True
@@ -205,7 +205,7 @@ class NativeOnCPU(PerTensor):
 
 
 class TransformerEngine(Generated):
-    """TE's GEMM and its fused cast and transpose of weights. Activations are quantised by the kernels that make them, which
+    """TE's GEMM and its fused cast and transpose of weights. Activations are quantized by the kernels that make them, which
     Inductor generates, since a kernel of their own would read and write them once more; but for a norm of what lies in memory
     already, and gradients that a bias wants summed: those kernels are TE's."""
 

@@ -1,8 +1,8 @@
 """FP8 linears by the recipes without state that scale finer than a tensor: forward, dgrad and wgrad, over plain tensors.
 
-Forward sums over K, dgrad over N, wgrad over the tokens. Each operand is quantised from high precision along the dimension
+Forward sums over K, dgrad over N, wgrad over the tokens. Each operand is quantized from high precision along the dimension
 that its GEMM sums over, as a recipe's `Operands` say. Saved for backward: the input as wgrad reads it, and nothing else; the
-weights are quantised again. As in `linears`, linears that are merged are one GEMM.
+weights are quantized again. As in `linears`, linears that are merged are one GEMM.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from te_dynamo.recipe import Float8BlockScaling, Float8RowwiseScaling, MXFP8Bloc
 
 @dataclass(frozen=True)
 class Product:
-    """How the operands of a GEMM a [M, C] @ b [N, C].T are quantised along C; None: they stay in high precision."""
+    """How the operands of a GEMM a [M, C] @ b [N, C].T are quantized along C; None: they stay in high precision."""
 
     a: Granularity | None
     b: Granularity | None
@@ -98,7 +98,7 @@ def operands_of(recipe: Recipe) -> Operands:
 
 @dataclass(frozen=True)
 class Operand:
-    """A matrix [R, columns] that a GEMM sums over `columns` of: quantised, or (how: None) itself."""
+    """A matrix [R, columns] that a GEMM sums over `columns` of: quantized, or (how: None) itself."""
 
     how: Granularity | None
     tensors: tuple[Tensor, ...]
@@ -118,7 +118,7 @@ Multiply = Callable[[Operand, Operand, torch.dtype, "Tensor | None", bool], Tens
 
 
 def defined(a: Operand, b: Operand, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
-    """The definition: dequantise, multiply in float32, add the bias, round once."""
+    """The definition: dequantize, multiply in float32, add the bias, round once."""
     y = a.values() @ b.values().t()
     return (y if bias is None else y + bias.float()).to(out_dtype)
 

@@ -40,7 +40,7 @@ def stateless_fwd(
     out_dtype: torch.dtype,
     keep: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """x [..., K] -> (the output [..., N] of each GEMM, the input quantised for wgrad: data and scale_inv).
+    """x [..., K] -> (the output [..., N] of each GEMM, the input quantized for wgrad: data and scale_inv).
 
     The latter is empty where backward reads the input itself, or (keep: False) not at all. recipe: its key.
     """
@@ -109,7 +109,7 @@ def stateless_inference(
     interleave: int,
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """x [..., K] and the quantised weight of each GEMM -> the output [..., N] of each GEMM."""
+    """x [..., K] and the quantized weight of each GEMM -> the output [..., N] of each GEMM."""
     layout = Layout(tuple(sizes), merged, interleave)
     ys = stateless.inference(*_kernels(recipe, native), _rows(x), w8s, w_invs, biases, layout, out_dtype)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]

@@ -1,4 +1,4 @@
-"""Stage 3: what shares an input is quantised once, and what can be one GEMM becomes one.
+"""Stage 3: what shares an input is quantized once, and what can be one GEMM becomes one.
 
 Every linear becomes a group: the linears that read the same value in the same region. The q, k and v of an attention
 become one GEMM that writes the attention's layout. A norm and the group that reads it become one operation. All of this

@@ -126,7 +126,7 @@ def _is_given(index: Any) -> bool:
 
 
 def _reaches_hidden_state(linear: Node, subgraphs: dict[Node, GraphModule]) -> bool:
-    """Whether anything after `linear` multiplies, attends to or normalises what depends on its result. Integers made from it
+    """Whether anything after `linear` multiplies, attends to or normalizes what depends on its result. Integers made from it
     (a sampled token, an index) are not followed: no gradient comes back through them."""
     seen, stack = {linear}, [linear]
     while stack:

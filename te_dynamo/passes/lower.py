@@ -1,7 +1,7 @@
 """Stage 6: semantic operations become a provider's.
 
 Every site that records puts its amaxes among the graph's last outputs; a sub-graph returns its own as a last output. In
-inference the weights of the outermost graph come in quantised: they are inputs, made once by the caller.
+inference the weights of the outermost graph come in quantized: they are inputs, made once by the caller.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from te_dynamo.passes.weights import WeightRef, weight_of
 
 @dataclass(frozen=True)
 class QuantizedAs:
-    """How the weights of a site are joined and quantised."""
+    """How the weights of a site are joined and quantized."""
 
     layout: Layout
     provider: str
@@ -67,7 +67,7 @@ class QuantizedWeights:
 
 @dataclass
 class Lowered:
-    """Of the outermost graph: whether and which quantised weights it takes, and whether its last output is the recorded amaxes."""
+    """Of the outermost graph: whether and which quantized weights it takes, and whether its last output is the recorded amaxes."""
 
     keep_weights: bool = False
     weights: list[QuantizedWeights] = field(default_factory=list)

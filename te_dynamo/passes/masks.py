@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from te_dynamo import ops
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.graph import erase_if_dead, example, is_call, tensor
-from te_dynamo.report.sites import Sites, clean_path
+from te_dynamo.sites import Sites, clean_path
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from te_dynamo.passes.regions import regions
 from te_dynamo.passes.select import RECIPE, site_path, wants_fp8
 from te_dynamo.passes.te_kernels import te_beside, why_no_norm_kernel, why_no_te_attention
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
-from te_dynamo.report.sites import Site, Sites, module_path
+from te_dynamo.sites import Site, Sites, module_path
 
 PLAN = "te_plan"
 SITE = "te_site"

@@ -22,7 +22,7 @@ from te_dynamo import ops
 from te_dynamo.passes.graph import emit, is_call, tensor
 from te_dynamo.passes.rules import Declined, Match, Rule
 from te_dynamo.passes.weights import WeightRef, depends_on_weights_only, is_owned, origin, path_of, source_of, weight_of
-from te_dynamo.report.sites import module_path
+from te_dynamo.sites import module_path
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})

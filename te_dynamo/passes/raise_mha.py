@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from te_dynamo.passes.attention_site import Attention, Mask, Names, Operand, as_contiguous, emit_attention, emit_mask, fake
 from te_dynamo.passes.graph import EXAMPLE, emit, fake_mode_of, is_call, is_method, tensor
 from te_dynamo.passes.rules import Declined, Match, Rule
-from te_dynamo.report.sites import module_path
+from te_dynamo.sites import module_path
 
 SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 ENCODER_LAYER = (

@@ -3,8 +3,8 @@
 A norm is read backwards from where it ends, by a small grammar:
 
     shifted    = scaled | scaled + bias
-    scaled     = normalised | weight * normalised              (a weight of `1 + w` is zero-centred)
-    normalised = F.layer_norm(x) | F.rms_norm(x) | x / deviation | (x - mean(x)) / deviation
+    scaled     = normalized | weight * normalized              (a weight of `1 + w` is zero-centered)
+    normalized = F.layer_norm(x) | F.rms_norm(x) | x / deviation | (x - mean(x)) / deviation
     deviation  = sqrt(moment + eps), or std
     moment     = mean(x * x) | var(x)
 
@@ -40,7 +40,7 @@ VIEWS: frozenset[Callable[..., Any]] = frozenset(
 
 @dataclass(frozen=True)
 class Norm:
-    """What a node was read as. dims: how many of the last dimensions are normalised; dtype: of the value; rounded: the
+    """What a node was read as. dims: how many of the last dimensions are normalized; dtype: of the value; rounded: the
     narrowest dtype that the value had until its weight was applied; round_before_weight: as in `ops.norm`."""
 
     x: Node
@@ -70,11 +70,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Deviation:
-    """sqrt(mean((of - mean(of))^2) + eps), or without the mean where it is not centred. fault: why it is not quite that."""
+    """sqrt(mean((of - mean(of))^2) + eps), or without the mean where it is not centered. fault: why it is not quite that."""
 
     of: Node
     dims: tuple[int, ...]
-    centred: bool
+    centered: bool
     eps: float = 0.0
     fault: str | None = None
 
@@ -208,7 +208,7 @@ def _keeps(reduced: Any, x: Any, dims: tuple[int, ...]) -> bool:
     return value is not None and _equal(value.shape, [1 if d in dims else size for d, size in enumerate(_fake(x).shape)])
 
 
-def _centred(node: Any) -> tuple[Node, tuple[int, ...]] | None:
+def _centered(node: Any) -> tuple[Node, tuple[int, ...]] | None:
     """(x, dims) where `node` is `x - mean(x, dims)`."""
     node = _source(node)
     if not is_call(node, torch.sub) or not _operands(node):
@@ -224,8 +224,8 @@ def _variance(node: Any) -> Deviation | None:
         return None
     unbiased = node.args[2] if len(node.args) > 2 else node.kwargs.get("unbiased", True)
     correction = node.kwargs.get("correction", int(bool(unbiased)))
-    centred = _centred(node.args[0])
-    x = centred[0] if centred is not None and centred[1] == dims else _source(node.args[0])
+    centered = _centered(node.args[0])
+    x = centered[0] if centered is not None and centered[1] == dims else _source(node.args[0])
     return Deviation(x, dims, True, fault=None if correction == 0 else "its variance is the unbiased one")
 
 
@@ -238,15 +238,15 @@ def _moment(node: Any) -> Deviation | None:
         return _variance(node.args[0])
     if is_call(node, torch.sub) and _operands(node):
         square, mean = _moment(node.args[0]), _mean(_base(_inner(node.args[1]), 2))
-        if square is None or square.centred or mean is None or mean[1] != square.dims or not _same(mean[0], square.of):
+        if square is None or square.centered or mean is None or mean[1] != square.dims or not _same(mean[0], square.of):
             return None
-        return replace(square, centred=True)
+        return replace(square, centered=True)
     mean = _mean(node)
     x: Any = None if mean is None else _source(_base(_source(mean[0]), 2))
     if mean is None or not _is_float(x):
         return None
-    centred = _centred(x)
-    return Deviation(x, mean[1], False) if centred is None or centred[1] != mean[1] else Deviation(centred[0], mean[1], True)
+    centered = _centered(x)
+    return Deviation(x, mean[1], False) if centered is None or centered[1] != mean[1] else Deviation(centered[0], mean[1], True)
 
 
 def _with_eps(node: Any) -> Deviation | None:
@@ -309,7 +309,7 @@ def _quotients(node: Node) -> Iterator[tuple[Any, Any, Any, Deviation]]:
                     yield value, weight, inverse, deviation
 
 
-def _normalised(node: Node) -> Reading:
+def _normalized(node: Node) -> Reading:
     if is_call(node, F.layer_norm):
         x, shape, weight, bias, eps = node.args
         return _called(node, "layer", x, shape, eps, weight, bias)
@@ -333,15 +333,15 @@ def _called(node: Node, kind: ops.NormKind, x: Any, shape: Any, eps: Any, weight
     norm = Norm(x, kind, float(eps), len(shape), dtype, dtype, bias=bias)
     if weight is None:
         return norm
-    centred = _zero_centred(norm, weight)
-    return replace(norm, weight=weight if centred is None else centred, zero_centered=centred is not None)
+    centered = _zero_centered(norm, weight)
+    return replace(norm, weight=weight if centered is None else centered, zero_centered=centered is not None)
 
 
 def _is_over(value: Any, deviation: Deviation) -> bool:
     """Whether a value is what its deviation was taken of."""
-    if deviation.centred:
-        centred = _centred(value)
-        return centred is not None and centred[1] == deviation.dims and _same(centred[0], deviation.of)
+    if deviation.centered:
+        centered = _centered(value)
+        return centered is not None and centered[1] == deviation.dims and _same(centered[0], deviation.of)
     return _same(value, deviation.of)
 
 
@@ -352,18 +352,18 @@ def _by_hand(node: Node, factor: Any, deviation: Deviation) -> Reading:
     if dtype.itemsize > torch.promote_types(_fake(x).dtype, torch.float32).itemsize:
         return None
     if deviation.dims != tuple(range(rank - len(deviation.dims), rank)):
-        return Declined("it normalises dimensions that are not the last ones")
+        return Declined("it normalizes dimensions that are not the last ones")
     if deviation.fault is not None:
         return Declined(deviation.fault)
-    return Norm(x, "layer" if deviation.centred else "rms", deviation.eps, len(deviation.dims), dtype, dtype)
+    return Norm(x, "layer" if deviation.centered else "rms", deviation.eps, len(deviation.dims), dtype, dtype)
 
 
 def _scaled(node: Node) -> Reading:
-    norm = _normalised(node)
+    norm = _normalized(node)
     if norm is not None or not is_call(node, torch.mul):
         return norm
     for operand, weight in _operands(node):
-        inner = _through_casts(operand, _normalised)
+        inner = _through_casts(operand, _normalized)
         if inner is not None and inner.weight is None and inner.bias is None and _equal(_fake(node).shape, _fake(inner.x).shape):
             return _weighted(inner, weight, _fake(node).dtype)
     return None
@@ -407,8 +407,8 @@ def _weighted(norm: Norm, weight: Any, dtype: torch.dtype) -> Norm | None:
     """The norm times a weight, which gives a value of `dtype`."""
     if not _is_float(weight):
         return None
-    centred = _zero_centred(norm, weight)
-    weight = _vector(weight if centred is None else centred, norm)
+    centered = _zero_centered(norm, weight)
+    weight = _vector(weight if centered is None else centered, norm)
     if weight is None:
         return None
     if norm.rounds is None:
@@ -416,10 +416,10 @@ def _weighted(norm: Norm, weight: Any, dtype: torch.dtype) -> Norm | None:
     product = torch.promote_types(norm.rounds or norm.computed_in, _fake(weight).dtype)
     if product.itemsize > norm.computed_in.itemsize or (product != dtype and norm.rounds is not None):
         return None
-    return replace(norm, weight=weight, zero_centered=centred is not None, round_before_weight=norm.rounds, dtype=dtype, rounded=dtype)
+    return replace(norm, weight=weight, zero_centered=centered is not None, round_before_weight=norm.rounds, dtype=dtype, rounded=dtype)
 
 
-def _zero_centred(norm: Norm, weight: Any) -> Any:
+def _zero_centered(norm: Norm, weight: Any) -> Any:
     """`w` where the weight is `1 + w`, added in the dtype in which `ops.norm` adds it; None otherwise."""
     added = _source(weight) if norm.rounds is None else weight
     if not is_call(added, torch.add) or added.kwargs or added.args[1] != 1:
@@ -447,7 +447,7 @@ def _biased(norm: Norm, bias: Any, dtype: torch.dtype) -> Norm | None:
 
 
 def _vector(node: Any, norm: Norm) -> Any:
-    """A weight or bias of the normalised shape, before it was made to broadcast; there may be dimensions of one more in
+    """A weight or bias of the normalized shape, before it was made to broadcast; there may be dimensions of one more in
     front. None where it is not one."""
     shape = norm.normalized_shape
     while not _equal(_fake(node).shape, shape):

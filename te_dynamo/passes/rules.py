@@ -19,7 +19,7 @@ from te_dynamo.ops import SEMANTIC_OPS
 from te_dynamo.passes.effects import written_between
 from te_dynamo.passes.graph import EXAMPLE, erase_if_dead
 from te_dynamo.passes.undo import Rewrite, Rewrites
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 
 ORIGIN = "te_origin"  # the name of the node that a semantic op stands for
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from te_dynamo.passes.attention_site import UNIFORM_ROWS
 from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.logits import find_logits
 from te_dynamo.passes.rules import ORIGIN
-from te_dynamo.report.sites import module_path
+from te_dynamo.sites import module_path
 
 RECIPE = "te_recipe"
 BLIND = "a row of its mask may see nothing, and is uniform: fused attention has other gradients for it"

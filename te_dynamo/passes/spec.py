@@ -27,7 +27,7 @@ from te_dynamo.passes.higher_order import rewritable_units
 from te_dynamo.passes.layout import Layout
 from te_dynamo.passes.plan import PLAN, SITE, Plan
 from te_dynamo.passes.regions import AUTOCAST
-from te_dynamo.report.sites import Site
+from te_dynamo.sites import Site
 
 
 class SpecError(AssertionError):

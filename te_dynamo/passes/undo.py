@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 from te_dynamo.ops import SEMANTIC_OPS
 from te_dynamo.passes.graph import erase_if_dead
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 
 
 @dataclass(frozen=True)

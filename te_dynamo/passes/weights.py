@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from te_dynamo.passes.graph import is_call, is_method, tensor
-from te_dynamo.report.sites import clean_path
+from te_dynamo.sites import clean_path
 
 VIEWS: tuple[Callable[..., Any], ...] = (
     torch.chunk,

@@ -28,8 +28,8 @@ from te_dynamo.config import CHOICES, Options
 from te_dynamo.lowering.te import library
 from te_dynamo.lowering.te.hardware import unavailable_recipe
 from te_dynamo.recipe import RECIPES
-from te_dynamo.report.sites import Sites
 from te_dynamo.report.trials import Trial, trials
+from te_dynamo.sites import Sites
 
 PACKAGES = (
     "torch",

@@ -30,7 +30,7 @@ from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.graph import example, is_call, is_method, tensor
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.spec import hint
-from te_dynamo.report.sites import Site, module_path
+from te_dynamo.sites import Site, module_path
 
 SMALL = 16  # integer tensors of up to so many elements are written out: positions, lengths, counters
 NO_HINT = 16  # the size taken for one that depends on data

@@ -24,10 +24,10 @@ from te_dynamo.passes.weights import is_owned, path_of
 from te_dynamo.report.flops import GemmObserver, Visit, visits_of
 from te_dynamo.report.isolation import Memory, detached, discard_code, graph_breaks, untouched
 from te_dynamo.report.report import Report
-from te_dynamo.report.sites import WRAPPERS, Site, Sites, clean_path
+from te_dynamo.sites import WRAPPERS, Site, Sites, clean_path
 
 LOGITS = "the logits"  # how the reason begins for which logits are left
-UNRECOGNISED = "no rule takes this product with a parameter"
+UNRECOGNIZED = "no rule takes this product with a parameter"
 OUTSIDE = "ran outside of every compiled graph"
 # Recompile limits of a compile of one's own, where torch has them (2.13); ours are discarded afterwards in any case.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
@@ -269,7 +269,7 @@ def _untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
     whole = next((site.reason for site in sites if site.kind == "graph"), None)
     for name, path in {gemm.node: gemm.path for gemm in visit.gemms if gemm.weight and gemm.node not in told}.items():
         operation = re.sub(r"_\d+$", "", name)
-        yield Site("linear", path, name, reason=whole or f"{UNRECOGNISED} ({operation})")
+        yield Site("linear", path, name, reason=whole or f"{UNRECOGNIZED} ({operation})")
 
 
 def _placeholders(gm: GraphModule) -> list[Node]:

@@ -33,7 +33,7 @@ from te_dynamo.passes.regions import regions
 from te_dynamo.passes.rules import ORIGIN
 from te_dynamo.passes.weights import is_owned, source_of
 from te_dynamo.report.isolation import Memory
-from te_dynamo.report.sites import module_path
+from te_dynamo.sites import module_path
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from te_dynamo.report.sites import Site
+from te_dynamo.sites import Site
 
 COLUMNS = ("kind", "path", "sites", "provider", "recipe", "layout", "GFLOP", "not taken because")
 

@@ -32,7 +32,7 @@ from te_dynamo.passes.regions import SET_GRAD
 from te_dynamo.passes.rules import ORIGIN
 from te_dynamo.passes.spec import hint, target_name
 from te_dynamo.passes.weights import is_owned
-from te_dynamo.report.sites import module_path
+from te_dynamo.sites import module_path
 from te_dynamo.state import is_fake
 
 log = logging.getLogger(__name__)

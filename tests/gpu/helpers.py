@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from te_dynamo.backend import observing, te_fp8
-from te_dynamo.report.sites import Site
+from te_dynamo.sites import Site
 from tests.gpu.device import DEVICE
 
 

@@ -38,7 +38,7 @@ def trainer(model: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Tens
 
 
 @contextmanager
-def no_synchronisation() -> Iterator[None]:
+def no_synchronization() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -47,9 +47,9 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def test_the_instrument_notices_a_synchronisation():
+def test_the_instrument_notices_a_synchronization():
     one = torch.ones((), device=DEVICE)
-    with pytest.raises(RuntimeError, match="synchroniz"), no_synchronisation():
+    with pytest.raises(RuntimeError, match="synchroniz"), no_synchronization():
         one.item()
 
 
@@ -60,7 +60,7 @@ def test_a_steady_step_does_not_wait_for_the_device(provider, recipe):
     for _ in range(4):
         step(x)
     torch.cuda.synchronize()
-    with no_synchronisation():
+    with no_synchronization():
         losses = [step(x) for _ in range(3)]
     assert torch.stack(losses).isfinite().all()
 

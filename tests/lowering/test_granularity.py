@@ -259,7 +259,7 @@ def test_nvfp4_is_that_of_transformer_engine(rows, transform):
     torch.manual_seed(0)
     t = torch.randint(-500, 500, (64, 96)).float()
     result = theirs.quantize(t)
-    # their transposed copy is quantised along the tokens, and transformed
+    # their transposed copy is quantized along the tokens, and transformed
     for kind, matrix, data, scale, amax in (
         (NVFP4(rows), t, result.data, result.scale, result.global_amax_row),
         (NVFP4(rows, hadamard=transform), t.t(), result.data_t, result.scale_t, result.global_amax_col),

@@ -64,7 +64,7 @@ FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0), "e2m1": (1, 0, 6.0
 
 
 def noise(t: Tensor, format: str, block: tuple[int, int], power_of_2: str = "", stochastic: bool = False) -> float:
-    """Noise to signal of a matrix quantised along its rows, in float64. block: rows x columns of one scale, 0 for all;
+    """Noise to signal of a matrix quantized along its rows, in float64. block: rows x columns of one scale, 0 for all;
     power_of_2: the scale is rounded "down" or (its inverse) "up" to one; both leave the largest value in range."""
     mantissa, least, top = FORMATS[format]
     r, c = (size or whole for size, whole in zip(block, t.shape, strict=True))
@@ -78,7 +78,7 @@ def noise(t: Tensor, format: str, block: tuple[int, int], power_of_2: str = "", 
         step = torch.round(step / unit / torch.exp2(exponent - 3)) * torch.exp2(exponent - 3) * unit
     scaled = (blocks / step).clamp(-top, top)
     ulp = torch.exp2(torch.floor(torch.log2(scaled.abs().clamp(min=1e-300))).clamp(min=least) - mantissa)
-    if stochastic:  # the variance of a choice between neighbours
+    if stochastic:  # the variance of a choice between neighbors
         part = scaled / ulp - torch.floor(scaled / ulp)
         error = part * (1 - part) * ulp**2 * step**2 + (scaled * step - blocks) ** 2
     else:

@@ -17,8 +17,8 @@ import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.te import attention as te_attention
 from te_dynamo.lowering.te.attention_limits import Case, refused
-from te_dynamo.report.sites import Site
 from te_dynamo.runtime import compile_without_codegen
+from te_dynamo.sites import Site
 from tests import te_on_cpu
 from tests.numerics import sqnr
 

@@ -153,7 +153,7 @@ PRODUCTS = [
 
 @pytest.mark.parametrize("layout", ["TN", "NN", "NT"])
 @pytest.mark.parametrize(("a", "b"), PRODUCTS)
-def test_a_gemm_is_the_product_of_what_was_quantised(a, b, layout):
+def test_a_gemm_is_the_product_of_what_was_quantized(a, b, layout):
     """Of the matrices that the operands stand for, in whichever copy."""
     torch.manual_seed(0)
     how_a, how_b = FORMATS[a], FORMATS[b]
@@ -310,7 +310,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", ["block", "mxfp8"])
-def test_each_tensor_is_quantised_once(name, merged):
+def test_each_tensor_is_quantized_once(name, merged):
     """Of three linears: the input, and each weight and gradient of a GEMM, both ways in one kernel."""
     gemms = 1 if merged else 3
     with Calls() as calls:

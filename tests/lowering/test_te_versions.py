@@ -192,7 +192,7 @@ def test_a_call_that_would_be_refused_is_noticed(calls):
     for call in (
         calls[0],  # a parameter by position that is taken by name alone, and one that there is not
         ("Float8Quantizer", (1, 2), {}),  # one too few
-        ("Float8TensorStorage", (), {"data": 1, "fp8_scale_inv": 1, "fp8_dtype": 1, "colour": 1}),  # dropped by **kwargs
+        ("Float8TensorStorage", (), {"data": 1, "fp8_scale_inv": 1, "fp8_dtype": 1, "color": 1}),  # dropped by **kwargs
         ("tex.layernorm_bwd", (1, 2, 3, 4, 5), {"sm_margin": 0, "zero_centered_gamma": False}),  # pybind knows no names there
         ("tex.rmsnorm_fwd", (1,) * 7, {}),
         ("tex.no_such_function", (), {}),

@@ -16,7 +16,7 @@ from te_dynamo.passes.graph import emit, is_call
 from te_dynamo.passes.layout import TABLE, AttentionShape, Layout, attention_shape, choose_layout, qkv_linears
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.rules import apply
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 from tests.capture import capture, copy_of
 
 B, S, E, H, D = 2, 6, 32, 4, 8

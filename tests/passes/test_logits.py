@@ -17,7 +17,7 @@ from te_dynamo.passes.canonicalize import canonicalize
 from te_dynamo.passes.logits import find_logits
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.rules import apply
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 from tests.capture import capture
 
 VOCABULARY, WIDTH = 96, 32

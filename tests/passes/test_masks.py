@@ -22,7 +22,7 @@ from te_dynamo.passes import masks
 from te_dynamo.passes.canonicalize import SDPA, canonicalize
 from te_dynamo.passes.graph import EXAMPLE, emit, is_call, tensor
 from te_dynamo.passes.masks import Proof, prove, simplify_masks
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 from tests.capture import capture
 
 S = 12

@@ -19,7 +19,7 @@ from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.raise_attention import ATTENTION_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.spec import RAISED, check
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 from tests.capture import capture
 from tests.models import CASES
 

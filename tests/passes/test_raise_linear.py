@@ -18,7 +18,7 @@ from te_dynamo.passes.graph import submodules
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.weights import path_of, weight_of
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 from tests.capture import capture
 
 B, S, D, N, H, E = 2, 3, 8, 16, 2, 4  # H * E == D

@@ -19,7 +19,7 @@ from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.select import site_path
 from te_dynamo.passes.spec import RAISED, check
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 from tests.capture import capture
 
 B, S, T, E, H = 2, 6, 5, 16, 4  # batch, queries, keys, embedding, heads

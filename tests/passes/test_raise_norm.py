@@ -24,7 +24,7 @@ from te_dynamo.passes.canonicalize import canonicalize
 from te_dynamo.passes.graph import tensor
 from te_dynamo.passes.raise_norm import NORM_RULES
 from te_dynamo.passes.rules import apply
-from te_dynamo.report.sites import Sites
+from te_dynamo.sites import Sites
 from tests.capture import capture
 
 B, S, D = 2, 8, 8  # S == D: what is reduced over the wrong dimension still broadcasts
@@ -226,9 +226,9 @@ NO_NORM: dict[str, Spelling] = {
     "a sum over another length": lambda x, w, b: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / (D - 1) + EPS),
     "not a root": lambda x, w, b: x / (x.pow(2).mean(-1, keepdim=True) + EPS),
     "two moments": lambda x, w, b: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + w.pow(2)),
-    "centred only above": lambda x, w, b: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS),
-    "centred only below": lambda x, w, b: x * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + EPS),
-    "centred by another mean": lambda x, w, b: (x - x.mean(1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + EPS),
+    "centered only above": lambda x, w, b: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS),
+    "centered only below": lambda x, w, b: x * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + EPS),
+    "centered by another mean": lambda x, w, b: (x - x.mean(1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + EPS),
     "the mean of all": lambda x, w, b: x * torch.rsqrt(x.pow(2).mean() + EPS),
     "a scalar": lambda x, w, b: x[0, 0, 0] * torch.rsqrt(x[0, 0, 0].pow(2).mean(-1, keepdim=True) + EPS),
     "the mean scaled": lambda x, w, b: (
@@ -314,8 +314,8 @@ def test_intermediates_may_be_used_outside(dtype: torch.dtype):
         h = x.float()
         mean = h.mean(-1, keepdim=True)
         rstd = torch.rsqrt((h - mean).pow(2).mean(-1, keepdim=True) + EPS)
-        normalised = (h - mean) * rstd
-        return (w * normalised.to(x.dtype) + b, rstd, normalised, mean + h)
+        normalized = (h - mean) * rstd
+        return (w * normalized.to(x.dtype) + b, rstd, normalized, mean + h)
 
     _, (norm,), declined = raised(fn, *data(dtype))
     assert None not in norm.args and not declined

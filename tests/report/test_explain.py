@@ -21,9 +21,9 @@ from torch.utils.flop_counter import flop_registry
 import te_dynamo
 from te_dynamo import backend
 from te_dynamo.backend import te_fp8
-from te_dynamo.report.explain import ISOLATED, OUTSIDE, UNRECOGNISED
-from te_dynamo.report.sites import Site
+from te_dynamo.report.explain import ISOLATED, OUTSIDE, UNRECOGNIZED
 from te_dynamo.runtime import compile_without_codegen
+from te_dynamo.sites import Site
 from te_dynamo.state import STATE
 from tests.slots import all_slots
 
@@ -157,7 +157,7 @@ def test_a_form_that_no_rule_knows_is_a_site(x):
 
     report = te_dynamo.explain(Chain(), x)
     (left,) = [s for s in report.sites if s.provider is None]
-    assert left.reason == f"{UNRECOGNISED} (linalg_multi_dot)" and left.flops == LINEAR_FLOPS
+    assert left.reason == f"{UNRECOGNIZED} (linalg_multi_dot)" and left.flops == LINEAR_FLOPS
     assert report.fp8_flop_fraction == 0.5
 
 

@@ -62,7 +62,7 @@ def _rotate(
 
 
 def _quarter_turn(x: Tensor, interleaved: bool) -> Tensor:
-    """(a, b) to (-b, a): neighbours if interleaved, else the halves of the last dimension."""
+    """(a, b) to (-b, a): neighbors if interleaved, else the halves of the last dimension."""
     if interleaved:
         return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
     first, second = x.chunk(2, -1)

@@ -4,8 +4,8 @@ The calls are those of TE 2.20 (pytorch/cpp_extensions/fused_attn.py). Tensors l
 and v is [B, S, H, D] or [S, B, H, D], contiguous or a view of one buffer that holds the three.
 
 FP8 follows TE's delayed scaling: q, k and v share a scale, S and O have one each, and so have dO, dP and the three gradients
-together; O and the gradients leave the kernels in FP8. What goes in is quantised by the kernels that make it, which Inductor
-generates; what comes out is dequantised by the kernels that read it.
+together; O and the gradients leave the kernels in FP8. What goes in is quantized by the kernels that make it, which Inductor
+generates; what comes out is dequantized by the kernels that read it.
 """
 
 from __future__ import annotations

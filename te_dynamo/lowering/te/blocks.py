@@ -1,7 +1,7 @@
 """TE's GEMM of operands that have a scale for each block, and the cast that makes them: blocks of 128, and MXFP8's of 32.
 
 A matrix [R, C] has up to two copies in FP8: the row-wise one for GEMMs that sum over C, the column-wise one for those that sum
-over R. Each is quantised from high precision, with scales of its own, both by one kernel. Scales lie as the GEMM reads them:
+over R. Each is quantized from high precision, with scales of its own, both by one kernel. Scales lie as the GEMM reads them:
 
     block of                     128                                         32
     column-wise copy             [C, R]: lies transposed                     [R, C]
@@ -119,7 +119,7 @@ def te_block_gemm(
         NN      a [M, C], b [C, N]      a @ b           b column-wise, of MXFP8
         NT      a [C, M], b [C, N]      a.T @ b         both column-wise, of MXFP8
 
-    a_square, b_square: how they were quantised; not both, of blocks of 128. bias [N] in 16 bits, added in the epilogue. fast:
+    a_square, b_square: how they were quantized; not both, of blocks of 128. bias [N] in 16 bits, added in the epilogue. fast:
     accumulates with fewer bits (TE's use_split_accumulator=False), which blocks of 128 never do.
     """
     te = api()

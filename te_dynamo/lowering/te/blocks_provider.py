@@ -1,9 +1,9 @@
 """The provider of the recipes that TE computes with a scale for each block: blocks of 128, and MXFP8.
 
-What TE's own linear does (2.20.2, pytorch/module/linear.py) is done here, kernel for kernel. An input is quantised once, for
+What TE's own linear does (2.20.2, pytorch/module/linear.py) is done here, kernel for kernel. An input is quantized once, for
 forward and for wgrad, which reads its column-wise copy: that is saved, nothing else of it. So is a weight, for forward and for
 dgrad, and its column-wise copy is saved too: a byte an element from forward to backward, instead of another kernel that reads
-the weight. A gradient is quantised once, for dgrad and for wgrad. Copies that nobody asks for are not made.
+the weight. A gradient is quantized once, for dgrad and for wgrad. Copies that nobody asks for are not made.
 """
 
 from __future__ import annotations

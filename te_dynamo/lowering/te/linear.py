@@ -91,7 +91,7 @@ def quantizer(scale: Tensor, amax: Tensor, dtype: torch.dtype, data: bool, trans
 
 
 def plain(made: Any, like: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor]:
-    """What TE quantised as plain tensors: as it is, and transposed; empty where it is not wanted.
+    """What TE quantized as plain tensors: as it is, and transposed; empty where it is not wanted.
 
     Where its casts do not transpose, a kernel of ours does: GEMMs here are TN on every device.
     """

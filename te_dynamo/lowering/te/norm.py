@@ -68,7 +68,7 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str
     if (kind == "layer") != (bias is not None):
         return "TE's LayerNorm has a bias" if kind == "layer" else "TE's RMSNorm has no bias"
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
-        return f"TE's norms take weights of the dtype of what they normalise, {x.dtype}, not {weight.dtype}"
+        return f"TE's norms take weights of the dtype of what they normalize, {x.dtype}, not {weight.dtype}"
     sizes = x.shape[:-1]
     if any(isinstance(size, torch.SymInt) for size in sizes):
         return "the number of tokens is not known when it is compiled"
