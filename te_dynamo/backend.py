@@ -23,11 +23,11 @@ import torch
 from torch.fx import GraphModule
 
 from te_dynamo.config import Options
+from te_dynamo.ir.graph import EXAMPLE, copy_graph_module
 from te_dynamo.lowering.providers import choose, choose_for, provider_for, provider_named
 from te_dynamo.passes.attach import attach
 from te_dynamo.passes.canonicalize import canonicalize
 from te_dynamo.passes.fuse import fuse
-from te_dynamo.passes.graph import EXAMPLE, copy_graph_module
 from te_dynamo.passes.higher_order import mark_parameters, rewritable_units
 from te_dynamo.passes.lower import lower
 from te_dynamo.passes.masks import simplify_masks

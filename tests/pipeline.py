@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from te_dynamo.backend import te_fp8
 from te_dynamo.config import Options
-from te_dynamo.passes.graph import copy_graph_module
+from te_dynamo.ir.graph import copy_graph_module
 from te_dynamo.report.stages import Stages
 
 

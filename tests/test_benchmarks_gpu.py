@@ -15,12 +15,13 @@ from benchmarks import lab
 from benchmarks.gpu import cases, gemm, layer, run, worker
 from benchmarks.gpu.bars import bars
 from benchmarks.gpu.cases import BASELINE, CASES
-from benchmarks.gpu.devices import PEAKS, DeviceInfo, Peak, describe
+from benchmarks.gpu.devices import DeviceInfo, describe
 from benchmarks.gpu.model import LLAMA_3_8B, TINY, inputs, llama_layer, rotary
 from benchmarks.gpu.reasons import Failed, reason_of
 from benchmarks.gpu.report import markdown, predictions, result
 from benchmarks.gpu.timing import WARM_UP, CUDAClock, clock_of, interleaved
 from benchmarks.gpu.workers import ROOT, Worker
+from te_dynamo.lowering.devices import PEAKS, Peak
 from tests import te_on_cpu
 from tests.numerics import sqnr
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu.cases import BASELINE
-from benchmarks.gpu.devices import Peak
 from benchmarks.gpu.gemm import BF16
 from benchmarks.gpu.model import HOST_SHAPE, spelled
+from te_dynamo.lowering.devices import Peak
 
 Rows = Sequence[Mapping[str, Any]]
 

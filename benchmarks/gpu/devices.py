@@ -9,32 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-
-@dataclass(frozen=True)
-class Peak:
-    """What a device's maker says it reaches: dense TFLOP/s with float32 accumulation, GB/s of memory; and where he says it."""
-
-    fp8_tflops: float
-    bf16_tflops: float
-    gbs: float
-    source: str
-
-
-# By `torch.cuda.get_device_name()`. Makers state FP8 with sparsity, which is twice the dense figure given here. A part of a
-# device (MIG) has another name, and so no peak.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": Peak(1979, 989.5, 3350, "NVIDIA H100 datasheet, SXM"),
-    "NVIDIA H100 PCIe": Peak(1513, 756, 2000, "NVIDIA H100 datasheet (2022), PCIe"),
-    "NVIDIA H100 NVL": Peak(1670.5, 835.5, 3900, "NVIDIA H100 datasheet, NVL"),
-    "NVIDIA H200": Peak(1979, 989.5, 4800, "NVIDIA H200 datasheet, SXM"),
-    "NVIDIA H200 NVL": Peak(1670.5, 835.5, 4800, "NVIDIA H200 datasheet, NVL"),
-    "NVIDIA B200": Peak(4500, 2250, 8000, "NVIDIA DGX B200 datasheet, an eighth"),
-    "NVIDIA L40S": Peak(733, 362, 864, "NVIDIA L40S datasheet"),
-    "NVIDIA L4": Peak(242.5, 121, 300, "NVIDIA L4 datasheet"),
-    "NVIDIA RTX 6000 Ada Generation": Peak(728.5, 364.2, 960, "NVIDIA RTX 6000 Ada datasheet"),
-    "NVIDIA GeForce RTX 4090": Peak(330.3, 165.2, 1008, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-    "NVIDIA GeForce RTX 5090": Peak(419, 209.5, 1792, "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"),
-}
+from te_dynamo.lowering.devices import PEAKS, Peak
 
 
 @dataclass(frozen=True)

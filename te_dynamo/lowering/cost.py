@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from te_dynamo.passes.graph import tensor
+from te_dynamo.ir.graph import tensor
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from te_dynamo.ir import masked
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.first_use import agreed
 from te_dynamo.lowering.fp8 import E4M3, Casting, casting_of
@@ -38,7 +39,6 @@ GRADIENT_SLOTS = ("do", "dp", "dqkv")
 FORMATS = {"bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3), "bhsd": (0, 1, 2, 3)}
 
 BLOCK = 1 << 20  # scores in one block: 4 MB in float32
-FLOOR = -(2.0**14)
 
 
 class Block(NamedTuple):
@@ -90,7 +90,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, block: Block, factor: Ten
             # "Never" is spelled as the lowest float as often as -inf. Beside 3e38 the log of the sum would be lost, and a row
             # in which nothing may be seen (uniform, as in high precision) could not be recomputed from its lse.
             scores = scores + part
-            scores = torch.where(scores == -torch.inf, scores, scores.clamp(min=FLOOR))
+            scores = torch.where(scores == -torch.inf, scores, scores.clamp(min=masked.LEAST_SCORE))
     if causal:
         row = torch.arange(rows.start, rows.stop, device=q.device)
         future = torch.arange(columns.stop, device=q.device) > row[:, None]

@@ -17,10 +17,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import EXAMPLE, emit, fake_mode_of, is_call
 from te_dynamo.lowering.fp8_attention import FORWARD_SLOTS, GRADIENT_SLOTS
 from te_dynamo.lowering.functions import collect
 from te_dynamo.passes.fuse import MEMBERS
-from te_dynamo.passes.graph import EXAMPLE, emit, fake_mode_of, is_call
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.plan import PLAN
 from te_dynamo.passes.select import site_path

@@ -18,8 +18,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import EXAMPLE, INHERITED_META, emit, fake, fake_mode_of, is_call, is_method, tensor
 from te_dynamo.passes.effects import storage
-from te_dynamo.passes.graph import EXAMPLE, INHERITED_META, emit, fake_mode_of, is_call, is_method, tensor
 
 Names = tuple[str, ...]
 ORDER = "gbhijde"
@@ -36,13 +36,6 @@ class Operand:
     repeats: int = 1
     heads: int | None = None
     nodes: tuple[Node, ...] = ()
-
-
-def fake(node: Any) -> torch.Tensor:
-    value = tensor(node)
-    if value is None:
-        raise TypeError(f"{node} is not a tensor")
-    return value
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -18,8 +18,8 @@ from torch._dynamo.source import AttrSource
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from te_dynamo.ir.graph import EXAMPLE, example, fake_mode_of, infer, is_call, is_method, tensor
 from te_dynamo.passes.effects import storage, writes
-from te_dynamo.passes.graph import EXAMPLE, example, fake_mode_of, infer, is_call, is_method, tensor
 
 LINEAR = torch._C._nn.linear
 SDPA = torch._C._nn.scaled_dot_product_attention

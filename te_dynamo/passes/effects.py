@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from te_dynamo.passes.graph import tensor
+from te_dynamo.ir.graph import tensor
 
 INPLACE_OPERATORS = frozenset(
     getattr(operator, name)

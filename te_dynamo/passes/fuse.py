@@ -16,8 +16,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import EXAMPLE, emit, is_call, is_method, tensor
 from te_dynamo.passes.effects import storage, written_between
-from te_dynamo.passes.graph import EXAMPLE, emit, is_call, is_method, tensor
 from te_dynamo.passes.layout import Layout as AttentionLayout
 from te_dynamo.passes.layout import attention_shape, choose_layout, qkv_linears
 from te_dynamo.passes.regions import regions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from te_dynamo.passes.graph import submodules
+from te_dynamo.ir.graph import submodules
 from te_dynamo.passes.weights import is_parameter, source_of
 
 # Where the operands of the sub-graph begin among the operator's arguments.

@@ -19,8 +19,8 @@ from torch import SymInt
 from torch.fx import Node
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import fake, is_call, is_method, tensor
 from te_dynamo.passes.effects import storage
-from te_dynamo.passes.graph import example, is_call, is_method, tensor
 from te_dynamo.passes.weights import is_view
 
 Form = Literal["bshd", "sbhd", "thd"]
@@ -113,7 +113,7 @@ def _is_one(size: int | SymInt) -> bool:
 
 def attention_shape(node: Node) -> AttentionShape:
     """What an `ops.attention` node is, from its arguments and the linears that they come from."""
-    q, k, v = (_tensor(x) for x in node.args[:3])
+    q, k, v = (fake(x) for x in node.args[:3])
     chains = [_chain(x) for x in node.args[:3]]
     batch_first = [_batch_first(chain) for chain in chains]
     linears = [None if chain is None else chain[0] for chain in chains]
@@ -152,7 +152,7 @@ def packed_in_memory(node: Node) -> str | None:
     places = [source.args[1] - (group.target is ops.norm_linears) for source in sources]
     members = len(group.args[3 if group.target is ops.norm_linears else 1])
     if group.kwargs["merged"] and members == 3 and places == [0, 1, 2]:
-        equal = len({_product(_tensor(x).shape) for x in node.args[:3]}) == 1
+        equal = len({_product(fake(x).shape) for x in node.args[:3]}) == 1
         return Layout(layout.form, "h3d" if group.kwargs["interleave"] else "3hd").name if equal else None
     if not group.kwargs["merged"] and len(set(places)) == 1 and layout.packing in ("3hd", "h3d"):
         return layout.name
@@ -161,7 +161,7 @@ def packed_in_memory(node: Node) -> str | None:
 
 def _source_of_views(value: Any) -> Node | None:
     """The output of a group of linears of which `value` is a view, without a cast."""
-    dtype = _tensor(value).dtype
+    dtype = fake(value).dtype
     while isinstance(value, Node):
         source = value.args[0] if is_call(value, operator.getitem) and isinstance(value.args[1], int) else None
         if is_call(source, ops.linears, ops.norm_linears):
@@ -239,7 +239,7 @@ def _sources(node: Node) -> tuple[Sequence[Any], Sequence[Any]]:
     if is_call(node, *FACTORS):
         return (), node.args[:2]
     if is_call(node, *TERMS):  # a term as large as the sum is part of it; a smaller one is a bias or a position
-        size = _product(_tensor(node).shape)
+        size = _product(fake(node).shape)
         whole = [x for x in node.args[:2] if (value := tensor(x)) is not None and _product(value.shape) == size]
         return whole, ()
     return (), ()
@@ -263,7 +263,7 @@ def _heads_made(linears: Sequence[Node | None], k: torch.Tensor) -> int:
     """The heads that the linear of k makes: fewer than k has where the graph repeats them for the queries."""
     _, linear, other = linears
     heads = int(k.shape[1])
-    return heads if linear is None or linear is other else min(heads, int(_tensor(linear).shape[-1] // k.shape[3]))
+    return heads if linear is None or linear is other else min(heads, int(fake(linear).shape[-1] // k.shape[3]))
 
 
 # --- which of batch and sequence is the outer dimension where a linear makes q
@@ -290,18 +290,18 @@ def _before(node: Node, source: Node, dim: int) -> int | None:
     if is_call(node, operator.getitem) and tensor(source) is None:
         return dim  # one of the results of `source`: the step from there to its own argument tells
     if is_call(node, torch.transpose):
-        i, j = (d % _tensor(node).dim() for d in args[1:3])
+        i, j = (d % fake(node).dim() for d in args[1:3])
         return {i: j, j: i}.get(dim, dim)
     if is_call(node, torch.t):
         return 1 - dim
     if is_call(node, torch.permute):
-        return args[1][dim] % _tensor(node).dim()
+        return args[1][dim] % fake(node).dim()
     if is_call(node, torch.unbind, torch.select) or is_method(node, "unbind", "select"):
         removed: Any = (*args, node.kwargs.get("dim", 0))[1]
-        removed %= _tensor(source).dim()
+        removed %= fake(source).dim()
         return dim if dim < removed else dim + 1
     if is_call(node, operator.getitem):
-        return _indexed(args[1], _tensor(source).dim(), dim)
+        return _indexed(args[1], fake(source).dim(), dim)
     value, first = tensor(node), tensor(source)
     if value is None or first is None or (value.dim() == first.dim() and not is_call(node, torch.reshape)):
         return dim
@@ -373,10 +373,3 @@ def _begin(chain: Chain) -> Any:
             break
         offset = offset if value is None else value.storage_offset()  # type: ignore[assignment]
     return offset
-
-
-def _tensor(node: Any) -> torch.Tensor:
-    value = example(node)
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{node} is not a tensor")
-    return value

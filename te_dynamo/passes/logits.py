@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import is_call, is_method, submodules, tensor
 from te_dynamo.passes.effects import writes
-from te_dynamo.passes.graph import is_call, is_method, submodules, tensor
 from te_dynamo.passes.weights import is_parameter, source_of, weight_of
 
 EMBEDDINGS = (F.embedding, F.embedding_bag)

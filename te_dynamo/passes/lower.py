@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import EXAMPLE, emit, erase_if_dead, fake_mode_of, is_call, tensor
 from te_dynamo.lowering import functions
 from te_dynamo.lowering.fp8_attention import FORWARD_SLOTS, GRADIENT_SLOTS
 from te_dynamo.lowering.fp8_attention import attention as fp8_attention
@@ -26,7 +27,6 @@ from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.canonicalize import SDPA
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.fuse import LAYOUT
-from te_dynamo.passes.graph import EXAMPLE, emit, erase_if_dead, fake_mode_of, is_call, tensor
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.plan import PLAN
 from te_dynamo.passes.weights import WeightRef, weight_of

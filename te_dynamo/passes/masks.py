@@ -28,8 +28,9 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from te_dynamo import ops
+from te_dynamo.ir import masked
+from te_dynamo.ir.graph import erase_if_dead, example, is_call, tensor
 from te_dynamo.passes.effects import storage, writes
-from te_dynamo.passes.graph import erase_if_dead, example, is_call, tensor
 from te_dynamo.sites import Sites, clean_path
 
 log = logging.getLogger(__name__)
@@ -1025,10 +1026,10 @@ class _Interpreter:
 
 
 def _lowest(dtype: torch.dtype) -> float:
-    """What a mask of this dtype adds to hide, or less: bfloat16's lowest number absorbs any score in the wider dtypes too."""
+    """What a mask of this dtype adds to hide, or less."""
     if not dtype.is_floating_point:
         raise Unproven(f"the mask is of {dtype}")
-    return max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+    return masked.lowest(dtype)
 
 
 def _upstream(nodes: Sequence[Node]) -> set[Node]:

@@ -10,11 +10,11 @@ from torch.fx import GraphModule, Node
 
 from te_dynamo import ops
 from te_dynamo.config import Options
+from te_dynamo.ir.graph import is_call, tensor
 from te_dynamo.lowering.cost import flops_of_linear
 from te_dynamo.lowering.fp8_attention import unsupported as unsupported_attention
 from te_dynamo.lowering.providers import choose_for
 from te_dynamo.passes.fuse import LAYOUT, MEMBERS
-from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.layout import Layout as AttentionLayout
 from te_dynamo.passes.layout import packed_in_memory
 from te_dynamo.passes.regions import regions

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from te_dynamo.ir.graph import fake
 from te_dynamo.passes.attention_site import (
     Attention,
     Names,
     Operand,
     arrange_mask,
     emit_attention,
-    fake,
     look_through,
     same_size,
     size_of,

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from te_dynamo.ir import masked
+from te_dynamo.ir.graph import fake, is_call, is_method, tensor
 from te_dynamo.passes.attention_site import (
     Attention,
     Mask,
@@ -36,7 +38,6 @@ from te_dynamo.passes.attention_site import (
     cast,
     emit_attention,
     emit_mask,
-    fake,
     look_through,
     merged,
     number,
@@ -47,12 +48,10 @@ from te_dynamo.passes.attention_site import (
     split,
     transposed,
 )
-from te_dynamo.passes.graph import is_call, is_method, tensor
 from te_dynamo.passes.raise_linear import SPELLINGS, Contraction
 from te_dynamo.passes.rules import Declined, Match, Rule
 from te_dynamo.passes.weights import is_owned, weight_of
 
-NEVER = -1e4  # a score that is set to this or less is masked
 BATCH: dict[int, Names] = {0: (), 1: ("g",), 2: ("b", "h")}
 STEPS = frozenset({"factor", "cast", "merge", "repeat"})
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -400,7 +399,7 @@ def _mask_fault(mask: Mask) -> str | None:
         return None if value.is_floating_point() else f"a tensor of dtype {_spelled(value.dtype)} is added to the scores"
     if value.dtype != torch.bool:
         return f"the scores are filled where a tensor of dtype {_spelled(value.dtype)} says so"
-    return None if mask.fill <= NEVER else f"scores are set to {mask.fill}, which does not mask them"
+    return None if mask.fill <= masked.FILL else f"scores are set to {mask.fill}, which does not mask them"
 
 
 def _broadcast(scores: Scores, q: Operand, k: Operand, v: Operand) -> str | None:

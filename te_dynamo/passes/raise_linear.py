@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 from te_dynamo import ops
-from te_dynamo.passes.graph import emit, is_call, tensor
+from te_dynamo.ir.graph import emit, fake, is_call, tensor
 from te_dynamo.passes.rules import Declined, Match, Rule
 from te_dynamo.passes.weights import WeightRef, depends_on_weights_only, is_owned, origin, path_of, source_of, weight_of
 from te_dynamo.sites import module_path
@@ -27,13 +27,6 @@ from te_dynamo.sites import module_path
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
 Labels = tuple[Hashable, ...]
-
-
-def _fake(node: Any) -> torch.Tensor:
-    value = tensor(node)
-    if value is None:
-        raise TypeError(f"{node} is not a tensor")
-    return value
 
 
 def _not_a_weight(operand: Any) -> Declined | None:
@@ -77,7 +70,7 @@ def _site_path(node: Node, root: Node) -> str:
 
 
 def _emit_linear(graph: Graph, like: Node, x: Any, weight: Any, bias: Any, path: str) -> Node:
-    node = emit(graph, ops.linear, (x, weight, bias), {"out_dtype": _fake(like).dtype}, like=like)
+    node = emit(graph, ops.linear, (x, weight, bias), {"out_dtype": fake(like).dtype}, like=like)
     node.meta["te_path"] = path
     return node
 
@@ -101,7 +94,7 @@ class Linear(Rule):
         ref = weight_of(weight)
         if ref is None:
             return _not_a_weight(weight) or self._argument(weight)
-        if _fake(weight).dim() != 2:
+        if fake(weight).dim() != 2:
             return None
         return _unusable(node, x, weight) or Match(
             node, [node], {"x": x, "weight": weight, "bias": bias, "path": _site_path(node, ref.root)}
@@ -129,8 +122,8 @@ class Addmm(Rule):
             return _not_a_weight(weight)
         if any(node.kwargs.get(factor, 1) != 1 for factor in ("alpha", "beta")):
             return Declined("addmm with an alpha or beta other than 1")
-        is_bias = tuple(_fake(added).shape) == (_fake(weight).shape[1],)
-        if not is_bias and _fake(added).dtype != _fake(node).dtype:
+        is_bias = tuple(fake(added).shape) == (fake(weight).shape[1],)
+        if not is_bias and fake(added).dtype != fake(node).dtype:
             return Declined("addmm adds a matrix of another dtype")
         values = {"added": added, "x": x, "weight": weight, "is_bias": is_bias, "path": _site_path(node, ref.root)}
         return _unusable(node, x, weight) or Match(node, [node], values)
@@ -155,8 +148,8 @@ class AddBias(Rule):
         for linear, bias in ((left, right), (right, left)):
             if not isinstance(linear, Node) or linear.target is not ops.linear or linear.args[2] is not None or len(linear.users) != 1:
                 continue
-            same_dtype = _fake(node).dtype == linear.kwargs["out_dtype"]
-            if same_dtype and weight_of(bias) is not None and tuple(_fake(bias).shape) == (_fake(linear.args[1]).shape[0],):
+            same_dtype = fake(node).dtype == linear.kwargs["out_dtype"]
+            if same_dtype and weight_of(bias) is not None and tuple(fake(bias).shape) == (fake(linear.args[1]).shape[0],):
                 return Match(node, [linear, node], {"linear": linear, "bias": bias})
         return None
 
@@ -177,7 +170,7 @@ class Contraction:
 
 
 def _rank(node: Any) -> int:
-    return _fake(node).dim()
+    return fake(node).dim()
 
 
 def _matmul(node: Node) -> Contraction:
@@ -277,8 +270,8 @@ class Product(Rule):
         if depends_on_weights_only(x):
             return Declined("a product of parameters, without an activation")
         lead, rows, columns = split
-        sizes = dict(zip(weight_labels, _fake(weight).shape, strict=True))
-        if any(sizes[label] != size for label, size in zip(labels, _fake(x).shape, strict=True) if label in columns):
+        sizes = dict(zip(weight_labels, fake(weight).shape, strict=True))
+        if any(sizes[label] != size for label, size in zip(labels, fake(x).shape, strict=True) if label in columns):
             return Declined("a dimension that is summed over is broadcast")
         if len(sizes) > 2 and not all(isinstance(size, int) for size in sizes.values()):
             return Declined("a weight of more than two dimensions, of unknown size")
@@ -311,7 +304,7 @@ class Product(Rule):
         if len(rows) != 1:
             out = emit(graph, torch.unflatten, (out, -1, rows), like=node)
         permuted = _permuted(graph, node, out, v["out_order"])
-        if permuted is not out and is_contiguous_or_false(_fake(node)):  # einsum's own result may be permuted too
+        if permuted is not out and is_contiguous_or_false(fake(node)):  # einsum's own result may be permuted too
             permuted = emit(graph, torch.clone, (permuted,), {"memory_format": torch.contiguous_format}, like=node)
         return permuted
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from te_dynamo.passes.attention_site import Attention, Mask, Names, Operand, as_contiguous, emit_attention, emit_mask, fake
-from te_dynamo.passes.graph import EXAMPLE, emit, fake_mode_of, is_call, is_method, tensor
+from te_dynamo.ir.graph import EXAMPLE, emit, fake, fake_mode_of, is_call, is_method, tensor
+from te_dynamo.passes.attention_site import Attention, Mask, Names, Operand, as_contiguous, emit_attention, emit_mask
 from te_dynamo.passes.rules import Declined, Match, Rule
 from te_dynamo.sites import module_path
 

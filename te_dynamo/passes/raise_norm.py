@@ -28,7 +28,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from te_dynamo import ops
-from te_dynamo.passes.graph import emit, example, is_call, is_method, tensor
+from te_dynamo.ir.graph import emit, example, fake, is_call, is_method, tensor
 from te_dynamo.passes.regions import SET_GRAD, regions
 from te_dynamo.passes.rules import Declined, Match, Rule
 
@@ -56,7 +56,7 @@ class Norm:
 
     @property
     def computed_in(self) -> torch.dtype:
-        return torch.promote_types(_fake(self.x).dtype, torch.float32)
+        return torch.promote_types(fake(self.x).dtype, torch.float32)
 
     @property
     def rounds(self) -> torch.dtype | None:
@@ -65,7 +65,7 @@ class Norm:
 
     @property
     def normalized_shape(self) -> tuple[Any, ...]:
-        return tuple(_fake(self.x).shape[-self.dims :])
+        return tuple(fake(self.x).shape[-self.dims :])
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,6 @@ NO_CONSTANT = "its eps is not a constant"
 # Helpers: what to look through, and what is equal.
 
 
-def _fake(node: Any) -> torch.Tensor:
-    value = tensor(node)
-    if value is None:
-        raise TypeError(f"{node} is not a tensor")
-    return value
-
-
 def _equal(a: Any, b: Any) -> bool:
     """Whether two shapes are known to be equal, without a guard on it."""
     return len(a) == len(b) and statically_known_true(sym_eq(tuple(a), tuple(b)))
@@ -109,7 +102,7 @@ def _is_cast(node: Any) -> bool:
 
 def _is_widening(node: Any) -> bool:
     """A cast that loses nothing, to the dtype that a norm is computed in anyway."""
-    return _is_cast(node) and node.args[1] == torch.float32 and _fake(node.args[0]).dtype.itemsize < 4
+    return _is_cast(node) and node.args[1] == torch.float32 and fake(node.args[0]).dtype.itemsize < 4
 
 
 def _is_contiguous(node: Any) -> bool:
@@ -139,7 +132,7 @@ def _same(a: Any, b: Any) -> bool:
     a, b = _source(a), _source(b)
     if a is b or not (_is_view(a) and _is_view(b)):
         return a is b
-    return a.target is b.target and _equal(_fake(a).shape, _fake(b).shape) and _same(a.args[0], b.args[0])
+    return a.target is b.target and _equal(fake(a).shape, fake(b).shape) and _same(a.args[0], b.args[0])
 
 
 def _operands(node: Node) -> tuple[tuple[Any, Any], ...]:
@@ -176,7 +169,7 @@ def _dims(node: Node) -> tuple[int, ...] | None:
     """The dimensions that a reduction goes over, from the left; None where it does not say, or there are none."""
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     given = (given,) if isinstance(given, int) and not isinstance(given, bool) else given
-    rank = _fake(node.args[0]).dim()
+    rank = fake(node.args[0]).dim()
     if rank == 0 or not isinstance(given, (tuple, list)) or not given or not all(isinstance(d, int) for d in given):
         return None
     return tuple(sorted(d % rank for d in given))
@@ -192,7 +185,7 @@ def _mean(node: Any) -> tuple[Any, tuple[int, ...]] | None:
     if not is_call(node, torch.sum if length is not None else torch.mean, torch.var_mean):
         return None
     dims = _dims(node)
-    if dims is None or (length is not None and not _is_length(length, [_fake(node.args[0]).shape[d] for d in dims])):
+    if dims is None or (length is not None and not _is_length(length, [fake(node.args[0]).shape[d] for d in dims])):
         return None
     return node.args[0], dims
 
@@ -205,7 +198,7 @@ def _is_length(length: Any, sizes: list[Any]) -> bool:
 def _keeps(reduced: Any, x: Any, dims: tuple[int, ...]) -> bool:
     """Whether what was reduced over `dims` stands beside `x` as one number for each of its rows."""
     value = tensor(reduced)
-    return value is not None and _equal(value.shape, [1 if d in dims else size for d, size in enumerate(_fake(x).shape)])
+    return value is not None and _equal(value.shape, [1 if d in dims else size for d, size in enumerate(fake(x).shape)])
 
 
 def _centered(node: Any) -> tuple[Node, tuple[int, ...]] | None:
@@ -315,7 +308,7 @@ def _normalized(node: Node) -> Reading:
         return _called(node, "layer", x, shape, eps, weight, bias)
     if is_call(node, F.rms_norm):
         x, shape, weight, eps = node.args
-        eps = torch.finfo(torch.promote_types(_fake(x).dtype, torch.float32)).eps if eps is None else eps
+        eps = torch.finfo(torch.promote_types(fake(x).dtype, torch.float32)).eps if eps is None else eps
         return _called(node, "rms", x, shape, eps, weight, None)
     for value, weight, factor, deviation in _quotients(node):
         if _is_over(value, deviation):
@@ -329,7 +322,7 @@ def _normalized(node: Node) -> Reading:
 def _called(node: Node, kind: ops.NormKind, x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> Reading:
     if not isinstance(eps, (int, float)):
         return Declined(NO_CONSTANT)
-    dtype = _fake(node).dtype
+    dtype = fake(node).dtype
     norm = Norm(x, kind, float(eps), len(shape), dtype, dtype, bias=bias)
     if weight is None:
         return norm
@@ -346,10 +339,10 @@ def _is_over(value: Any, deviation: Deviation) -> bool:
 
 
 def _by_hand(node: Node, factor: Any, deviation: Deviation) -> Reading:
-    x, dtype, rank = deviation.of, _fake(node).dtype, _fake(deviation.of).dim()
-    if not _keeps(factor, x, deviation.dims) or not _equal(_fake(node).shape, _fake(x).shape) or not (_is_float(x) and _is_float(node)):
+    x, dtype, rank = deviation.of, fake(node).dtype, fake(deviation.of).dim()
+    if not _keeps(factor, x, deviation.dims) or not _equal(fake(node).shape, fake(x).shape) or not (_is_float(x) and _is_float(node)):
         return None
-    if dtype.itemsize > torch.promote_types(_fake(x).dtype, torch.float32).itemsize:
+    if dtype.itemsize > torch.promote_types(fake(x).dtype, torch.float32).itemsize:
         return None
     if deviation.dims != tuple(range(rank - len(deviation.dims), rank)):
         return Declined("it normalizes dimensions that are not the last ones")
@@ -364,8 +357,8 @@ def _scaled(node: Node) -> Reading:
         return norm
     for operand, weight in _operands(node):
         inner = _through_casts(operand, _normalized)
-        if inner is not None and inner.weight is None and inner.bias is None and _equal(_fake(node).shape, _fake(inner.x).shape):
-            return _weighted(inner, weight, _fake(node).dtype)
+        if inner is not None and inner.weight is None and inner.bias is None and _equal(fake(node).shape, fake(inner.x).shape):
+            return _weighted(inner, weight, fake(node).dtype)
     return None
 
 
@@ -375,8 +368,8 @@ def _shifted(node: Node) -> Reading:
         return norm
     for operand, bias in _operands(node):
         inner = _through_casts(operand, _scaled)
-        if inner is not None and inner.kind == "layer" and inner.bias is None and _equal(_fake(node).shape, _fake(inner.x).shape):
-            return _biased(inner, bias, _fake(node).dtype)
+        if inner is not None and inner.kind == "layer" and inner.bias is None and _equal(fake(node).shape, fake(inner.x).shape):
+            return _biased(inner, bias, fake(node).dtype)
     return None
 
 
@@ -395,7 +388,7 @@ def _through_casts(node: Any, read: Callable[[Node], Reading]) -> Norm | None:
 
 def _cast(norm: Norm, cast: Node) -> Norm | None:
     """The norm whose result is cast. Once weighted it is not widened: that cast is not the norm's."""
-    dtype = _fake(cast).dtype
+    dtype = fake(cast).dtype
     if dtype.itemsize < norm.dtype.itemsize and norm.rounded in (norm.dtype, norm.computed_in):
         return replace(norm, dtype=dtype, rounded=dtype)
     if dtype.itemsize > norm.dtype.itemsize and norm.weight is None and norm.bias is None:
@@ -413,7 +406,7 @@ def _weighted(norm: Norm, weight: Any, dtype: torch.dtype) -> Norm | None:
         return None
     if norm.rounds is None:
         weight = _source(weight)
-    product = torch.promote_types(norm.rounds or norm.computed_in, _fake(weight).dtype)
+    product = torch.promote_types(norm.rounds or norm.computed_in, fake(weight).dtype)
     if product.itemsize > norm.computed_in.itemsize or (product != dtype and norm.rounds is not None):
         return None
     return replace(norm, weight=weight, zero_centered=centered is not None, round_before_weight=norm.rounds, dtype=dtype, rounded=dtype)
@@ -426,8 +419,8 @@ def _zero_centered(norm: Norm, weight: Any) -> Any:
         return None
     w = added.args[0]
     if norm.rounds is None:
-        return _source(w) if _fake(added).dtype == norm.computed_in else None
-    return w if _fake(added).dtype == _fake(w).dtype else None
+        return _source(w) if fake(added).dtype == norm.computed_in else None
+    return w if fake(added).dtype == fake(w).dtype else None
 
 
 def _biased(norm: Norm, bias: Any, dtype: torch.dtype) -> Norm | None:
@@ -440,8 +433,8 @@ def _biased(norm: Norm, bias: Any, dtype: torch.dtype) -> Norm | None:
     rounds = norm.round_before_weight if norm.weight is not None else norm.rounds
     added_in = rounds or norm.computed_in
     if norm.weight is not None and rounds is not None:
-        added_in = torch.promote_types(rounds, _fake(norm.weight).dtype)
-    if torch.promote_types(added_in, _fake(bias).dtype) != added_in:
+        added_in = torch.promote_types(rounds, fake(norm.weight).dtype)
+    if torch.promote_types(added_in, fake(bias).dtype) != added_in:
         return None
     return replace(norm, bias=bias, rounded=dtype, round_before_weight=rounds)
 
@@ -450,10 +443,10 @@ def _vector(node: Any, norm: Norm) -> Any:
     """A weight or bias of the normalized shape, before it was made to broadcast; there may be dimensions of one more in
     front. None where it is not one."""
     shape = norm.normalized_shape
-    while not _equal(_fake(node).shape, shape):
+    while not _equal(fake(node).shape, shape):
         if not (_is_view(node) or _is_contiguous(node) or is_method(node, "expand")):
-            extra = _fake(node).dim() - norm.dims
-            return node if extra > 0 and _equal(_fake(node).shape, (1,) * extra + shape) else None
+            extra = fake(node).dim() - norm.dims
+            return node if extra > 0 and _equal(fake(node).shape, (1,) * extra + shape) else None
         node = node.args[0]
     return node
 
@@ -524,7 +517,7 @@ class RaiseNorm(Rule):
     def rewrite(self, graph: Graph, match: Match) -> Node:
         norm: Norm = match.values["norm"]
         x, like = norm.x, match.output
-        if is_contiguous_or_false(_fake(like)) and not is_contiguous_or_false(_fake(x)):
+        if is_contiguous_or_false(fake(like)) and not is_contiguous_or_false(fake(x)):
             x = emit(graph, torch.clone, (x,), {"memory_format": torch.contiguous_format}, like=like)
         weight, bias = (_flat(graph, vector, norm, like) for vector in (norm.weight, norm.bias))
         attributes = {
@@ -540,7 +533,7 @@ class RaiseNorm(Rule):
 
 def _flat(graph: Graph, vector: Node | None, norm: Norm, like: Node) -> Node | None:
     """A weight or bias without its dimensions of one in front."""
-    extra = 0 if vector is None else _fake(vector).dim() - norm.dims
+    extra = 0 if vector is None else fake(vector).dim() - norm.dims
     return emit(graph, torch.squeeze, (vector, tuple(range(extra))), like=like) if extra > 0 else vector
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from te_dynamo.passes.graph import is_call
+from te_dynamo.ir.graph import is_call
 
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 SET_GRAD = torch._C._set_grad_enabled

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
+from te_dynamo.ir.graph import EXAMPLE, erase_if_dead
 from te_dynamo.ops import SEMANTIC_OPS
 from te_dynamo.passes.effects import written_between
-from te_dynamo.passes.graph import EXAMPLE, erase_if_dead
 from te_dynamo.passes.undo import Rewrite, Rewrites
 from te_dynamo.sites import Sites
 

@@ -10,9 +10,9 @@ from torch.fx import GraphModule, Node
 
 from te_dynamo import ops
 from te_dynamo.config import Options
+from te_dynamo.ir.graph import is_call, tensor
 from te_dynamo.lowering.cost import not_worth_it
 from te_dynamo.passes.attention_site import UNIFORM_ROWS
-from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.logits import find_logits
 from te_dynamo.passes.rules import ORIGIN
 from te_dynamo.sites import module_path

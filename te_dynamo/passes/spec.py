@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import EXAMPLE, example, is_call, is_method, tensor
 from te_dynamo.passes import canonicalize as canonical
 from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.fuse import LAYOUT, MEMBERS
-from te_dynamo.passes.graph import EXAMPLE, example, is_call, is_method, tensor
 from te_dynamo.passes.higher_order import rewritable_units
 from te_dynamo.passes.layout import Layout
 from te_dynamo.passes.plan import PLAN, SITE, Plan

@@ -12,10 +12,10 @@ from torch.fx import Node
 
 from te_dynamo import ops
 from te_dynamo.config import Options
+from te_dynamo.ir.graph import is_call, tensor
 from te_dynamo.lowering.providers import provider_named
 from te_dynamo.lowering.te.attention_limits import Case, refused
 from te_dynamo.lowering.te.library import capability, cudnn_version, unavailable
-from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.layout import packed_in_memory
 from te_dynamo.passes.weights import is_view
 from te_dynamo.recipe import DelayedScaling, Recipe

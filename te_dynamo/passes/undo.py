@@ -9,8 +9,8 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from te_dynamo.ir.graph import erase_if_dead
 from te_dynamo.ops import SEMANTIC_OPS
-from te_dynamo.passes.graph import erase_if_dead
 from te_dynamo.sites import Sites
 
 

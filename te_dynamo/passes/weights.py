@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from te_dynamo.passes.graph import is_call, is_method, tensor
+from te_dynamo.ir.graph import is_call, is_method, tensor
 from te_dynamo.sites import clean_path
 
 VIEWS: tuple[Callable[..., Any], ...] = (

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import example, fake_mode_of, is_call, submodules, tensor
 from te_dynamo.lowering.cost import flops_of_linear
 from te_dynamo.passes.fuse import MEMBERS
-from te_dynamo.passes.graph import example, fake_mode_of, is_call, submodules, tensor
 from te_dynamo.passes.plan import PLAN
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.rules import ORIGIN

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import copy_graph_module, is_call
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.fuse import MEMBERS
-from te_dynamo.passes.graph import copy_graph_module, is_call
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.regions import SET_GRAD
 from te_dynamo.passes.rules import ORIGIN

@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import emit, is_call
 from te_dynamo.passes.canonicalize import canonicalize
-from te_dynamo.passes.graph import emit, is_call
 from te_dynamo.passes.layout import TABLE, AttentionShape, Layout, attention_shape, choose_layout, qkv_linears
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.rules import apply

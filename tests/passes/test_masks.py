@@ -18,9 +18,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import EXAMPLE, emit, is_call, tensor
 from te_dynamo.passes import masks
 from te_dynamo.passes.canonicalize import SDPA, canonicalize
-from te_dynamo.passes.graph import EXAMPLE, emit, is_call, tensor
 from te_dynamo.passes.masks import Proof, prove, simplify_masks
 from te_dynamo.sites import Sites
 from tests.capture import capture

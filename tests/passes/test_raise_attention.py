@@ -14,8 +14,8 @@ from torch.fx import GraphModule, Node
 from transformers import Gemma2Config, Gemma2Model, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import is_call, tensor
 from te_dynamo.passes.canonicalize import canonicalize
-from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.raise_attention import ATTENTION_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.spec import RAISED, check

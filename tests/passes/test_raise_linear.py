@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import submodules
 from te_dynamo.passes.canonicalize import canonicalize
-from te_dynamo.passes.graph import submodules
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.weights import path_of, weight_of

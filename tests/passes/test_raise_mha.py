@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import is_call, tensor
 from te_dynamo.passes.canonicalize import canonicalize
-from te_dynamo.passes.graph import is_call, tensor
 from te_dynamo.passes.layout import attention_shape
 from te_dynamo.passes.raise_attention import ATTENTION_RULES
 from te_dynamo.passes.raise_linear import LINEAR_RULES

@@ -20,8 +20,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import tensor
 from te_dynamo.passes.canonicalize import canonicalize
-from te_dynamo.passes.graph import tensor
 from te_dynamo.passes.raise_norm import NORM_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.sites import Sites

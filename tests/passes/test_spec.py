@@ -12,9 +12,9 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from te_dynamo import ops
+from te_dynamo.ir.graph import EXAMPLE, copy_graph_module, emit, is_call, tensor
 from te_dynamo.passes.attach import SLOTS, Slots
 from te_dynamo.passes.fuse import MEMBERS
-from te_dynamo.passes.graph import EXAMPLE, copy_graph_module, emit, is_call, tensor
 from te_dynamo.passes.plan import PLAN, SITE
 from te_dynamo.passes.spec import SPECS, SpecError, check, fits, require
 from tests.models import CASES

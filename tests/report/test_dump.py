@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from te_dynamo.passes.graph import EXAMPLE
+from te_dynamo.ir.graph import EXAMPLE
 from te_dynamo.report.dump import Dump, fill, index_bounds
 from tests.capture import capture
 from tests.models import CASES

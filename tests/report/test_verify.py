@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from te_dynamo import ops
-from te_dynamo.passes.graph import copy_graph_module
+from te_dynamo.ir.graph import copy_graph_module
 from te_dynamo.report.verify import TOLERANCE, Difference, VerificationError, Verifier, compare, differs
 from tests.capture import capture
 from tests.models import CASES

@@ -29,6 +29,19 @@ def tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def fake(node: Any) -> torch.Tensor:
+    """The fake tensor of a node that is known to have one. Raises TypeError where it has none."""
+    value = tensor(node)
+    if value is None:
+        raise TypeError(f"{node} is not a tensor")
+    return value
+
+
+def hint(size: Any) -> int | None:
+    """A size as a number, without a guard on it: a symbolic one's value in this trace, None where that depends on data."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
+
+
 def is_call(node: Any, *targets: Callable[..., Any]) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
