@@ -2,10 +2,10 @@
 
     1 canonicalize   one spelling for each operation
     2 raise          torch IR -> semantic ops: linear, norm, attention
-    3 fuse           one quantization for what shares an input, Q/K/V into one GEMM, norm + linears
+    3 fuse           one quantization for what shares an input, Q/K/V into one GEMM, who makes each operand
     4 plan           per site: recipe, provider, attention layout
     5 state          scale state becomes graph inputs
-    6 lower          semantic ops -> a provider's operations
+    6 lower          semantic ops -> calls of a provider's implementations
     7 Inductor       compiles all of it, in one graph
 
 Dynamo's own graph is never touched, and what no stage takes stays as it was.
@@ -24,19 +24,20 @@ from torch.fx import GraphModule
 
 from te_dynamo.config import Options
 from te_dynamo.ir.graph import EXAMPLE, copy_graph_module
-from te_dynamo.lowering.providers import choose, choose_for, provider_for, provider_named
+from te_dynamo.ir.meta import PLAN, SLOTS
+from te_dynamo.lowering.registry import choose
 from te_dynamo.passes.attach import attach
 from te_dynamo.passes.canonicalize import canonicalize
 from te_dynamo.passes.fuse import fuse
 from te_dynamo.passes.higher_order import mark_parameters, rewritable_units
 from te_dynamo.passes.lower import lower
 from te_dynamo.passes.masks import simplify_masks
-from te_dynamo.passes.plan import plan
+from te_dynamo.passes.plan import Planner
 from te_dynamo.passes.raise_attention import ATTENTION_RULES
 from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.raise_norm import NORM_RULES
 from te_dynamo.passes.rules import apply
-from te_dynamo.passes.select import RECIPE, blind, linear_sizes, select, unmatched_absolute_patterns
+from te_dynamo.passes.select import masks_uniform_rows, select, unmatched_absolute_patterns
 from te_dynamo.passes.undo import Rewrites
 from te_dynamo.report.stages import Stages
 from te_dynamo.runtime import CompiledGraph, Compiler, Variant, compile_inductor, compile_without_codegen
@@ -71,25 +72,23 @@ def te_fp8(
     attached = attach(fused, trains=grad_enabled)
     stages.done("state", fused)
 
-    opaque = provider_named(provider).opaque
-    needs_first = not opaque and bool(attached.keys)
-    read_again = needs_first or bool(observers)
+    calibrates = _needs_calibration(fused)
+    read_again = calibrates or bool(observers)
 
-    def variant(first: bool, compiler: Compiler = compile_inductor) -> Variant:
+    def variant(calibrating: bool, compiler: Compiler = compile_inductor) -> Variant:
         graph = copy_graph_module(fused) if read_again else fused
-        lowered = lower(graph, first=first, keep_weights=chosen.keep_weights)
-        stages.done("lower" if not first else "lower_first", graph)
+        lowered = lower(graph, calibrating=calibrating, keep_weights=chosen.keep_weights)
+        stages.done("lower_calibrating" if calibrating else "lower", graph)
         inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
         return Variant(compiler(graph, inputs, chosen), lowered)
 
-    # With opaque operators one graph serves all: they look at the scales themselves.
-    steady = variant(first=opaque or not attached.keys)
-    # The first step's graph is run once or twice: it is not worth generating code for. In inference it may stay in use.
-    first = variant(first=True, compiler=compile_without_codegen if grad_enabled else compile_inductor) if needs_first else None
+    steady = variant(calibrating=False)
+    # The graph that calibrates is run once or twice: it is not worth generating code for. In inference it may stay in use.
+    calibrating = variant(True, compile_without_codegen if grad_enabled else compile_inductor) if calibrates else None
     _warn_about_patterns(chosen, sites)
     for observer in observers:
         observer(fused, sites, chosen)
-    return CompiledGraph(steady, first, attached, device, chosen, trains=grad_enabled, check=stages.verifier)
+    return CompiledGraph(steady, calibrating, attached, device, chosen, trains=grad_enabled, check=stages.verifier)
 
 
 def planned(gm: GraphModule, options: Options, device: torch.device, *, grad_enabled: bool = True) -> Sites:
@@ -116,23 +115,16 @@ def _raise_and_fuse(
     stages.done("canonicalize", graph)
 
     group = ranks(options.amax_group)
-    peers = "" if group is None else group.group_name
-
-    def unsupported(node: Any) -> str | None:
-        k, n = linear_sizes(node)
-        recipe = node.meta[RECIPE]
-        key, _ = choose_for(recipe, options.provider, provider, device)
-        return provider_for(key, recipe.key).unsupported_linear(device, k, n, node.kwargs["out_dtype"])
-
+    planner = Planner(options, provider, device, sites, "" if group is None else group.group_name)
     for unit in units:
         rewrites = Rewrites()
         # Attention first: opaque calls that hold linears are written out, and the linears are raised after it.
         for rules in (ATTENTION_RULES, (*LINEAR_RULES, *NORM_RULES)):
             apply(rules, unit, sites, rewrites)
-        while excluded := select(unit, options, unsupported, grad_enabled):
+        while excluded := select(unit, options, planner.unsupported, grad_enabled):
             rewrites.restore(unit.graph, excluded, sites)
         simplify_masks(unit, sites)
-        rewrites.restore(unit.graph, blind(unit, options), sites)
+        rewrites.restore(unit.graph, masks_uniform_rows(unit, options), sites)
         unit.graph.lint()
         unit.recompile()
     stages.done("raise", graph)
@@ -140,9 +132,15 @@ def _raise_and_fuse(
         fuse(unit, grad_enabled=grad_enabled, short_sequence=options.short_sequence)
     stages.done("fuse", graph)
     for unit in units:
-        plan(unit, sites, options, provider, device, grad_enabled=grad_enabled, peers=peers)
+        planner.plan(unit, grad_enabled=grad_enabled)
     stages.done("plan", graph)
     return graph
+
+
+def _needs_calibration(gm: GraphModule) -> bool:
+    """Whether a site cannot tell by itself that a scale was never set, so that a graph of its own calibrates. Opaque ones can."""
+    nodes = (node for unit in rewritable_units(gm) for node in unit.graph.nodes)
+    return any(SLOTS in node.meta and not node.meta[PLAN].opaque for node in nodes)
 
 
 def _wants_gradients(gm: GraphModule) -> bool:

@@ -15,28 +15,15 @@ from torch.fx import GraphModule
 
 from te_dynamo.cache_key import SOURCES_HASH
 from te_dynamo.config import Options
-from te_dynamo.lowering.partition import OneMeasurement, inputs_made_again
+from te_dynamo.ir.state_inputs import StateInput
+from te_dynamo.lowering.graph_passes import joint_graph_passes
+from te_dynamo.lowering.partition import inputs_recomputed
+from te_dynamo.lowering.registry import functions_in_graphs
 from te_dynamo.passes.attach import Attached
-from te_dynamo.passes.lower import Lowered, QuantizedWeights
+from te_dynamo.passes.lower import CachedWeights, Lowered
 from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, is_fake
 from te_dynamo.state.reduce import ranks
 from te_dynamo.state.sharded import gathered
-
-GRAD_AMAX = 2  # its place among the state's inputs
-CACHEABLE = (
-    "te_dynamo.lowering.functions.collect",
-    "te_dynamo.lowering.functions.record",
-    "te_dynamo.lowering.functions.unpack",
-    "te_dynamo.lowering.functions.linears",
-    "te_dynamo.lowering.functions.linears_inference",
-    "te_dynamo.lowering.functions.norm_linears",
-    "te_dynamo.lowering.functions.quantize_weights",
-    "te_dynamo.lowering.fp8_attention.attention",
-    "te_dynamo.lowering.te.attention.attention",
-    "te_dynamo.lowering.te.attention.fp8_attention",
-    "te_dynamo.ops.norm",
-)
-
 
 Compiler = Callable[[GraphModule, Sequence[Any], Options], Callable[..., Any]]
 
@@ -48,17 +35,17 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
     from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
     # A custom operator is keyed by its name only: what our sources and options are must be part of the caches' key.
-    marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(CACHEABLE, f"{SOURCES_HASH} {options.cache_key()}")
+    marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{SOURCES_HASH} {options.cache_key()}")
     with ExitStack() as stack:
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
-        passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), OneMeasurement(SOURCES_HASH)]
+        passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), *joint_graph_passes(SOURCES_HASH)]
         stack.enter_context(config.patch(joint_custom_pre_pass=passes))
-        stack.enter_context(inputs_made_again(options.recompute_inputs))
+        stack.enter_context(inputs_recomputed(options.recompute_inputs))
         return compile_fx(gm, list(inputs), config_patches=options.inductor_config())  # type: ignore[return-value]
 
 
 def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """AOTAutograd alone: for the graph of the first step, which is run once or twice."""
+    """AOTAutograd alone: for the graph that calibrates, which is run once or twice."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.compilers import nop
 
@@ -76,14 +63,14 @@ class Variant:
 class CompiledGraph:
     """The callable that Dynamo gets: takes the graph's inputs, adds the state's, and takes the recorded amaxes off.
 
-    `first` is the form for calls that meet a scale which was never set; None where `steady` serves those too. `check` is told
+    `calibrating` is the form for calls that meet a scale which was never set; None where `steady` serves those too. `check` is told
     of the inputs of each call before it runs (the option `verify`).
     """
 
     def __init__(
         self,
         steady: Variant,
-        first: Variant | None,
+        calibrating: Variant | None,
         attached: Attached,
         device: torch.device,
         options: Options,
@@ -92,7 +79,7 @@ class CompiledGraph:
         check: Callable[[Sequence[Any]], None] | None = None,
     ) -> None:
         self.check = check
-        self.steady, self.first, self.attached = steady, first, attached
+        self.steady, self.calibrating, self.attached = steady, calibrating, attached
         self.device, self.options, self.trains = device, options, trains
         self.weight_positions = tuple(dict.fromkeys(k.argument for k in attached.keys))
         self.groups: dict[tuple[int, ...], tuple[int, Group | None]] = {}
@@ -115,7 +102,7 @@ class CompiledGraph:
         if recording:
             group.record(amax)  # type: ignore[union-attr]
         if self.trains and self.attached.gradient and not group.fake:  # type: ignore[union-attr]
-            STATE.watch_backward(outputs, state[GRAD_AMAX], recording)
+            STATE.watch_backward(outputs, state[StateInput.GRAD_AMAX], recording)
         return outputs
 
     def _group(self, args: Sequence[Any]) -> Group | None:
@@ -139,9 +126,9 @@ class CompiledGraph:
         return STATE.group(attached.keys, attached.unions, args, self.device, create=self.trains, process_group=peers)
 
     def _variant(self, group: Group | None) -> Variant:
-        if self.first is None or (group is not None and (group.fake or group.complete(gradients=self.trains))):
+        if self.calibrating is None or (group is not None and (group.fake or group.complete(gradients=self.trains))):
             return self.steady
-        return self.first
+        return self.calibrating
 
     def _state_inputs(self, group: Group | None, args: Sequence[Any], recording: bool) -> list[Tensor]:
         if not self.attached.keys:
@@ -170,11 +157,11 @@ class WeightCache:
         _watch_optimizers()
         WeightCache.everyone.add(self)
 
-    def inputs(self, wanted: Sequence[QuantizedWeights], args: Sequence[Any]) -> list[Tensor]:
+    def inputs(self, wanted: Sequence[CachedWeights], args: Sequence[Any]) -> list[Tensor]:
         """The FP8 weights of each GEMM, in the order of the graph's inputs."""
         return [t for number, weights in enumerate(wanted) for t in self._one(number, weights, args)]
 
-    def _one(self, number: int, wanted: QuantizedWeights, args: Sequence[Any]) -> list[Tensor]:
+    def _one(self, number: int, wanted: CachedWeights, args: Sequence[Any]) -> list[Tensor]:
         tensors = [args[i] for i in wanted.arguments]
         key = (number, tuple([id(t) for t in tensors]))
         state = None if self._changes(key, tensors) or _captured(wanted, tensors) else _fingerprint(tensors)
@@ -217,7 +204,7 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(stepped)
 
 
-def _captured(wanted: QuantizedWeights, tensors: Sequence[Tensor]) -> bool:
+def _captured(wanted: CachedWeights, tensors: Sequence[Tensor]) -> bool:
     """Whether a CUDA graph is being captured that the weights of training will change under."""
     return wanted.trains and any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
 

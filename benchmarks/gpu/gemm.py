@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.cases import needs_te
 from benchmarks.gpu.model import LLAMA_3_8B, TINY
 from benchmarks.gpu.timing import clock_of, interleaved
-from te_dynamo.lowering.linears import scaled_mm
+from te_dynamo.lowering.per_tensor import scaled_mm
 from te_dynamo.lowering.te.linear import gemm as te_gemm
 
 CUBES = (2048, 4096, 8192)

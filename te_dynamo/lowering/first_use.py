@@ -9,20 +9,20 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 
 @torch.library.custom_op("te_dynamo::agreed", mutates_args=())
-def _agreed(amax: Tensor, slot: Tensor, peers: str) -> Tensor:
-    """amax: f32, 0-d, of this rank; slot: the scale, f32, 0-d; peers: the name of a process group -> the largest amax of its
+def _agreed(amax: Tensor, slot: Tensor, amax_group: str) -> Tensor:
+    """amax: f32, 0-d, of this rank; slot: the scale, f32, 0-d; amax_group: the name of a process group -> the largest amax of its
     ranks where the slot is unset (0), which all of them must agree on; else `amax`."""
     result = amax.clone()
     if not bool(slot > 0):
-        dist.all_reduce(result, op=dist.ReduceOp.MAX, group=_resolve_process_group(peers))
+        dist.all_reduce(result, op=dist.ReduceOp.MAX, group=_resolve_process_group(amax_group))
     return result
 
 
 @_agreed.register_fake
-def _(amax: Tensor, slot: Tensor, peers: str) -> Tensor:
+def _(amax: Tensor, slot: Tensor, amax_group: str) -> Tensor:
     return torch.empty_like(amax)
 
 
-def agreed(amax: Tensor, slot: Tensor, peers: str) -> Tensor:
-    """The amax by which an unset slot is first scaled: that of all ranks of the group `peers`, or this one's where it is ""."""
-    return torch.ops.te_dynamo.agreed(amax, slot, peers) if peers else amax
+def agreed(amax: Tensor, slot: Tensor, amax_group: str) -> Tensor:
+    """The amax by which an unset slot is first scaled: that of all ranks of the group `amax_group`, or this one's where it is ""."""
+    return torch.ops.te_dynamo.agreed(amax, slot, amax_group) if amax_group else amax

@@ -44,7 +44,7 @@ def amax(x: Tensor) -> Tensor:
 class Casting:
     """How a recipe with one scale a tensor casts: the dtypes of forward tensors and of gradients, and what becomes of an amax.
 
-    margin: powers of two left unused; power_2_scale: the scale's mantissa is cut off; amax_epsilon: the least amax; peers:
+    margin: powers of two left unused; power_2_scale: the scale's mantissa is cut off; amax_epsilon: the least amax; amax_group:
     the name of the process group whose ranks share the first scale of a slot, "" for none; saturates_infinite: as TE's casts.
     """
 
@@ -53,7 +53,7 @@ class Casting:
     margin: float = 0
     power_2_scale: bool = False
     amax_epsilon: float = 0.0
-    peers: str = ""
+    amax_group: str = ""
     saturates_infinite: bool = False
 
     def saturated(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,11 +71,11 @@ class Casting:
 
 
 @lru_cache
-def casting_of(recipe: str, peers: str = "") -> Casting:
-    """The Casting of a recipe's key. `peers` counts for recipes with state only: the others look at their own rank."""
+def casting_of(recipe: str, amax_group: str = "") -> Casting:
+    """The Casting of a recipe's key. `amax_group` counts for recipes with state only: the others look at their own rank."""
     values = from_key(recipe)
     options = {name: getattr(values, name) for name in ("margin", "power_2_scale", "amax_epsilon") if hasattr(values, name)}
-    options |= {"peers": peers if values.stateful else "", "saturates_infinite": getattr(values, "like_te", False)}
+    options |= {"amax_group": amax_group if values.stateful else "", "saturates_infinite": getattr(values, "like_te", False)}
     return Casting(values.fp8_format.forward, values.fp8_format.gradient, **options)
 
 

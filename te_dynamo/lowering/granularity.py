@@ -17,7 +17,7 @@ Transformer Engine's way (2.20).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -25,18 +25,12 @@ from torch.nn.functional import pad
 
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.fp8 import E4M3, FLOAT32_MAX, FP8_MAX, scale_of
+from te_dynamo.lowering.quantized import Quantized
 
 E2M1_MAX = 6.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; code + 8 is the negative
 # Transformer Engine's signs of the random Hadamard transform: drawn once, the same for all tensors.
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
-
-
-class Quantized(NamedTuple):
-    """data: the elements in their format; scale_inv: what each block of them is multiplied by to have its values."""
-
-    data: Tensor
-    scale_inv: Tensor
 
 
 class Granularity(Protocol):

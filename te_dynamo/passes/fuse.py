@@ -1,8 +1,7 @@
-"""Stage 3: what shares an input is quantized once, and what can be one GEMM becomes one.
+"""Stage 3: what shares an input is quantized once, what can be one GEMM becomes one, and who makes each operand is noted.
 
 Every linear becomes a group: the linears that read the same value in the same region. The q, k and v of an attention
-become one GEMM that writes the attention's layout. A norm and the group that reads it become one operation. All of this
-still runs in high precision and gives the same result.
+become one GEMM that writes the attention's layout. The result still runs in high precision, and gives what it gave.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from te_dynamo import ops
+from te_dynamo.ir import op_of, site_of
 from te_dynamo.ir.graph import EXAMPLE, emit, is_call, is_method, tensor
+from te_dynamo.ir.layout import Layout, in_memory
+from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, MEMBERS, PRODUCER, QKV_LAYOUT, RECIPE
 from te_dynamo.passes.effects import storage, written_between
-from te_dynamo.passes.layout import Layout as AttentionLayout
 from te_dynamo.passes.layout import attention_shape, choose_layout, qkv_linears
+from te_dynamo.passes.memory import Memory, described
 from te_dynamo.passes.regions import regions
-from te_dynamo.passes.select import RECIPE
-
-LAYOUT = "te_layout"
-MEMBERS = "te_members"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
     merges = _merges(gm.graph)
     for group in _groups(gm.graph, where):
         _group(gm.graph, group, merges)
-    _fuse_norms(gm.graph, regions(gm.graph, grad_enabled))
+    _note_producers(gm.graph, regions(gm.graph, grad_enabled))
+    _note_layouts(gm.graph)
     gm.graph.lint()
     gm.recompile()
 
@@ -60,7 +59,7 @@ def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
         trio = qkv_linears(node) if is_call(node, ops.attention) else None
         if trio is None or len(set(trio)) != 3 or len({(n.args[0], n.kwargs["out_dtype"], n.meta[RECIPE]) for n in trio}) != 1:
             continue
-        layout: AttentionLayout = node.meta[LAYOUT]
+        layout: Layout = node.meta[LAYOUT]
         head = tensor(node.args[0]).shape[-1]
         interleaved = _is_interleaved(layout) and all(_heads_only(n, head) for n in trio)
         equal = len({tensor(n).shape[-1] for n in trio}) == 1
@@ -68,7 +67,7 @@ def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
     return result
 
 
-def _is_interleaved(layout: AttentionLayout) -> bool:
+def _is_interleaved(layout: Layout) -> bool:
     return layout.packing == "h3d"
 
 
@@ -178,38 +177,28 @@ def _hoist(node: Node, place: Node) -> None:
         place.prepend(node)
 
 
-def _fuse_norms(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
-    """A norm over the last dimension whose first reader is a group of linears becomes one operation with it."""
-    for group in [n for n in graph.nodes if is_call(n, ops.linears)]:
-        norm = group.args[0]
-        if not is_call(norm, ops.norm) or norm.kwargs.get("dims", 1) != 1:
+def _note_producers(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
+    """Which node makes the operand of each site, where the two could be computed together: an operation that makes each row of
+    its result of the same rows of its inputs, in the same region, whose first reader is the site."""
+    for node in graph.nodes:
+        op = site_of(node)
+        gemms = op.gemms(node) if op is not None else ()
+        maker = gemms[0].x if gemms else None
+        made_by = op_of(maker)
+        if made_by is None or made_by.is_site or not made_by.by_rows(made_by.attributes(maker)):
             continue
-        others = [user for user in norm.users if user is not group]
-        if any(user < group for user in others) or written_between([norm, group]) is not None:
-            continue
-        if where[norm] != where[group]:
-            continue
-        _emit_norm_linears(graph, norm, group)
+        first = min(maker.users) is node
+        if first and where[maker] == where[node] and written_between([maker, node]) is None:
+            node.meta[PRODUCER] = maker.name
 
 
-def _emit_norm_linears(graph: Graph, norm: Node, group: Node) -> None:
-    x, weight, bias = (*norm.args, None, None)[:3]
-    attributes = dict(norm.kwargs)
-    attributes.pop("dims", None)
-    kwargs = {
-        "norm_dtype": attributes.pop("out_dtype"),
-        "zero_centered": attributes.pop("zero_centered", False),
-        "round_before_weight": attributes.pop("round_before_weight", None),
-        **attributes,
-        **group.kwargs,
-    }
-    with graph.inserting_before(group):
-        fused = emit(graph, ops.norm_linears, (x, weight, bias, group.args[1], group.args[2]), kwargs, like=group)
-        h = emit(graph, operator.getitem, (fused, 0), like=norm)
-    fused.meta[MEMBERS], fused.meta[RECIPE] = group.meta[MEMBERS], group.meta[RECIPE]
-    h.meta[EXAMPLE] = norm.meta[EXAMPLE]
-    for output in list(group.users):  # all are getitem
-        output.args = (fused, output.args[1] + 1)
-    graph.erase_node(group)
-    norm.replace_all_uses_with(h, delete_user_cb=lambda user: user is not fused)
-    graph.erase_node(norm)
+def _note_layouts(graph: Graph) -> None:
+    """How q, k and v of each attention lie when it runs."""
+    memory = Memory(graph)
+    for node in graph.nodes:
+        if is_call(node, ops.attention):
+            operands = [memory.of(x) for x in node.args[:3]]
+            layout = in_memory(*operands)
+            node.meta[IN_MEMORY] = described(*operands) if layout is None else layout.name
+            if layout is not None:
+                node.meta[QKV_LAYOUT] = layout.name

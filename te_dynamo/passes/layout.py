@@ -1,8 +1,6 @@
-"""The memory layout of an attention's q, k and v: read off the graph what the attention is, and choose from a table.
+"""The memory layout that is wanted for an attention: read off the graph what the attention is, and choose from a table.
 
-The names are Transformer Engine's: s sequence, b batch, t tokens, h heads, d head size; a digit stands where the
-tensors that share a buffer are told apart (`bs3hd`: q, k and v after one another in a token's row; `bsh3d`: head by
-head), and `_` parts tensors with buffers of their own (`bshd_bs2hd`: q apart, k and v packed).
+`te_dynamo.ir.layout` says what the names mean.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,31 +18,9 @@ from torch.fx import Node
 
 from te_dynamo import ops
 from te_dynamo.ir.graph import fake, is_call, is_method, tensor
+from te_dynamo.ir.layout import Layout, Packing
 from te_dynamo.passes.effects import storage
 from te_dynamo.passes.weights import is_view
-
-Form = Literal["bshd", "sbhd", "thd"]
-Packing = Literal["3hd", "h3d", "2hd", "h2d", ""]  # q, k and v together; k and v together; all apart
-
-
-@dataclass(frozen=True)
-class Layout:
-    """form: the order of the dimensions of q, and of o; packing: what shares a buffer, and how."""
-
-    form: Form
-    packing: Packing
-
-    @property
-    def name(self) -> str:
-        """As Transformer Engine spells it.
-
-        >>> Layout("bshd", "h3d").name, Layout("sbhd", "2hd").name, Layout("bshd", "").name
-        ('bsh3d', 'sbhd_sb2hd', 'bshd_bshd_bshd')
-        """
-        prefix = self.form.removesuffix("hd")
-        if self.packing in ("3hd", "h3d"):
-            return prefix + self.packing
-        return "_".join([self.form, prefix + self.packing] if self.packing else [self.form] * 3)
 
 
 @dataclass(frozen=True)
@@ -58,7 +34,6 @@ class AttentionShape:
     s_q, s_kv: lengths, a SymInt where they are symbolic.
     packed_by_user: how q, k and v, or k and v, lie in the output of one linear that the user packed; "" where they lie
         there in no order that has a name, None where he packed nothing.
-    ragged: sequences of different lengths, one after another, with cu_seqlens.
     """
 
     batch_first: bool
@@ -70,7 +45,6 @@ class AttentionShape:
     s_kv: int | SymInt
     equal_head_sizes: bool = True
     packed_by_user: Packing | None = None
-    ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,8 +77,7 @@ def choose_layout(site: AttentionShape, short_sequence: int) -> Layout:
     """
     row = next(row for row in TABLE if row.applies(site))
     short = row.short == row.long or (bool(site.s_q <= short_sequence) and bool(site.s_kv <= short_sequence))
-    form: Form = "thd" if site.ragged else "bshd" if site.batch_first else "sbhd"
-    return Layout(form, row.short if short else row.long)
+    return Layout("bshd" if site.batch_first else "sbhd", row.short if short else row.long)
 
 
 def _is_one(size: int | SymInt) -> bool:
@@ -136,41 +109,6 @@ def qkv_linears(node: Node) -> tuple[Node, Node, Node] | None:
     chains = [_chain(x) for x in node.args[:3]]
     q, k, v = (None if chain is None else chain[0] for chain in chains)
     return None if q is None or k is None or v is None else (q, k, v)
-
-
-def packed_in_memory(node: Node) -> str | None:
-    """The layout of q, k and v of an `ops.attention` that are nothing but views of one GEMM's output, grouped by `fuse`, as
-    TE spells it; None where they are made apart, or lie in no order that has a name."""
-    sources = [_source_of_views(x) for x in node.args[:3]]
-    layout: Layout = node.meta["te_layout"]
-    if any(source is None for source in sources):
-        return None
-    groups = {source.args[0] for source in sources}
-    if len(groups) != 1:
-        return None
-    (group,) = groups
-    places = [source.args[1] - (group.target is ops.norm_linears) for source in sources]
-    members = len(group.args[3 if group.target is ops.norm_linears else 1])
-    if group.kwargs["merged"] and members == 3 and places == [0, 1, 2]:
-        equal = len({_product(fake(x).shape) for x in node.args[:3]}) == 1
-        return Layout(layout.form, "h3d" if group.kwargs["interleave"] else "3hd").name if equal else None
-    if not group.kwargs["merged"] and len(set(places)) == 1 and layout.packing in ("3hd", "h3d"):
-        return layout.name
-    return None
-
-
-def _source_of_views(value: Any) -> Node | None:
-    """The output of a group of linears of which `value` is a view, without a cast."""
-    dtype = fake(value).dtype
-    while isinstance(value, Node):
-        source = value.args[0] if is_call(value, operator.getitem) and isinstance(value.args[1], int) else None
-        if is_call(source, ops.linears, ops.norm_linears):
-            return value
-        made = tensor(value)
-        if not is_view(value) or (made is not None and made.dtype != dtype):
-            return None
-        value = value.args[0]
-    return None
 
 
 # --- from q, k or v back to the linear that makes it

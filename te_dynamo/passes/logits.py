@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from te_dynamo import ops
+from te_dynamo.ir import op_of
 from te_dynamo.ir.graph import is_call, is_method, submodules, tensor
 from te_dynamo.passes.effects import writes
 from te_dynamo.passes.weights import is_parameter, source_of, weight_of
@@ -45,41 +45,44 @@ INDEX_MOVE_METHODS = ("clamp_min", "clamp_max", "clone", "contiguous", "expand",
     "new_full", "new_zeros", "repeat", "roll", "to", "type", "unfold",
 )  # fmt: skip
 # Where a hidden state goes on through the model; logits reach none of these.
-HIDDEN_STATE_OPS: frozenset[Any] = ops.SEMANTIC_OPS | {
-    torch._C._nn.linear,
-    torch._C._nn.scaled_dot_product_attention,
-    torch.addbmm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.bmm,
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    torch.einsum,
-    torch.matmul,
-    torch.mm,
-    F.batch_norm,
-    F.bilinear,
-    F.group_norm,
-    F.instance_norm,
-    F.layer_norm,
-    F.multi_head_attention_forward,
-    F.rms_norm,
-}
+HIDDEN_STATE_OPS: frozenset[Any] = frozenset(
+    {
+        torch._C._nn.linear,
+        torch._C._nn.scaled_dot_product_attention,
+        torch.addbmm,
+        torch.addmm,
+        torch.baddbmm,
+        torch.bmm,
+        torch.conv1d,
+        torch.conv2d,
+        torch.conv3d,
+        torch.einsum,
+        torch.matmul,
+        torch.mm,
+        F.batch_norm,
+        F.bilinear,
+        F.group_norm,
+        F.instance_norm,
+        F.layer_norm,
+        F.multi_head_attention_forward,
+        F.rms_norm,
+    }
+)
 
 
 def find_logits(gm: GraphModule) -> set[Node]:
-    """The `ops.linear` nodes of a raised graph that are logits."""
+    """The nodes of a raised graph whose weight GEMM gives logits."""
     embeddings = [node for node in gm.graph.nodes if is_call(node, *EMBEDDINGS)]
     tables = {ref.root for node in embeddings if (ref := weight_of(_table(node))) is not None}
     vocabulary = _vocabulary(embeddings)
     subgraphs = {node: inner for node, _, inner in submodules(gm)}
     found = set()
     for node in gm.graph.nodes:
-        if is_call(node, ops.linear):
-            ref = weight_of(node.args[1])
+        op = op_of(node)
+        for gemm in op.gemms(node) if op is not None else ():
+            ref = weight_of(gemm.weight)
             tied = ref is not None and ref.root in tables
-            if tied or (_rows(node.args[1]) == vocabulary and not _reaches_hidden_state(node, subgraphs)):
+            if tied or (_rows(gemm.weight) == vocabulary and not _reaches_hidden_state(node, subgraphs)):
                 found.add(node)
     return found
 
@@ -134,7 +137,7 @@ def _reaches_hidden_state(linear: Node, subgraphs: dict[Node, GraphModule]) -> b
             if user in seen:
                 continue
             seen.add(user)
-            if user.target in HIDDEN_STATE_OPS or any(_computes(subgraphs[n]) for n in user.all_input_nodes if n in subgraphs):
+            if _is_hidden(user) or any(_computes(subgraphs[n]) for n in user.all_input_nodes if n in subgraphs):
                 return True
             value = tensor(user)
             if value is None or value.is_floating_point():
@@ -142,5 +145,9 @@ def _reaches_hidden_state(linear: Node, subgraphs: dict[Node, GraphModule]) -> b
     return False
 
 
+def _is_hidden(node: Node) -> bool:
+    return op_of(node) is not None or node.target in HIDDEN_STATE_OPS
+
+
 def _computes(gm: GraphModule) -> bool:
-    return any(node.target in HIDDEN_STATE_OPS for node in gm.graph.nodes) or any(_computes(inner) for _, _, inner in submodules(gm))
+    return any(map(_is_hidden, gm.graph.nodes)) or any(_computes(inner) for _, _, inner in submodules(gm))

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from te_dynamo import ops
 from te_dynamo.ir import masked
 from te_dynamo.ir.graph import erase_if_dead, example, is_call, tensor
+from te_dynamo.ir.meta import MASK
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.sites import Sites, clean_path
 
@@ -90,7 +91,7 @@ def simplify_masks(gm: GraphModule, sites: Sites) -> None:
                 raise
             log.warning("te_dynamo: the mask %s was left as it is: %s", mask.name, error)
             proof = Proof("unknown", f"the proof failed: {type(error).__name__}: {error}")
-        node.meta["mask"] = proof
+        node.meta[MASK] = proof
         if proof.kind in ("causal", "all"):
             node.args = (*node.args[:3], None, *node.args[4:])
             node.kwargs = {**node.kwargs, "causal": proof.kind == "causal" or node.kwargs.get("causal", False)}

@@ -8,141 +8,229 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from te_dynamo import ops
 from te_dynamo.config import Options
-from te_dynamo.ir.graph import is_call, tensor
-from te_dynamo.lowering.cost import flops_of_linear
-from te_dynamo.lowering.fp8_attention import unsupported as unsupported_attention
-from te_dynamo.lowering.providers import choose_for
-from te_dynamo.passes.fuse import LAYOUT, MEMBERS
-from te_dynamo.passes.layout import Layout as AttentionLayout
-from te_dynamo.passes.layout import packed_in_memory
+from te_dynamo.ir import op_of, site_of
+from te_dynamo.ir.graph import example, fake, tensor, upstream
+from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, MASK, ORIGIN, PATH, PLAN, PRODUCER, RECIPE, SITE, members_of, origin_of, site_path
+from te_dynamo.ir.op import SemanticOp
+from te_dynamo.lowering import registry
+from te_dynamo.lowering.cost import flops_of_gemm
+from te_dynamo.lowering.registry import Case
+from te_dynamo.passes.memory import first_copy
 from te_dynamo.passes.regions import regions
-from te_dynamo.passes.select import RECIPE, site_path, wants_fp8
-from te_dynamo.passes.te_kernels import te_beside, why_no_norm_kernel, why_no_te_attention
-from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
+from te_dynamo.passes.select import wants_fp8
+from te_dynamo.passes.weights import is_view
+from te_dynamo.recipe import Recipe
 from te_dynamo.sites import Site, Sites, module_path
-
-PLAN = "te_plan"
-SITE = "te_site"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """provider: its key (see `lowering.providers`); recipe: None for what stays in high precision; trains: whether the site
-    has gradients, and so records its amaxes; peers: the name of the process group whose ranks share first scales, or "";
-    norm_kernel: whether a norm and its linears use the provider's own kernel for the norm; lies_as: the layout in which q, k
-    and v of an attention lie in memory, as TE spells it, where TE's kernel computes it, "" where none does."""
+    """How a semantic node is computed.
+
+    provider: who computes it; recipe: None for what stays in high precision; trains: whether it has gradients, and so records its
+    amaxes. implemented: whether an implementation of the provider computes it; otherwise its definition stands.
+    opaque: whether that runs inside an operator, which sees for itself which scales were never set.
+    calibrator: who computes it while a scale was never set: the provider itself, or another where that does not calibrate.
+    amax_group: the name of the process group whose ranks share first scales, or "".
+    shared: roles that move as one because a kernel takes one scale for them (`Implementation.shared`).
+    produces: whether the provider makes its operand together with what the model computes it with.
+    """
 
     provider: str
     recipe: Recipe | None
     trains: bool
-    peers: str = ""
-    norm_kernel: bool = False
-    lies_as: str = ""
+    implemented: bool = False
+    opaque: bool = False
+    calibrator: str = ""
+    amax_group: str = ""
+    produces: bool = False
+    shared: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def has_state(self) -> bool:
+        return self.implemented and self.recipe is not None and self.recipe.stateful
+
+    def __str__(self) -> str:
+        return f"{self.provider}, {f'{self.recipe.name} scaling' if self.recipe else 'high precision'}"
 
 
-def plan(
-    gm: GraphModule, sites: Sites, options: Options, provider: str, device: torch.device, *, grad_enabled: bool, peers: str = ""
-) -> None:
-    """Puts a `Plan` and its `Site` on every semantic node of `gm`."""
-    where = regions(gm.graph, grad_enabled)
-    for node in gm.graph.nodes:
-        if is_call(node, ops.linears, ops.norm_linears):
-            recipe = node.meta[RECIPE]
-            key, reason = choose_for(recipe, options.provider, provider, device)
-            trains = where[node][1]
-            instead = why_no_norm_kernel(node, key, recipe, options, trains) if key == "te" and node.target is ops.norm_linears else ""
-            node.meta[PLAN] = Plan(key, recipe, trains, peers_of(recipe, peers), norm_kernel=instead is None)
-            node.meta[SITE] = _linear_sites(node, sites, key, recipe, reason)
-            if key == "te" and node.target is ops.norm_linears:
-                node.meta[SITE].detail["norm"] = instead or "TE's kernel"
-        elif is_call(node, ops.attention):
-            node.meta[PLAN], node.meta[SITE] = _attention(node, sites, options, provider, device, where[node][1], peers)
-        elif is_call(node, ops.norm):
-            node.meta[PLAN] = Plan(provider, None, where[node][1])
-            node.meta[SITE] = Site("norm", module_path(node), node.name, provider=provider.partition(":")[0])
+@dataclass(frozen=True)
+class Planner:
+    """What plans depend on beside the graph. provider: the graph's own; amax_group: the name of the ranks' process group, or ""."""
 
+    options: Options
+    provider: str
+    device: torch.device
+    sites: Sites
+    amax_group: str = ""
 
-def peers_of(recipe: Recipe, peers: str) -> str:
-    """The ranks that share the first scales of a site: those that share its amaxes."""
-    return peers if getattr(recipe, "reduce_amax", False) else ""
+    def case(self, node: Node, op: SemanticOp, recipe: Recipe | None, trains: bool, **facts: Any) -> Case:
+        inputs = op.inputs(node)
 
+        def values(given: Any) -> Any:
+            return [values(g) for g in given] if isinstance(given, (list, tuple)) else example(given)
 
-def _linear_sites(node: Node, sites: Sites, provider: str, recipe: Recipe, instead: str | None) -> Site:
-    fused = node.target is ops.norm_linears
-    x, weights = node.args[0], node.args[3 if fused else 1]
-    taken = []
-    for weight, member in zip(weights, node.meta[MEMBERS], strict=True):
-        site = Site(
-            kind="norm_linear" if fused else "linear",
-            path=member.get("te_path", ""),
-            node=member.get("te_origin", node.name),
-            provider=provider.partition(":")[0],
-            recipe=recipe.name,
-            flops=flops_of_linear(tensor(x), tensor(weight)),
+        return Case(
+            op,
+            {name: values(given) for name, given in inputs.items()},
+            op.attributes(node) | dict(op.attributes_of(node, recipe)),
+            recipe,
+            self.device,
+            trains,
+            learns=lambda name: is_learned(inputs[name]),
+            in_memory=lambda name: lies_in_memory(inputs[name]),
+            recompute_inputs=self.options.recompute_inputs,
+            **facts,
         )
-        if instead is not None:
-            site.detail["provider"] = instead
-        if node.kwargs["merged"]:
-            site.detail["merged"] = len(node.meta[MEMBERS])
-        taken.append(sites.add(site))
-    return taken[0]
+
+    def unsupported(self, node: Node) -> str | None:
+        """Why nobody computes a site of weight GEMMs, as a clause; None where somebody does."""
+        op, recipe = site_of(node), node.meta[RECIPE]
+        assert op is not None
+        choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
+        return choice.implementation.unsupported(self.case(node, op, recipe, trains=True))
+
+    def plan(self, gm: GraphModule, *, grad_enabled: bool) -> None:
+        """Puts a `Plan` and its `Site` on every semantic node of `gm`."""
+        where = regions(gm.graph, grad_enabled)
+        for node in gm.graph.nodes:
+            op = op_of(node)
+            if op is None:
+                continue
+            trains = where[node][1]
+            if op.gemms(node):
+                self._gemms(node, op, trains)
+            elif op.is_site:
+                self._alone(node, op, trains)
+            else:
+                node.meta[PLAN] = Plan(self.provider, None, trains)
+                node.meta[SITE] = Site(op.kind, module_path(node), node.name, provider=self.provider)
+
+    def _group_of(self, recipe: Recipe | None) -> str:
+        """The ranks that share the first scales of a site: those that share its amaxes."""
+        return self.amax_group if getattr(recipe, "reduce_amax", False) else ""
+
+    def _gemms(self, node: Node, op: SemanticOp, trains: bool) -> None:
+        """A site of weight GEMMs, which is a site of the report for each."""
+        recipe: Recipe = node.meta[RECIPE]
+        choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
+        maker = next((n for n in node.all_input_nodes if n.name == node.meta.get(PRODUCER)), None)
+        producer, kept_by_inductor = self._producer(node, maker, choice.provider, recipe, trains)
+        plan = Plan(
+            choice.provider,
+            recipe,
+            trains,
+            implemented=True,
+            opaque=choice.implementation.opaque,
+            calibrator=choice.provider,
+            amax_group=self._group_of(recipe),
+            produces=kept_by_inductor is None,
+        )
+        kind = op.kind if maker is None else f"{op_of(maker).kind}_{op.kind}"  # type: ignore[union-attr]
+        taken = []
+        for gemm, member in zip(op.gemms(node), members_of(node), strict=True):
+            site = Site(kind, member.get(PATH, ""), member.get(ORIGIN, node.name), choice.provider, recipe=recipe.name)
+            site.flops = flops_of_gemm(fake(gemm.x), fake(gemm.weight))
+            if choice.reason is not None:
+                site.detail["provider"] = choice.reason
+            if op.attributes(node).get("merged"):
+                site.detail["merged"] = len(members_of(node))
+            taken.append(self.sites.add(site))
+        if maker is not None and kept_by_inductor != "":
+            taken[0].detail[op_of(maker).kind] = kept_by_inductor or producer.kernel  # type: ignore[union-attr]
+        node.meta[PLAN], node.meta[SITE] = plan, taken[0]
+
+    def _producer(
+        self, node: Node, maker: Node | None, provider: str, recipe: Recipe, trains: bool
+    ) -> tuple[registry.Producer | None, str | None]:
+        """The kernel that could make the operand, and why Inductor does, as a clause; "" where there is no such kernel."""
+        op = op_of(maker)
+        producer = None if op is None else registry.find_producer(op, provider, recipe, self.device)
+        if maker is None or op is None or producer is None:
+            return None, ""
+        return producer, producer.unsupported(self.case(maker, op, recipe, trains, only_operand=set(maker.users) == {node}))
+
+    def _alone(self, node: Node, op: SemanticOp, trains: bool) -> None:
+        """A site without weights: an attention. In FP8 where that is wanted and possible, else in high precision."""
+        site = Site(op.kind, site_path(node), origin_of(node), self.provider)
+        wanted: Recipe | None = node.meta[RECIPE] if wants_fp8(node, self.options) else None
+        plan = Plan(self.provider, None, trains)
+        detail: dict[str, str] = {}
+        for recipe in (wanted, None) if wanted is not None else (None,):
+            plan, detail = self._implemented(node, op, recipe, trains, detail)
+            if plan.implemented:
+                break
+        site.provider, site.recipe, site.flops = plan.provider, plan.recipe and plan.recipe.name, _activation_flops(node, op)
+        self._note_layout(node, site)
+        if (proof := node.meta.get(MASK)) is not None:
+            site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
+        site.detail["precision"] = "fp8" if plan.recipe else "high"
+        site.detail |= detail
+        node.meta[PLAN], node.meta[SITE] = plan, self.sites.add(site)
+
+    def _implemented(
+        self, node: Node, op: SemanticOp, recipe: Recipe | None, trains: bool, detail: dict[str, str]
+    ) -> tuple[Plan, dict[str, str]]:
+        """The plan of a site in a recipe, by the first of the providers that computes it; by its definition where none does."""
+        case, reasons = self.case(node, op, recipe, trains), dict[str, str]()
+        for name in self._candidates(recipe):
+            reason = registry.why_not(op, recipe, name, self.device)
+            found = registry.find(op, name, recipe, self.device)
+            if reason is None and found is not None:
+                reason = found.unsupported(case)
+            if reason is None and found is not None:
+                calibrator = name if found.calibrates else registry.calibrator_of(op, recipe, self.device)
+                kernel = found.kernel(case)
+                detail = detail | ({"kernel": kernel} if kernel else _declined(reasons))
+                return Plan(name, recipe, trains, True, found.opaque, calibrator, self._group_of(recipe), found.shared), detail
+            reasons[name] = reason or ""
+        if recipe is not None:
+            return Plan(self.provider, None, trains), detail | {"fp8": next((r for n, r in reasons.items() if n != "te"), "")}
+        return Plan(self.provider, None, trains), detail | _declined(reasons)
+
+    def _candidates(self, recipe: Recipe | None) -> list[str]:
+        """Who is asked, in order: on a GPU TE, where it is there, has FP8 attention, which else is its definition."""
+        if self.provider == "te":
+            return ["te"] if recipe is None else ["te", "reference"]
+        beside = recipe is not None and self.options.provider == "auto" and te_is_beside(self.device)
+        return [*(["te"] if beside else []), *([] if recipe is None else [self.provider])]
+
+    def _note_layout(self, node: Node, site: Site) -> None:
+        """How q, k and v lie; what was wanted, and why it is not so."""
+        site.layout = node.meta[IN_MEMORY]
+        wanted = node.meta[LAYOUT].name
+        if wanted != site.layout:
+            copies = {name: copy for name, x in op_of(node).inputs(node).items() if name in "qkv" and (copy := first_copy(x))}  # type: ignore[union-attr]
+            why = "; ".join(f"{name} is written anew by {copy}" for name, copy in copies.items()) or "they come from different GEMMs"
+            site.detail["layout"] = f"{wanted} was wanted; {why}"
 
 
-def _attention(
-    node: Node, sites: Sites, options: Options, provider: str, device: torch.device, trains: bool, peers: str
-) -> tuple[Plan, Site]:
-    q, k, v = (tensor(a) for a in node.args[:3])
-    layout = node.meta[LAYOUT].name
-    site = Site("attention", site_path(node), node.meta.get("te_origin", node.name), provider=provider.partition(":")[0], layout=layout)
-    wanted: Recipe | None = node.meta[RECIPE]
-    precision: Recipe | None = None
-    if wanted is not None and wants_fp8(node, options):
-        mask = tensor(node.args[3]) if len(node.args) > 3 else None
-        kwargs = {key: node.kwargs.get(key, default) for key, default in (("dropout_p", 0.0), ("enable_gqa", False))}
-        reason = unsupported_attention(q, k, v, mask, **kwargs)
-        if reason is None and mask is not None and trains and is_learned(node.args[3]):
-            reason = "FP8 attention gives no gradient to its mask (a learned bias)"
-        if reason is None and not isinstance(wanted, (DelayedScaling, Float8CurrentScaling)):
-            reason = f"FP8 attention has one scale a tensor; the recipe {wanted.name!r} has no such thing"
-        if reason is None:
-            precision, site.recipe = wanted, wanted.name
-        else:
-            site.detail["fp8"] = reason
-    proof = node.meta.get("mask")
-    if proof is not None:
-        site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
-    site.detail["precision"] = "fp8" if precision else "high"
-    site.flops = _attention_flops(node)
-    lies_as = ""
-    if provider == "te" or (precision is not None and te_beside(options, device)):
-        instead = why_no_te_attention(node, precision, device, trains)
-        if instead is None:
-            lies_as = (packed_in_memory(node) if precision is None else None) or AttentionLayout(node.meta[LAYOUT].form, "").name
-            provider = site.provider = "te"
-        site.detail["kernel"] = f"TE's fused attention, {lies_as}" if instead is None else f"not TE's: {instead}"
-    sites.add(site)
-    return Plan(provider, precision, trains, peers_of(wanted, peers), lies_as=lies_as), site
+def _declined(reasons: dict[str, str]) -> dict[str, str]:
+    """What is told of TE's kernel where it was asked and does not compute a site."""
+    return {"kernel": f"not TE's: {reasons['te']}"} if "te" in reasons else {}
+
+
+def te_is_beside(device: torch.device) -> bool:
+    """Whether what the chosen provider has no kernel for may go to TE."""
+    return device.type == "cuda" and registry.PROVIDERS["te"].unavailable(device) is None
 
 
 def is_learned(node: Any) -> bool:
     """Whether a gradient could flow from `node` to an input of the graph."""
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if not isinstance(current, Node) or current in seen:
-            continue
-        seen.add(current)
-        value = tensor(current)
-        if current.op == "placeholder" and value is not None and value.requires_grad:
+    return any(n.op == "placeholder" and (t := tensor(n)) is not None and t.requires_grad for n in upstream(node))
+
+
+def lies_in_memory(node: Any) -> bool:
+    """Whether a value is an input of the graph or made by a GEMM: there is nothing that a kernel could be fused with."""
+    while is_view(node):
+        op = site_of(node.args[0])
+        if op is not None and op.gemms(node.args[0]):
             return True
-        stack.extend(current.all_input_nodes)
-    return False
+        node = node.args[0]
+    return node.op == "placeholder"
 
 
-def _attention_flops(node: Node) -> int:
-    q, k, v = (tensor(a) for a in node.args[:3])
-    sizes = [s if isinstance(s, int) else int(s.node.hint or 1) for s in (*q.shape, k.shape[-2], v.shape[-1])]
-    b, h, s, d, s_kv, d_v = sizes
-    return 2 * b * h * s * s_kv * (d + d_v)
+def _activation_flops(node: Node, op: SemanticOp) -> int:
+    shapes = [None if (t := tensor(x)) is None else t.shape for x in op.inputs(node).values()]
+    return op.activation_flops(*shapes)

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
+from te_dynamo.ir import op_of
 from te_dynamo.ir.graph import EXAMPLE, erase_if_dead
-from te_dynamo.ops import SEMANTIC_OPS
+from te_dynamo.ir.meta import ORIGIN
 from te_dynamo.passes.effects import written_between
 from te_dynamo.passes.undo import Rewrite, Rewrites
 from te_dynamo.sites import Sites
 
-ORIGIN = "te_origin"  # the name of the node that a semantic op stands for
 log = logging.getLogger(__name__)
 
 
@@ -102,7 +102,7 @@ def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, done: Rewrites | No
     # Later views in the graph alias the old output's fake value: the new node takes it over.
     new.meta[EXAMPLE] = match.output.meta.get(EXAMPLE, new.meta.get(EXAMPLE))
     for added in _between(last, match.output):
-        if added is new or added.target in SEMANTIC_OPS:
+        if added is new or op_of(added) is not None:
             added.meta[ORIGIN] = match.output.name
     new.meta[ORIGIN] = match.output.name
     if done is not None:

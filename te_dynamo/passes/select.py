@@ -5,31 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-import torch
 from torch.fx import GraphModule, Node
 
-from te_dynamo import ops
 from te_dynamo.config import Options
-from te_dynamo.ir.graph import is_call, tensor
+from te_dynamo.ir import op_of, site_of
+from te_dynamo.ir.graph import fake
+from te_dynamo.ir.meta import RECIPE, UNIFORM_ROWS, origin_of, site_path
 from te_dynamo.lowering.cost import not_worth_it
-from te_dynamo.passes.attention_site import UNIFORM_ROWS
 from te_dynamo.passes.logits import find_logits
-from te_dynamo.passes.rules import ORIGIN
-from te_dynamo.sites import module_path
 
-RECIPE = "te_recipe"
-BLIND = "a row of its mask may see nothing, and is uniform: fused attention has other gradients for it"
-UnsupportedLinear = Callable[[Node], "str | None"]
-
-
-def origin_of(node: Node) -> str:
-    """The name of the node that a semantic node stands for: its own where a rule wrote out more than one."""
-    return node.meta.get(ORIGIN, node.name)
-
-
-def site_path(node: Node) -> str:
-    """The path of a semantic node's site: its weight's owner, else the module in whose forward it stands."""
-    return node.meta.get("te_path") or module_path(node)
+UNIFORM = (
+    "its mask may leave a row with nothing to attend to, and by a finite number: such a row is uniform, which fused attention "
+    "has no gradients for. Remedy: mask by -inf"
+)
+Unsupported = Callable[[Node], "str | None"]
 
 
 def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
@@ -37,63 +26,64 @@ def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
     return next((p for p in patterns if fnmatchcase(path, p)), None)
 
 
-def select(gm: GraphModule, options: Options, unsupported: UnsupportedLinear, grad_enabled: bool) -> dict[str, str]:
+def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_enabled: bool) -> dict[str, str]:
     """Which semantic nodes of the raised graph `gm` are not taken: the name of the node that each stands for, and why.
 
-    The graph gains each site's recipe, in `meta["te_recipe"]`.
+    The graph gains each site's recipe, in `meta[RECIPE]`. unsupported: why no implementation takes a site, as a clause.
     """
     logits = set() if options.include_logits else find_logits(gm)
     excluded: dict[str, str] = {}
+    taken: set[Node] = set()
     for node in gm.graph.nodes:
-        reason = None
-        if is_call(node, ops.linear, ops.attention):
-            node.meta[RECIPE] = options.recipe_of(site_path(node))
-        if is_call(node, ops.linear):
-            reason = _linear_reason(node, node in logits, options, unsupported, grad_enabled)
-        elif is_call(node, ops.attention):
-            reason = _skip_reason(node, options) or ("attention='off'" if options.attention == "off" else None)
-        if reason is not None:
+        op = site_of(node)
+        if op is None:
+            continue
+        node.meta[RECIPE] = options.recipe_of(site_path(node))
+        reason = _reason(node, node in logits, options, unsupported, grad_enabled)
+        if reason is None:
+            taken.add(node)
+        else:
             excluded[origin_of(node)] = reason
-    taken = {n for n in gm.graph.nodes if is_call(n, ops.linear) and origin_of(n) not in excluded}
     for node in gm.graph.nodes:
-        if is_call(node, ops.norm) and not any(user in taken for user in node.users):
+        op = op_of(node)
+        if op is not None and not op.is_site and not any(user in taken and op_of(user).gemms(user) for user in node.users):
             excluded[origin_of(node)] = "no FP8 linear reads it"
     return excluded
 
 
-def blind(gm: GraphModule, options: Options) -> dict[str, str]:
+def masks_uniform_rows(gm: GraphModule, options: Options) -> dict[str, str]:
     """The attentions that a fused kernel would give wrong gradients, as `select` gives them; to be asked when masks are simplified."""
-    return {origin_of(n): BLIND for n in gm.graph.nodes if UNIFORM_ROWS in n.meta and _has_mask(n) and not wants_fp8(n, options)}
+    return {origin_of(n): UNIFORM for n in gm.graph.nodes if UNIFORM_ROWS in n.meta and _has_mask(n) and not wants_fp8(n, options)}
 
 
-def _has_mask(attention: Node) -> bool:
-    return len(attention.args) > 3 and attention.args[3] is not None
+def _has_mask(node: Node) -> bool:
+    op = op_of(node)
+    return op is not None and op.inputs(node).get("mask") is not None
 
 
-def wants_fp8(attention: Node, options: Options) -> bool:
-    """Whether an attention is to be computed in FP8, if it can be."""
-    recipe = attention.meta[RECIPE]
-    return recipe is not None and (options.attention == "fp8" or (options.attention == "auto" and recipe.fp8_attention))
+def wants_fp8(node: Node, options: Options) -> bool:
+    """Whether a site is to be computed in FP8, if it can be. A site without weights has an option by the name of its kind."""
+    recipe, op = node.meta[RECIPE], site_of(node)
+    if recipe is None or op is None or op.gemms(node):
+        return recipe is not None
+    chosen = getattr(options, op.kind, "fp8")
+    return chosen == "fp8" or (chosen == "auto" and recipe.fp8_attention)
 
 
-def _skip_reason(node: Node, options: Options) -> str | None:
+def _reason(node: Node, is_logits: bool, options: Options, unsupported: Unsupported, grad_enabled: bool) -> str | None:
+    op = site_of(node)
+    assert op is not None
     pattern = skipped(site_path(node), options.skip)
-    return None if pattern is None else f"skip pattern {pattern!r}"
-
-
-def _linear_reason(node: Node, is_logits: bool, options: Options, unsupported: UnsupportedLinear, grad_enabled: bool) -> str | None:
+    skips = None if pattern is None else f"skip pattern {pattern!r}"
+    gemms = op.gemms(node)
+    if not gemms:
+        return skips or (f"{op.kind}='off'" if getattr(options, op.kind, "") == "off" else None)
     if is_logits:
         return "the logits stay in high precision (include_logits=False)"
     if node.meta[RECIPE] is None:
         return "its recipe is None: high precision"
-    return _skip_reason(node, options) or unsupported(node) or not_worth_it(node, training=grad_enabled)
-
-
-def linear_sizes(node: Node) -> tuple[int, int]:
-    """(K, N) of a linear, as numbers: weights have static sizes."""
-    weight = tensor(node.args[1])
-    assert isinstance(weight, torch.Tensor)
-    return int(weight.shape[1]), int(weight.shape[0])
+    costs = (not_worth_it(fake(g.x), fake(g.weight), training=grad_enabled) for g in gemms)
+    return skips or unsupported(node) or next((c for c in costs if c), None)
 
 
 def unmatched_absolute_patterns(patterns: tuple[str, ...], paths: list[str]) -> list[tuple[str, str]]:

@@ -6,26 +6,26 @@ target, what is wrong and the remedy. The tests check each stage's output, and s
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from te_dynamo import ops
+from te_dynamo.ir import all_ops, op_of
 from te_dynamo.ir.graph import EXAMPLE, example, is_call, is_method, tensor
+from te_dynamo.ir.layout import Layout
+from te_dynamo.ir.meta import LAYOUT, MEMBERS, PLAN, SITE, SLOTS
+from te_dynamo.ir.op import SemanticOp
+from te_dynamo.ir.state_inputs import StateInput
 from te_dynamo.passes import canonicalize as canonical
-from te_dynamo.passes.attach import SLOTS, Slots
-from te_dynamo.passes.fuse import LAYOUT, MEMBERS
+from te_dynamo.passes.attach import Slots
 from te_dynamo.passes.higher_order import rewritable_units
-from te_dynamo.passes.layout import Layout
-from te_dynamo.passes.plan import PLAN, SITE, Plan
+from te_dynamo.passes.plan import Plan
 from te_dynamo.passes.regions import AUTOCAST
 from te_dynamo.sites import Site
 
@@ -47,13 +47,6 @@ class Ban(NamedTuple):
     when: Callable[[Node], bool] = lambda node: True
 
 
-class Shape(NamedTuple):
-    """What must hold between the fake values of a semantic op: `holds` is given its arguments by name, and `out`."""
-
-    says: str
-    holds: Callable[[types.SimpleNamespace], bool]
-
-
 class Problem(NamedTuple):
     wrong: str
     remedy: str
@@ -67,17 +60,17 @@ GraphCheck = Callable[[GraphModule], Iterable[tuple[Node, Problem]]]
 class Spec:
     """What a stage's output must be.
 
-    semantic: the semantic ops that may stand in it, and why the others may not; functions, methods: targets that may
-    not stand; metadata: for each target, the keys its nodes must carry and the type of each; node_checks,
-    graph_checks: what a table cannot say.
+    semantic: whether a semantic op may stand in it, and why the others may not; functions, methods: targets that may not stand;
+    metadata: the keys that semantic ops must carry, where the condition holds, and the type of each; node_checks, graph_checks:
+    what a table cannot say.
     """
 
     name: str
-    semantic: frozenset[Callable[..., Any]] = frozenset()
+    semantic: Callable[[SemanticOp], bool] = lambda op: False
     no_other_semantic: str = ""
     functions: Mapping[Callable[..., Any], Ban] = field(default_factory=dict)
     methods: Mapping[str, Ban] = field(default_factory=dict)
-    metadata: Mapping[Callable[..., Any], Mapping[str, type]] = field(default_factory=dict)
+    metadata: tuple[tuple[str, type, Callable[[SemanticOp], bool]], ...] = ()
     node_checks: tuple[Check, ...] = ()
     graph_checks: tuple[GraphCheck, ...] = ()
 
@@ -122,11 +115,13 @@ def target_name(node: Node) -> str:
 
 
 def _semantic(spec: Spec, node: Node) -> Iterator[Problem]:
-    if node.target in ops.SEMANTIC_OPS:
-        if node.target not in spec.semantic:
-            yield Problem("this semantic op may not stand here", spec.no_other_semantic)
-        else:
-            yield from _arguments(node)
+    op = op_of(node)
+    if op is None:
+        return
+    if not spec.semantic(op):
+        yield Problem("this semantic op may not stand here", spec.no_other_semantic)
+    else:
+        yield from _arguments(op, node)
 
 
 def _forbidden(spec: Spec, node: Node) -> Iterator[Problem]:
@@ -137,10 +132,9 @@ def _forbidden(spec: Spec, node: Node) -> Iterator[Problem]:
 
 
 def _metadata(spec: Spec, node: Node) -> Iterator[Problem]:
-    if node.op != "call_function":
-        return
-    for key, kind in spec.metadata.get(node.target, {}).items():
-        if not isinstance(node.meta.get(key), kind):
+    op = op_of(node)
+    for key, kind, applies in spec.metadata if op is not None else ():
+        if applies(op) and not isinstance(node.meta.get(key), kind):  # type: ignore[arg-type]
             found = type(node.meta[key]).__name__ if key in node.meta else "nothing"
             yield Problem(f"meta[{key!r}] is {found}, not a {kind.__name__}", "the stage that makes the node puts it there")
 
@@ -151,20 +145,8 @@ TABLE_CHECKS = (_semantic, _forbidden, _metadata)
 # ---- the arguments of semantic ops, read off their signatures
 
 
-@cache
-def _parameters(op: Callable[..., Any]) -> tuple[dict[str, tuple[inspect.Parameter, Any]], dict[str, tuple[inspect.Parameter, Any]]]:
-    """(tensors, attributes) of an op: name -> (parameter, type)."""
-    hints = get_type_hints(op)
-    tensors: dict[str, tuple[inspect.Parameter, Any]] = {}
-    attributes: dict[str, tuple[inspect.Parameter, Any]] = {}
-    for name, parameter in inspect.signature(op).parameters.items():
-        table = attributes if parameter.kind is inspect.Parameter.KEYWORD_ONLY else tensors
-        table[name] = (parameter, hints[name])
-    return tensors, attributes
-
-
-def _arguments(node: Node) -> Iterator[Problem]:
-    tensors, attributes = _parameters(node.target)
+def _arguments(op: SemanticOp, node: Node) -> Iterator[Problem]:
+    tensors, attributes = op.parameters
     required = [name for name, (p, _) in tensors.items() if p.default is p.empty]
     if not len(required) <= len(node.args) <= len(tensors):
         yield Problem(f"{len(node.args)} positional arguments", f"tensors go by position: {', '.join(tensors)}")
@@ -174,13 +156,14 @@ def _arguments(node: Node) -> Iterator[Problem]:
     for name, (parameter, _) in attributes.items():
         if parameter.default is parameter.empty and name not in node.kwargs:
             yield Problem(f"the attribute {name!r} is missing", f"give {name}= in the rule that makes the node")
-    table = {**{n: (a, tensors[n][1]) for n, a in zip(tensors, node.args, strict=False)}}
-    table |= {n: (node.kwargs[n], hint) for n, (_, hint) in attributes.items() if n in node.kwargs}
-    misfits = [(name, value, hint) for name, (value, hint) in table.items() if not fits(value, hint)]
-    for name, value, hint in misfits:
-        yield Problem(f"{name}={value!r} is not {_spelled(hint)}", "see the docstring of the op")
-    if not misfits:
-        yield from _shapes(node, {n: p.default for n, (p, _) in {**tensors, **attributes}.items()} | {n: v for n, (v, _) in table.items()})
+    given = [(name, value, tensors[name][1]) for name, value in zip(tensors, node.args, strict=False)]
+    given += [(name, node.kwargs[name], kind) for name, (_, kind) in attributes.items() if name in node.kwargs]
+    misfits = [(name, value, kind) for name, value, kind in given if not fits(value, kind)]
+    for name, value, kind in misfits:
+        yield Problem(f"{name}={value!r} is not {_spelled(kind)}", "see the docstring of the op")
+    if not misfits and example(node) is not None:  # no value at all is told by `_has_value`
+        for broken in op.broken_invariants(node):
+            yield Problem(f"not so: {broken}", "the rule that makes the node must see to it, or decline")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -206,95 +189,6 @@ def _spelled(hint: Any) -> str:
     return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("torch._tensor.", "")  # type: ignore[return-value]
 
 
-def hint(size: Any) -> int | None:
-    """A size's number without a guard on it; None for one that depends on data."""
-    return size if isinstance(size, int) else size.node.hint
-
-
-def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
-    """Whether sizes are equal, as far as their hints tell."""
-    a, b = [hint(s) for s in a], [hint(s) for s in b]
-    return len(a) == len(b) and all(x == y or x is None or y is None for x, y in zip(a, b, strict=True))
-
-
-def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return weight.dim() == 2 and same(x.shape[-1:], weight.shape[1:]) and (bias is None or same(bias.shape, weight.shape[:1]))
-
-
-def _outputs(out: Any, x: Tensor, weights: Sequence[Tensor], interleave: int, dtype: torch.dtype) -> bool:
-    """Whether `out` is what linears of these weights return."""
-
-    def last(w: Tensor) -> tuple[Any, ...]:
-        return (w.shape[0] // interleave, interleave) if interleave else (w.shape[0],)
-
-    return len(out) == len(weights) and all(
-        y.dtype == dtype and same(y.shape, (*x.shape[:-1], *last(w))) for y, w in zip(out, weights, strict=True)
-    )
-
-
-MEMBER_SHAPES = Shape(
-    "each weight is [N_i, K] with K the last size of x, each bias [N_i]",
-    lambda a: len(a.weights) == len(a.biases) and all(_linear_shape(a.x, w, b) for w, b in zip(a.weights, a.biases, strict=True)),
-)
-SHAPES: dict[Callable[..., Any], tuple[Shape, ...]] = {
-    ops.linear: (
-        Shape("weight is [N, K] with K the last size of x, bias [N]", lambda a: _linear_shape(a.x, a.weight, a.bias)),
-        Shape("the result is [..., N] in out_dtype", lambda a: _outputs([a.out], a.x, [a.weight], 0, a.out_dtype)),
-    ),
-    ops.linears: (
-        MEMBER_SHAPES,
-        Shape("the results are [..., N_i] in out_dtype", lambda a: _outputs(a.out, a.x, a.weights, a.interleave, a.out_dtype)),
-    ),
-    ops.norm: (
-        Shape(
-            "weight and bias are the last `dims` sizes of x",
-            lambda a: all(w is None or same(w.shape, a.x.shape[a.x.dim() - a.dims :]) for w in (a.weight, a.bias)),
-        ),
-        Shape("the result is like x in out_dtype", lambda a: same(a.out.shape, a.x.shape) and a.out.dtype == a.out_dtype),
-    ),
-    ops.norm_linears: (
-        MEMBER_SHAPES,
-        Shape(
-            "norm_weight and norm_bias are [K]",
-            lambda a: all(w is None or same(w.shape, a.x.shape[-1:]) for w in (a.norm_weight, a.norm_bias)),
-        ),
-        Shape(
-            "the results are the norm, like x in norm_dtype, and [..., N_i] in out_dtype",
-            lambda a: (
-                same(a.out[0].shape, a.x.shape)
-                and a.out[0].dtype == a.norm_dtype
-                and _outputs(a.out[1:], a.x, a.weights, a.interleave, a.out_dtype)
-            ),
-        ),
-    ),
-    ops.attention: (
-        Shape("q is [B, H, S, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v]", lambda a: _attention_shape(a.q, a.k, a.v)),
-        Shape("k has the heads of q; with enable_gqa, a divisor of them", lambda a: _heads(a.q.shape[-3], a.k.shape[-3], a.enable_gqa)),
-        Shape("a mask is bool or float", lambda a: a.mask is None or a.mask.dtype == torch.bool or a.mask.is_floating_point()),
-        Shape("the result is [B, H, S, D_v]", lambda a: same(a.out.shape, (*a.q.shape[:-1], a.v.shape[-1]))),
-    ),
-}
-
-
-def _attention_shape(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return q.dim() == k.dim() == v.dim() == 4 and same(q.shape[-1:], k.shape[-1:]) and same(k.shape[:-1], v.shape[:-1])
-
-
-def _heads(q: Any, k: Any, gqa: bool) -> bool:
-    q, k = hint(q), hint(k)
-    return q is None or k is None or q == k or (gqa and q % k == 0)
-
-
-def _shapes(node: Node, arguments: dict[str, Any]) -> Iterator[Problem]:
-    values = torch.fx.node.map_arg(arguments, example)
-    out = example(node)
-    if out is None:
-        return  # told by `_has_value`
-    for shape in SHAPES[node.target]:
-        if not shape.holds(types.SimpleNamespace(**values, out=out)):
-            yield Problem(f"not so: {shape.says}", "the rule that makes the node must see to it, or decline")
-
-
 # ---- what tables cannot say
 
 
@@ -302,7 +196,7 @@ def _has_value(node: Node) -> Iterator[Problem]:
     """Every value that something reads has its fake value."""
     silent = node.op in ("output", "get_attr") or not node.users or is_call(node, *AUTOCAST)
     if EXAMPLE not in node.meta and not silent:
-        yield Problem(f"no meta[{EXAMPLE!r}]", "make nodes with passes.graph.emit")
+        yield Problem(f"no meta[{EXAMPLE!r}]", "make nodes with ir.graph.emit")
 
 
 def _canonical_arguments(node: Node) -> Iterator[Problem]:
@@ -349,7 +243,7 @@ def _state_inputs_last(gm: GraphModule) -> Iterator[tuple[Node, Problem]]:
             yield from ((node, problem) for problem in _state_input(node))
 
 
-STATE_INPUTS = ("te_scale", "te_grad_scale", "te_grad_amax", "te_sink", "te_w")
+STATE_INPUTS = (*(i.placeholder for i in StateInput), "te_weight")
 
 
 def _rank(node: Node) -> int:
@@ -361,15 +255,15 @@ def _rank(node: Node) -> int:
 
 def _state_input(node: Node) -> Iterator[Problem]:
     value, name = tensor(node), str(node.target)
-    kept = name.startswith("te_w") and not node.meta.get("tensor_dict")  # weights of training: made anew when they have changed
+    kept = name.startswith("te_weight") and not node.meta.get("tensor_dict")  # weights of training: made anew when they have changed
     if not kept and node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") != "unguarded":
         yield Problem("not marked as a static input", 'meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}')
     if value is None:
         yield Problem("no fake tensor", f"meta[{EXAMPLE!r}], a tensor made in the graph's fake mode")
-    elif not name.startswith("te_w"):
+    elif not name.startswith("te_weight"):
         if value.dtype != torch.float32 or value.dim() != 1 or not isinstance(value.shape[0], int):
             yield Problem(f"{value.dtype}{list(value.shape)}", "the state is one float32 vector of a fixed size")
-        if value.requires_grad != name.startswith("te_sink"):
+        if value.requires_grad != name.startswith(StateInput.SINK.placeholder):
             yield Problem(f"requires_grad is {value.requires_grad}", "only the sink, which carries the gradients' amaxes, has a gradient")
 
 
@@ -388,23 +282,22 @@ def _slots_exist(gm: GraphModule) -> Iterator[tuple[Node, Problem]]:
 
 
 def _members(node: Node) -> Iterator[Problem]:
-    if is_call(node, ops.linears, ops.norm_linears) and isinstance(node.meta.get(MEMBERS), list):
-        weights = node.args[3 if node.target is ops.norm_linears else 1]
-        if len(node.meta[MEMBERS]) != len(weights):
-            yield Problem(f"{len(node.meta[MEMBERS])} members for {len(weights)} weights", "one for each weight, in order")
+    op, members = op_of(node), node.meta.get(MEMBERS)
+    if op is not None and isinstance(members, list) and len(members) != len(op.gemms(node)):
+        yield Problem(f"{len(members)} members for {len(op.gemms(node))} weights", "one for each weight, in order")
 
 
 def _recipe_has_slots(node: Node) -> Iterator[Problem]:
     """A delayed site that was given no slots runs on its own amax; lowering copes, but its scale would be lost."""
     plan = node.meta.get(PLAN)
-    if (
-        node.target in ops.SEMANTIC_OPS
-        and isinstance(plan, Plan)
-        and plan.recipe is not None
-        and not plan.recipe.stateful
-        and SLOTS in node.meta
-    ):
+    if op_of(node) is not None and isinstance(plan, Plan) and plan.recipe is not None and not plan.recipe.stateful and SLOTS in node.meta:
         yield Problem(f"{plan.recipe.name} scaling with slots", "only delayed scaling has state")
+
+
+def _not_lowered(node: Node) -> Iterator[Problem]:
+    plan = node.meta.get(PLAN)
+    if op_of(node) is not None and isinstance(plan, Plan) and plan.implemented:
+        yield Problem("an op that an implementation computes", "the lowering replaces it")
 
 
 def _lowered_target(node: Node) -> Iterator[Problem]:
@@ -413,7 +306,7 @@ def _lowered_target(node: Node) -> Iterator[Problem]:
     module = getattr(node.target, "__module__", None) or ""
     if node.op != "call_function" or not module.startswith("te_dynamo.") or module.startswith("te_dynamo.lowering"):
         return
-    if node.target not in LOWERED.semantic:
+    if op_of(node) is None:
         yield Problem(f"a function of {module}", "after lowering only te_dynamo.lowering and torch compute")
 
 
@@ -454,29 +347,29 @@ CANONICAL = Spec(
     },
     node_checks=(_has_value, _canonical_arguments, _canonical_shape, _canonical_cast),
 )
+
+
+def _stands_alone(op: SemanticOp) -> bool:
+    """Whether it is as a rule makes it, and no group."""
+    return op.name not in {other.grouped for other in all_ops()}
+
+
 RAISED = replace(
     CANONICAL,
     name="raise",
-    semantic=frozenset({ops.linear, ops.norm, ops.attention}),
+    semantic=_stands_alone,
     no_other_semantic="groups are made by the stage `fuse`",
     node_checks=(_has_value, _canonical_arguments, _canonical_shape),
 )
 FUSED = replace(
     RAISED,
     name="fuse",
-    semantic=frozenset({ops.linears, ops.norm, ops.norm_linears, ops.attention}),
+    semantic=lambda op: not op.grouped,
     no_other_semantic="every linear is a group, if only of one",
-    metadata={ops.linears: {MEMBERS: list}, ops.norm_linears: {MEMBERS: list}, ops.attention: {LAYOUT: Layout}},
+    metadata=((MEMBERS, list, lambda op: not _stands_alone(op)), (LAYOUT, Layout, lambda op: op.kind == "attention")),
     node_checks=(*RAISED.node_checks, _members),
 )
-PLANNED = replace(
-    FUSED,
-    name="plan",
-    metadata={
-        **{op: {SITE: Site, PLAN: Plan} for op in FUSED.semantic},
-        **{op: {**required, SITE: Site, PLAN: Plan} for op, required in FUSED.metadata.items()},
-    },
-)
+PLANNED = replace(FUSED, name="plan", metadata=(*FUSED.metadata, (SITE, Site, lambda op: True), (PLAN, Plan, lambda op: True)))
 STATEFUL = replace(
     PLANNED,
     name="state",
@@ -485,9 +378,9 @@ STATEFUL = replace(
 )
 LOWERED = Spec(
     name="lower",
-    semantic=frozenset({ops.norm}),  # its definition is its lowering: Inductor fuses it
+    semantic=lambda op: not op.grouped,  # what nobody implements is computed by its definition: Inductor fuses it
     no_other_semantic="the provider's lowering replaces it",
-    node_checks=(_has_value, _lowered_target),
+    node_checks=(_has_value, _lowered_target, _not_lowered),
     graph_checks=(_state_inputs_last,),
 )
 SPECS: dict[str, Spec] = {spec.name: spec for spec in (CANONICAL, RAISED, FUSED, PLANNED, STATEFUL, LOWERED)}

@@ -9,8 +9,8 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from te_dynamo.ir import op_of
 from te_dynamo.ir.graph import erase_if_dead
-from te_dynamo.ops import SEMANTIC_OPS
 from te_dynamo.sites import Sites
 
 
@@ -88,6 +88,6 @@ class Rewrites:
         for rewrite in chosen:
             erase_if_dead(graph, [*rewrite.added, rewrite.new])
         # Sites that stood inside what was put back, as the linears of an attention that was written out.
-        erase_if_dead(graph, [n for n in graph.nodes if n.target in SEMANTIC_OPS])
+        erase_if_dead(graph, [n for n in graph.nodes if op_of(n) is not None])
         for rewrite in chosen:
             erase_if_dead(graph, rewrite.added)

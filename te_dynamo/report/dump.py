@@ -26,10 +26,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import magic_methods
 from torch.utils._dtype_abbrs import dtype_abbrs
 
-from te_dynamo.ir.graph import example, is_call, is_method, tensor
+from te_dynamo.ir.graph import example, hint, is_call, is_method, tensor
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.higher_order import calls
-from te_dynamo.passes.spec import hint
 from te_dynamo.sites import Site, module_path
 
 SMALL = 16  # integer tensors of up to so many elements are written out: positions, lengths, counters

@@ -24,13 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from te_dynamo import ops
-from te_dynamo.ir.graph import example, fake_mode_of, is_call, submodules, tensor
-from te_dynamo.lowering.cost import flops_of_linear
-from te_dynamo.passes.fuse import MEMBERS
-from te_dynamo.passes.plan import PLAN
+from te_dynamo.ir import op_of, site_of
+from te_dynamo.ir.graph import example, fake, fake_mode_of, is_call, submodules, tensor
+from te_dynamo.ir.meta import ORIGIN, PATH, PLAN, members_of
+from te_dynamo.ir.sizes import number
+from te_dynamo.lowering.cost import flops_of_gemm
 from te_dynamo.passes.regions import regions
-from te_dynamo.passes.rules import ORIGIN
 from te_dynamo.passes.weights import is_owned, source_of
 from te_dynamo.report.isolation import Memory
 from te_dynamo.sites import module_path
@@ -157,9 +156,9 @@ def _argument(values: Iterable[Value]) -> int | None:
 
 def _places(node: Node) -> dict[str, str]:
     """The names of Dynamo's nodes that a node stands for, each with the path that a site there has."""
-    members = node.meta.get(MEMBERS, [node.meta] if is_call(node, ops.attention) else [])
-    found = {member.get(ORIGIN, node.name): member.get("te_path", "") or module_path(node) for member in members}
-    return found or {node.name: module_path(node)}
+    if site_of(node) is None:
+        return {node.name: module_path(node)}
+    return {member.get(ORIGIN, node.name): member.get(PATH, "") or module_path(node) for member in members_of(node)}
 
 
 def _gemms_at(node: Node, values: dict[Node, Value], grad: bool) -> Iterator[Gemm]:
@@ -168,29 +167,31 @@ def _gemms_at(node: Node, values: dict[Node, Value], grad: bool) -> Iterator[Gem
     def gemm(weights: Sequence[Value], forward: int, learning: int, fp8: bool, member: int = 0) -> Gemm:
         return Gemm(*places[member], bool(weights), _argument(weights), forward, forward * learning * grad, fp8)
 
-    if is_call(node, ops.linears, ops.norm_linears):
-        fused = node.target is ops.norm_linears
-        weights: Sequence[Node] = node.args[3 if fused else 1]  # type: ignore[assignment]
-        read = [n for n in (node.args[:3] if fused else node.args[:1]) if isinstance(n, Node)]
-        input_learns = any(values[n].learns for n in read)
-        for member, weight in enumerate(weights):
-            forward = flops_of_linear(tensor(node.args[0]), tensor(weight))
-            learning = input_learns + values[weight].learns
-            yield gemm([values[weight]], forward, learning, node.meta[PLAN].recipe is not None, member)
+    op = op_of(node)
+    in_fp8 = PLAN in node.meta and node.meta[PLAN].recipe is not None
+    if op is not None and op.gemms(node):
+        for member, (x, weight, *_) in enumerate(op.gemms(node)):
+            learning = values[x].learns + values[weight].learns
+            yield gemm([values[weight]], flops_of_gemm(fake(x), fake(weight)), learning, in_fp8, member)
     elif _may_multiply(node):
         inputs = [values[n] for n in node.all_input_nodes]
         owned, others = ([v for v in inputs if (v.origin is Origin.WEIGHT) == is_weight] for is_weight in (True, False))
         owned_learns, other_learns = (any(v.learns for v in group) for group in (owned, others))
-        fp8 = is_call(node, ops.attention) and node.meta[PLAN].recipe is not None
         for is_weight, forward in _executed(node, values):
-            yield gemm(owned if is_weight else [], forward, owned_learns + other_learns if is_weight else 2 * other_learns, fp8)
+            yield gemm(owned if is_weight else [], forward, owned_learns + other_learns if is_weight else 2 * other_learns, in_fp8)
 
 
 def _may_multiply(node: Node) -> bool:
-    if node.op not in ("call_function", "call_method") or node.target in ELEMENTWISE or is_call(node, ops.norm):
+    if node.op not in ("call_function", "call_method") or node.target in ELEMENTWISE or _makes_no_product(node):
         return False
     floating = [t for n in node.all_input_nodes if (t := tensor(n)) is not None and t.is_floating_point() and t.dim() > 0]
     return len(floating) > 1 and _first(example(node)) is not None
+
+
+def _makes_no_product(node: Node) -> bool:
+    """Whether it is an operation that is computed row by row, as a norm is."""
+    op = op_of(node)
+    return op is not None and not op.is_site
 
 
 def _first(value: Any) -> Tensor | None:
@@ -281,10 +282,10 @@ class GemmObserver(TorchDispatchMode):
         first = GEMMS[name]
         a, b = args[first : first + 2]
         weights = [t for t in (a, b) if t in self.owned]
-        if len(weights) == 2 or _number(a.shape[-1]) == 1:
+        if len(weights) == 2 or number(a.shape[-1]) == 1:
             return
         columns = b.shape[:-1] if name == "aten::linear" else b.shape[1:] if b.dim() == 2 else b.shape[2:]
-        forward = 2 * prod(_number(s) for s in (*a.shape, *columns))
+        forward = 2 * prod(number(s) for s in (*a.shape, *columns))
         backward = forward * (a.requires_grad + b.requires_grad) * torch.is_grad_enabled()
         self.seen.append(Seen(self.owned[weights[0]] if weights else "", bool(weights), forward, backward))
 
@@ -295,8 +296,3 @@ class GemmObserver(TorchDispatchMode):
                 for t in tree_leaves(written):
                     if isinstance(t, Tensor):
                         self.memory.about_to_write(t)
-
-
-def _number(size: Any) -> int:
-    """A size as a number, without a guard on it."""
-    return size if isinstance(size, int) else int(size.node.hint or 1)

@@ -23,14 +23,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from te_dynamo import ops
-from te_dynamo.ir.graph import copy_graph_module, is_call
+from te_dynamo.ir.graph import copy_graph_module, hint, is_call
+from te_dynamo.ir.meta import MEMBERS, ORIGIN
 from te_dynamo.passes.effects import storage, writes
-from te_dynamo.passes.fuse import MEMBERS
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.regions import SET_GRAD
-from te_dynamo.passes.rules import ORIGIN
-from te_dynamo.passes.spec import hint, target_name
+from te_dynamo.passes.spec import target_name
 from te_dynamo.passes.weights import is_owned
 from te_dynamo.sites import module_path
 from te_dynamo.state import is_fake
@@ -328,10 +326,8 @@ def stands_for(node: Node) -> str:
     group: Any
     place: Any
     group, place = (*node.args, None, None)[:2]
-    if node.target is operator.getitem and is_call(group, ops.linears, ops.norm_linears):
-        member = place - (group.target is ops.norm_linears)  # its first result is the norm
-        if member >= 0:
-            return group.meta[MEMBERS][member].get(ORIGIN, node.name)
+    if node.target is operator.getitem and isinstance(group, Node) and MEMBERS in group.meta:
+        return group.meta[MEMBERS][place].get(ORIGIN, node.name)
     return node.meta.get(ORIGIN, node.name)
 
 

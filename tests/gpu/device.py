@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from te_dynamo.lowering.providers import NATIVE
+from te_dynamo.lowering import native
 from te_dynamo.lowering.te import library
 
 DEVICE = torch.device("cuda", 0)
@@ -16,7 +16,7 @@ PROVIDERS = ("native", "te", "reference")
 def no_device() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    return NATIVE["cuda"].unavailable(DEVICE)
+    return native.unavailable(DEVICE)
 
 
 def no_te() -> str | None:

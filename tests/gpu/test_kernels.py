@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from te_dynamo.ir.linear import GemmRows
 from te_dynamo.lowering.fp8 import amax, quantize
-from te_dynamo.lowering.linears import Layout
 from tests.gpu.device import DEVICE, no_te
 from tests.gpu.helpers import random
 
@@ -30,7 +30,7 @@ def test_cast_transpose(sizes, columns, interleave, dtype, source):
     parts = [random(n, columns, seed=i, dtype=source) for i, n in enumerate(sizes)]
     if parts[0].numel() > 9:
         parts[0].view(-1)[3], parts[-1].view(-1)[5], parts[-1].view(-1)[6] = torch.nan, 6e4, -6e4
-    whole, scale = Layout(sizes, len(sizes) > 1, interleave).join(parts), torch.tensor(3.7, device=DEVICE)
+    whole, scale = GemmRows(sizes, len(sizes) > 1, interleave).join(parts), torch.tensor(3.7, device=DEVICE)
     expected = quantize(whole, scale, dtype)
     plain, across, peaks = torch.ops.te_dynamo.cast_transpose(parts, scale, dtype, interleave, True, True)
     assert same(plain, expected) and same(across, expected.t())

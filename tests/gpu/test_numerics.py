@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import te_dynamo
-from te_dynamo.lowering import functions
-from te_dynamo.lowering.stateless_provider import Stateless
+from te_dynamo.ir import op_named
+from te_dynamo.lowering import functions, registry
 from te_dynamo.recipe import DelayedScaling, named
 from te_dynamo.state import STATE
 from tests.gpu.device import DEVICE
@@ -99,7 +99,7 @@ def test_blocks_are_the_definition_s(provider, recipe, tokens):
 
 @pytest.mark.parametrize("recipe", ["rowwise", "block"])
 def test_finer_scales_are_the_definition_s(small_sites_too, recipe):
-    if (reason := Stateless("native", named(recipe)).unavailable(DEVICE)) is not None:
+    if (reason := registry.why_not(op_named("linears"), named(recipe), "native", DEVICE)) is not None:
         pytest.skip(reason)
     found = {}
     for who in ("native", "reference"):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import te_dynamo.lowering.kernels.cast_transpose  # noqa: F401
+from te_dynamo.ir.linear import GemmRows
 from te_dynamo.lowering.fp8 import amax, quantize
-from te_dynamo.lowering.linears import Layout
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -28,7 +28,7 @@ def test_definition(sizes, interleave, dtype):
     torch.manual_seed(0)
     parts = [torch.randn(n, 40) for n in sizes]
     parts[0][0, 0], parts[-1][1, 1] = torch.nan, 1e4
-    whole = Layout(sizes, len(sizes) > 1, interleave).join(parts)
+    whole = GemmRows(sizes, len(sizes) > 1, interleave).join(parts)
     scale = torch.tensor(3.7)
     plain, across, peaks = torch.ops.te_dynamo.cast_transpose(parts, scale, dtype, interleave, True, True)
     expected = quantize(whole, scale, dtype)

@@ -11,11 +11,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from te_dynamo.lowering import fp8, fp8_attention
+from te_dynamo.ir import op_named
+from te_dynamo.lowering import fp8
+from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fp8 import E4M3, E5M2
-from te_dynamo.lowering.fp8_attention import attention, unsupported
+from te_dynamo.lowering.quantized import Quantized, Scale
+from te_dynamo.lowering.reference import attention as definition
+from te_dynamo.lowering.registry import Case
+from te_dynamo.recipe import DelayedScaling
+from tests.calls import attention, attention_call
 
 OPS = torch.ops.te_dynamo
+IMPLEMENTATION = definition.FP8Attention()
 B, H, S, D = 2, 4, 512, 64
 
 
@@ -48,6 +55,16 @@ def high_precision(tensors, do, attn_mask=None, **kwargs):
         attn_mask = attn_mask.double()
     with sdpa_kernel(SDPBackend.MATH):  # the CPU's flash attention loses a row whose scores are all the lowest float
         return gradients(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask, **kwargs), [x.double() for x in tensors], do)
+
+
+def forward(q, k, v, mask, scale, start, causal, softmax_scale, quantize_output, form):
+    """(o, o8, q8, k8, v8, scale_inv [5], lse, amax [5]) by the operator."""
+    how = {"causal": causal, "softmax_scale": softmax_scale, "quantize_output": quantize_output, "form": form}
+    call = attention_call(q, k, v, mask, **how)
+    (o,), saved, amax = OPS.site_fwd(call.key, [q, k, v, mask], scale, start, [True] * 3 + [False])
+    q8, k8, v8, s8, o8, lse = (Quantized(*saved[i : i + 6]) for i in range(0, len(saved), 6))
+    scale_inv = [t.scale_inv for t in (q8, k8, v8, s8, o8)]
+    return o, o8.data, q8.data, k8.data, v8.data, torch.stack([t for t in scale_inv if t.dim() == 0]), lse.data, amax
 
 
 # --- numbers
@@ -130,7 +147,7 @@ def test_is_what_transformer_engine_emulates(causal, softmax, closeness):
         return Emulated.apply(probabilities @ v, None, E5M2)
 
     want, want_gradients = gradients(emulation, [x.double() for x in tensors], do)
-    got, got_gradients = gradients(lambda q, k, v: attention(q, k, v, None, scale, g=5, causal=causal)[0], tensors, do)
+    got, got_gradients = gradients(lambda q, k, v: attention(q, k, v, None, scale, grad_start=5, causal=causal)[0], tensors, do)
     dq, dk, dv = (sqnr(*x) for x in zip(want_gradients, got_gradients, strict=True))
     assert min(sqnr(want, got), dv) > 70
     assert min(dq, dk) > closeness
@@ -213,15 +230,15 @@ def test_odd_sizes(shape):
 def test_slots_give_the_scales_and_unset_ones_take_their_own_amax():
     q, k, v = qkv(s=64)
     scale = torch.zeros(20)
-    own = OPS.attention_fwd(q, k, v, None, None, 0, False, 0.125, True, "bshd")
-    for a, b in zip(own, OPS.attention_fwd(q, k, v, None, scale, 7, False, 0.125, True, "bshd"), strict=True):
+    own = forward(q, k, v, None, None, 0, False, 0.125, True, "bshd")
+    for a, b in zip(own, forward(q, k, v, None, scale, 7, False, 0.125, True, "bshd"), strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0)
     torch.testing.assert_close(own[7], torch.stack([*(x.abs().max() for x in (q, k, v)), own[7][3], own[7][4]]))
     probabilities = ((q / 8) @ k.mT).softmax(-1)
     torch.testing.assert_close(own[7][3], probabilities.max(), rtol=0.2, atol=0)
 
     scale[7:12] = torch.tensor([8.0, torch.nan, 16.0, 448.0, 32.0])
-    given = OPS.attention_fwd(q, k, v, None, scale, 7, False, 0.125, True, "bshd")
+    given = forward(q, k, v, None, scale, 7, False, 0.125, True, "bshd")
     scale_inv = given[5]
     torch.testing.assert_close(scale_inv[[0, 2, 3, 4]], 1 / scale[[7, 9, 10, 11]])
     assert scale_inv[1] == own[5][1]
@@ -234,7 +251,7 @@ def test_gradient_slots_and_their_amaxes_through_the_sink():
     leaves = [x.requires_grad_() for x in tensors]
     for given in (None, torch.zeros(9), torch.tensor([0.0] * 5 + [0.0, 1024.0, 4096.0, 512.0])):
         sink = torch.zeros(3, requires_grad=True)
-        o, amax = attention(*leaves, scale=given, sink=sink, g=6, quantize_gradients=True)
+        o, amax = attention(*leaves, scale=given, sink=sink, grad_start=6, quantize_gradients=True)
         assert not amax.requires_grad
         *grads, gradient_amax = torch.autograd.grad(o, [*leaves, sink], do)
         assert gradient_amax[0] == do.abs().max()
@@ -260,7 +277,7 @@ def test_blocks_change_nothing(monkeypatch):
     mask = gaussian(3, 1, 40, 24, seed=4)
     whole, grads = gradients(lambda q, k, v: attention(q, k, v, mask)[0], tensors, do)
     for block in (24, 24 * 16, 24 * 40, 24 * 40 * 2, 24 * 40 * 3 * 2):
-        monkeypatch.setattr(fp8_attention, "BLOCK", block)
+        monkeypatch.setattr(definition, "BLOCK", block)
         again, grads_again = gradients(lambda q, k, v: attention(q, k, v, mask)[0], tensors, do)
         for a, b in zip([whole, *grads], [again, *grads_again], strict=True):
             assert sqnr(a, b) > 45  # a value at the edge between two FP8 numbers may fall to the other side
@@ -278,11 +295,14 @@ def test_no_tensor_holds_all_scores_of_a_long_sequence():
             return out
 
     q, k, v = qkv(b=1, h=2, s=3000, d=8)
-    scale_inv, lse = torch.ones(5), torch.zeros(1, 2, 3000)
+    call = attention_call(q, k, v, causal=True, softmax_scale=0.3)
+    scale = Scale(torch.ones(()), torch.ones(()))
+    scales = scales_of(call.but(calibrating=False), [scale] * 5)
+    needs = [True] * 3 + [False]
     with Largest() as largest:
-        fp8_attention.forward(q, k, v, None, None, 0, True, 0.3, False, "bshd")
-        fp8_attention.backward(q, q, q.to(E4M3), k.to(E4M3), v.to(E4M3), None, scale_inv, lse, None, 0, True, 0.3, False, "bshd")
-    assert 2 * 3000 * 3000 > fp8_attention.BLOCK >= largest.numel
+        _, saved, _ = IMPLEMENTATION.forward(call, [q, k, v, None], scales, needs)
+        IMPLEMENTATION.backward(call, [None] * 4 + [[q]], saved, [q], scales, needs)
+    assert 2 * 3000 * 3000 > definition.BLOCK >= largest.numel
 
 
 @pytest.mark.parametrize("quantize_output", [False, True])
@@ -299,42 +319,47 @@ def test_saves_fp8_for_backward(quantize_output):
 
 
 def op_samples():
+    """(forward's arguments, backward's)"""
     q, k, v = qkv(h=4, h_kv=2, s=6, s_kv=5, d=8, d_v=16)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     mask = gaussian(2, 1, 6, 5, seed=4)
     for tensors, m, scale, causal, quantized, form in (
-        ([q, k, v], None, None, True, False, "bhsd"),
+        ([q, k, v], None, None, True, False, "bshd"),
         (strided, mask, torch.rand(16) * 100, False, True, "bshd"),
         (strided, mask > 0, torch.zeros(16), False, True, "sbhd"),
     ):
-        yield (*tensors, m, scale, 3, causal, 0.3, quantized, form)
+        yield sample(tensors, m, scale, causal, quantized, form)
 
 
-def backward_sample(sample):
-    mask, scale, _, causal, softmax_scale, quantized, form = sample[3:]
-    o, o8, q8, k8, v8, scale_inv, lse, _ = OPS.attention_fwd(*sample)
-    do = torch.randn_like(o)
-    return (do, o8 if quantized else o, q8, k8, v8, mask, scale_inv, lse, scale, 9, causal, softmax_scale, quantized, form)
+def sample(tensors, mask, scale, causal, quantized, form):
+    how = {"causal": causal, "softmax_scale": 0.3, "quantize_output": quantized, "quantize_gradients": quantized, "form": form}
+    call, needs = attention_call(*tensors, mask, **how), [True] * 3 + [False]
+    arguments = (call.key, [*tensors, mask], scale, 3, needs)
+    (o,), saved, _ = OPS.site_fwd(*arguments)
+    saved = [None if t.shape == (0,) else t for t in saved]
+    read = [None, None, None, mask, *([] if quantized else [o])]
+    return arguments, (call.key, read, saved, [torch.randn_like(o)], scale, 9, needs)
 
 
-@pytest.mark.parametrize("sample", list(op_samples()))
-def test_opcheck(sample, monkeypatch):
+@pytest.mark.parametrize(("forward_arguments", "backward_arguments"), list(op_samples()))
+def test_opcheck(forward_arguments, backward_arguments, monkeypatch):
     # opcheck compares an operation's arguments before and after it; torch.allclose cannot compare FP8
     allclose = torch.allclose
     bits = {E4M3: torch.uint8, E5M2: torch.uint8}
     monkeypatch.setattr(
         torch, "allclose", lambda a, b, **k: allclose(a.view(bits.get(a.dtype, a.dtype)), b.view(bits.get(b.dtype, b.dtype)), **k)
     )
-    torch.library.opcheck(OPS.attention_fwd.default, sample)
-    torch.library.opcheck(OPS.attention_bwd.default, backward_sample(sample))
+    torch.library.opcheck(OPS.site_fwd.default, forward_arguments)
+    torch.library.opcheck(OPS.site_bwd.default, backward_arguments)
 
 
-@pytest.mark.parametrize(("form", "order"), [("bhsd", "bhsd"), ("bshd", "bshd"), ("sbhd", "sbhd")])
+@pytest.mark.parametrize(("form", "order"), [("bshd", "bshd"), ("sbhd", "sbhd")])
 def test_memory_format(form, order):
     q, k, v = qkv(s=6, d=8)
-    out = OPS.attention_fwd(q, k, v, None, None, 0, False, 0.3, True, form)
-    again = OPS.attention_bwd(*backward_sample((q, k, v, None, None, 0, False, 0.3, True, form)))
-    for x in (*out[:5], *again[:3]):
+    out = forward(q, k, v, None, None, 0, False, 0.3, True, form)
+    _, backward_arguments = sample((q, k, v), None, None, False, True, form)
+    again, _ = OPS.site_bwd(*backward_arguments)
+    for x in (*out[:5], *again):
         assert x.permute(["bhsd".index(c) for c in order]).is_contiguous()
 
 
@@ -361,25 +386,24 @@ def test_flops_are_registered():
 )
 def test_says_why_not(change, reason):
     x = torch.zeros(2, 4, 8, 16)
-    arguments = {"q": x, "k": x, "v": x, "mask": None, **change}
-    assert reason in unsupported(**arguments)
-    with pytest.raises(ValueError, match=reason):
-        attention(**arguments)
+    given = {"q": x, "k": x, "v": x, "mask": None, "dropout_p": 0.0, "enable_gqa": False, **change}
+    attributes = {name: given.pop(name) for name in ("dropout_p", "enable_gqa")}
+    case = Case(op_named("attention"), given, attributes, DelayedScaling(), torch.device("cpu"), trains=True)
+    assert reason in IMPLEMENTATION.unsupported(case)
 
 
-# --- traced, as a node of Dynamo's graph and as a function that Dynamo looks into
+# --- traced, as a node of Dynamo's graph
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("opaque", [False, True])
-def test_traced_by_aot_autograd_with_dynamic_shapes(backend, opaque):
+def test_traced_by_aot_autograd_with_dynamic_shapes(backend):
     torch._dynamo.reset()
-    function = torch._dynamo.allow_in_graph(lambda *a, **k: attention(*a, **k)) if opaque else attention
+    function = torch._dynamo.allow_in_graph(lambda *a, **k: attention(*a, **k))
     linear = torch.nn.Linear(64, 3 * 64)
 
     def model(x, scale, sink):
         q, k, v = (y.unflatten(-1, (4, 16)).transpose(1, 2) for y in linear(x).chunk(3, -1))
-        o, amax = function(q, k, v, None, scale, sink, f=2, g=7, causal=True, quantize_output=True)
+        o, amax = function(q, k, v, None, scale, sink, start=2, grad_start=7, causal=True, quantize_output=True)
         return o.transpose(1, 2).flatten(2) * 2, amax.detach()
 
     compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
@@ -407,6 +431,7 @@ def test_without_gradients_only_the_forward_operation_is_in_the_graph():
     torch._dynamo.reset()
     q, k, v = qkv(s=16)
     with torch.no_grad():
-        torch.compile(lambda *x: attention(*x)[0], backend=backend, fullgraph=True)(q, k, v)
+        function = torch._dynamo.allow_in_graph(lambda *x: attention(*x))
+        torch.compile(lambda *x: function(*x)[0], backend=backend, fullgraph=True)(q, k, v)
     (graph,) = graphs
-    assert [n.target for n in graph.graph.nodes if str(n.target).startswith("te_dynamo")] == [OPS.attention_fwd.default]
+    assert [n.target for n in graph.graph.nodes if str(n.target).startswith("te_dynamo")] == [OPS.site_fwd.default]

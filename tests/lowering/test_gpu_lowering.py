@@ -14,11 +14,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from te_dynamo.backend import te_fp8
-from te_dynamo.lowering import providers
+from te_dynamo.ir import op_named
+from te_dynamo.lowering import registry
 from te_dynamo.lowering.fp8 import E4M3, E5M2
-from te_dynamo.lowering.linears import NATIVE_CUDA
-from te_dynamo.lowering.partition import OneMeasurement
-from te_dynamo.lowering.providers import NativeOnGPU
+from te_dynamo.lowering.graph_passes import OneMeasurement
+from te_dynamo.lowering.registry import Case
+from te_dynamo.recipe import DelayedScaling
 
 aten, ours = torch.ops.aten, torch.ops.te_dynamo
 TOKENS, HIDDEN, INNER, BLOCKS = 32, 64, 128, 2
@@ -37,11 +38,6 @@ class Block(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-class GPUFormulationOnCPU(NativeOnGPU):
-    def unavailable(self, device):
-        return None
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     """The partitioned graphs that Inductor is given from here on, forward and backward in turn; they are interpreted."""
@@ -54,12 +50,15 @@ def graphs(monkeypatch):
         return make_boxed_func(gm.forward)
 
     monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
-    monkeypatch.setitem(providers.NATIVE, "cpu", GPUFormulationOnCPU("native", NATIVE_CUDA))
-    providers.provider_named.cache_clear()
+    registry.load()
+    for key, implementation in list(registry._IMPLEMENTATIONS.items()):
+        if key[:2] == ("linears", "native") and key[3] == "cuda":
+            monkeypatch.setitem(registry._IMPLEMENTATIONS, (*key[:3], "cpu"), implementation)
+    registry.implementation_of.cache_clear()
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield given
-    providers.provider_named.cache_clear()
+    registry.implementation_of.cache_clear()
 
 
 def train(model, x, **options):
@@ -265,12 +264,16 @@ def test_one_measurement_leaves_other_concatenations_alone():
     ],
 )
 def test_what_a_gpu_supports(k, n, dtype, reason):
-    answer = NativeOnGPU("native", NATIVE_CUDA).unsupported_linear(torch.device("cuda"), k, n, dtype)
+    linears, recipe, device = op_named("linears"), DelayedScaling(), torch.device("cuda")
+    case = Case(linears, {"weights": [torch.empty(n, k)]}, {"out_dtype": dtype}, recipe, device, trains=True)
+    answer = registry.find(linears, "native", recipe, device).unsupported(case)
     assert answer is None if reason is None else answer.startswith(reason)
 
 
 def test_a_cpu_is_not_a_gpu():
-    assert "not cpu" in NativeOnGPU("native", NATIVE_CUDA).unavailable(torch.device("cpu"))
+    """What is generated for a GPU is not what a CPU gets, where it is opaque."""
+    found = [registry.find(op_named("linears"), "native", DelayedScaling(), torch.device(d)) for d in ("cpu", "cuda")]
+    assert [implementation.opaque for implementation in found] == [True, False]
 
 
 def test_graph_helpers():

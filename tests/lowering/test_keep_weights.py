@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import te_dynamo
 from te_dynamo.backend import te_fp8
-from te_dynamo.lowering import functions
+from te_dynamo.lowering.per_tensor import PerTensorLinears
 from te_dynamo.runtime import compile_without_codegen
 from tests import te_on_cpu
 
@@ -45,14 +45,14 @@ def provider(request: Any, monkeypatch: Any) -> str:
 def made(monkeypatch: Any) -> Iterator[list[int]]:
     """The number of GEMMs for which weights were made outside of the graph, real ones."""
     counts: list[int] = []
-    original = functions.prepare_weights
+    original = PerTensorLinears.quantize_weights
 
-    def counting(weights: Any, *args: Any) -> Any:
+    def counting(self: Any, call: Any, weights: Any) -> Any:
         if all(type(w) is Tensor for w in weights):
             counts.append(len(weights))
-        return original(weights, *args)
+        return original(self, call, weights)
 
-    monkeypatch.setattr(functions, "prepare_weights", counting)
+    monkeypatch.setattr(PerTensorLinears, "quantize_weights", counting)
     yield counts
 
 

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from te_dynamo.lowering import functions
+from te_dynamo.lowering import site
+from te_dynamo.lowering.call import flattened
 from te_dynamo.lowering.fp8 import E4M3, amax, row_amax
-from te_dynamo.lowering.linears import Layout
+from te_dynamo.lowering.quantized import Quantized
 from te_dynamo.recipe import DelayedScaling
+from tests import calls
 
 SIZE = 1024
-RECIPE = DelayedScaling().key
 PROVIDERS = ("reference", "native:cpu", "native:cuda")  # the last is what is generated for a GPU, computed by a CPU here
 FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # bits of mantissa, least exponent, largest value
 
@@ -39,22 +40,8 @@ def draw(distribution: str) -> Tensor:
     return x
 
 
-def run(provider: str, x: Tensor, weights, biases, *, scales=None, grad_scales=None, sink=None, merged=False, interleave=0, first=True):
-    return functions.linears(
-        x,
-        weights,
-        biases,
-        scales,
-        grad_scales,
-        sink,
-        provider=provider,
-        recipe=RECIPE,
-        peers="",
-        merged=merged,
-        interleave=interleave,
-        out_dtype=x.dtype,
-        first=first,
-    )
+def run(provider: str, x: Tensor, weights, biases, *, first=True, **given):
+    return calls.linears(provider, x, weights, biases, records=True, calibrating=first, **given)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "outlier", "student"])
@@ -130,7 +117,7 @@ def test_given_scales_are_used_and_unset_ones_are_not(provider):
 
     def outputs(scale: Tensor, grad_scale: Tensor, first: bool):
         packed = provider == "native:cpu"
-        pair = [(t, 0) if packed else functions.unpack(t) for t in (scale, grad_scale)]
+        pair = [(t, 0) if packed else site.unpack(t) for t in (scale, grad_scale)]
         y, _ = run(provider, x, [w], [None], scales=pair[0], grad_scales=pair[1], first=first)
         return y, *torch.autograd.grad(y, (x, w), torch.ones_like(y))
 
@@ -166,11 +153,9 @@ def test_inference_gives_what_training_gives(provider):
     x = torch.randn(3, 20, 64, dtype=torch.bfloat16)
     weights = [torch.randn(32, 64, dtype=torch.bfloat16) for _ in range(3)]
     for merged, interleave in ((False, 0), (True, 0), (True, 16)):
-        layout = Layout((32, 32, 32), merged, interleave)
-        w8s, inverses = zip(*functions.quantize_weights(weights, merged, interleave, provider, RECIPE), strict=True)
-        options = {"recipe": RECIPE, "peers": "", "merged": merged, "interleave": interleave, "out_dtype": torch.bfloat16, "first": True}
-        ys = functions.linears_inference(x, w8s, inverses, [None] * 3, None, provider=provider, sizes=layout.sizes, **options)
-        *expected, _ = run(provider, x, weights, [None] * 3, merged=merged, interleave=interleave)
+        how = {"merged": merged, "interleave": interleave}
+        ys = calls.inference(provider, x, calls.quantized_weights(provider, weights, **how), [None] * 3, sizes=(32, 32, 32), **how)
+        *expected, _ = run(provider, x, weights, [None] * 3, **how)
         assert all(torch.equal(a, b) for a, b in zip(ys, expected, strict=True))
 
 
@@ -178,28 +163,30 @@ def samples():
     torch.manual_seed(0)
     x, weights = torch.randn(2, 8, 32), [torch.randn(16, 32), torch.randn(16, 32)]
     biases, scale = [torch.randn(16), None], torch.ones(6)
-    x8 = x.reshape(16, 32).to(E4M3)
-    grads, flags = [torch.randn(2, 8, 16) for _ in weights], (False, 0)
+    x8 = Quantized(x.reshape(16, 32).to(E4M3), torch.ones(()))
+    w8 = Quantized(scale_inv=torch.ones(()), scale=torch.ones(()))
+    grads = [torch.randn(2, 8, 16) for _ in weights]
     ops = torch.ops.te_dynamo
+    common = {"recipe": DelayedScaling(), "calibrating": True}
+    apart = calls.linears_call("native", [x, weights, biases], out_dtype=torch.bfloat16, records=True, **common)
+    merged = calls.linears_call("native", [x, weights, [None, None]], merged=True, interleave=8, records=True, **common)
+    served = calls.linears_call("native", [x, [], biases], sizes=(16, 16), cached="inference", **common)
+    bare = calls.linears_call("native", [x, weights, [None, None]], records=True, **common)
+    all_needed, some = [True] * 4 + [False], [True, True, False, True, False]
+    quantized = flattened([Quantized(w.to(E4M3), torch.ones(())) for w in weights])
     return {
-        "linears_fwd": (ops.linears_fwd, (x, weights, biases, scale, 1, *flags, torch.bfloat16, RECIPE, "")),
-        "linears_fwd merged": (ops.linears_fwd, (x, weights, [None, None], None, 0, True, 8, torch.float32, RECIPE, "")),
-        "linears_bwd": (
-            ops.linears_bwd,
-            (grads, x8, weights, torch.ones(3), torch.ones(2), 0, *flags, True, [True, False], [True, False], torch.float32, RECIPE, ""),
+        "forward": (ops.site_fwd, (apart.key, [x, *weights, *biases], scale, 1, all_needed)),
+        "forward merged": (ops.site_fwd, (merged.key, [x, *weights, None, None], None, 0, [False] * 5)),
+        "backward": (ops.site_bwd, (apart.key, [None, *weights, None, None], flattened([x8, w8, w8]), grads, torch.ones(2), 0, some)),
+        "backward without": (
+            ops.site_bwd,
+            (bare.key, [None, *weights, None, None], flattened([Quantized(), w8, w8]), grads, None, 0, [True] + [False] * 4),
         ),
-        "linears_bwd without": (
-            ops.linears_bwd,
-            (grads, None, weights, torch.ones(3), None, 0, *flags, True, [False, False], [False, False], torch.float32, RECIPE, ""),
-        ),
-        "linears_inference": (
-            ops.linears_inference,
-            (x, [w.to(E4M3) for w in weights], [torch.ones(())] * 2, biases, scale, 0, [16, 16], *flags, torch.float32, RECIPE),
-        ),
+        "inference": (ops.site_fwd, (served.key, [x, *biases, *quantized], scale, 0, [False] * 3)),
         "unpack": (ops.unpack, (torch.rand(5),)),
         "largest": (ops.largest, ([torch.rand(3), torch.rand(4), torch.rand(0)], [0, 1, 0, 2])),
         "agreed": (ops.agreed, (torch.rand(()), torch.ones(()), "0")),
-        "transpose": (ops.transpose, (x8,)),
+        "transpose": (ops.transpose, (x8.data,)),
     }
 
 
@@ -218,14 +205,14 @@ def test_opcheck(name, monkeypatch):
 
 def test_every_operator_is_checked():
     checked = {op.default.name() for op, _ in samples().values()}
-    ours = {"linears_fwd", "linears_bwd", "linears_inference", "unpack", "largest", "agreed", "transpose"}
+    ours = {"site_fwd", "site_bwd", "unpack", "largest", "agreed", "transpose"}
     assert checked == {f"te_dynamo::{name}" for name in ours}
 
 
 def test_flops_are_the_gemms():
     values = samples()
     one = 2 * 16 * 32 * 16  # tokens, in, out
-    for name, gemms in (("linears_fwd", 2), ("linears_bwd", 3), ("linears_bwd without", 2), ("linears_inference", 2)):
+    for name, gemms in (("forward", 2), ("backward", 3), ("backward without", 2), ("inference", 2)):
         op, args = values[name]
         with FlopCounterMode(display=False) as counter:
             op(*args)
@@ -235,7 +222,7 @@ def test_flops_are_the_gemms():
 
 def test_scalars_taken_apart():
     packed = torch.tensor([2.0, 4.0, 0.5])
-    values, inverses = functions.unpack(packed)
+    values, inverses = site.unpack(packed)
     assert [v.item() for v in values] == packed.tolist()
     assert [v.item() for v in inverses] == packed.reciprocal().tolist()
     assert all(t.dim() == 0 and t.data_ptr() % 16 == 0 for t in (*values, *inverses))

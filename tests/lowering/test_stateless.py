@@ -11,10 +11,12 @@ from torch._functorch.aot_autograd import aot_function
 from torch._functorch.compilers import nop
 from torch.utils.flop_counter import FlopCounterMode
 
-from te_dynamo.lowering import functions
-from te_dynamo.lowering.linears import Layout
-from te_dynamo.lowering.stateless import OPERANDS, operands_of
-from te_dynamo.lowering.stateless_provider import Stateless
+from te_dynamo.ir import op_named
+from te_dynamo.lowering import registry
+from te_dynamo.lowering.call import flattened
+from te_dynamo.lowering.fine_grained import OPERANDS, operands_of
+from te_dynamo.lowering.quantized import Quantized
+from te_dynamo.lowering.registry import Case
 from te_dynamo.recipe import (
     DelayedScaling,
     Float8BlockScaling,
@@ -22,11 +24,20 @@ from te_dynamo.recipe import (
     Float8RowwiseScaling,
     MXFP8BlockScaling,
     NVFP4BlockScaling,
+    Recipe,
     from_key,
 )
+from tests import calls
 from tests.numerics import sqnr
 
 CPU = torch.device("cpu")
+LINEARS = op_named("linears")
+
+
+def unavailable(provider: str, recipe: Recipe, device: torch.device = CPU) -> str | None:
+    return registry.why_not(LINEARS, recipe, provider, device)
+
+
 RECIPES = {
     "rowwise": Float8RowwiseScaling(),
     "rowwise hybrid": Float8RowwiseScaling(fp8_format="HYBRID", power_2_scale=False),
@@ -39,20 +50,17 @@ RECIPES = {
     "nvfp4": NVFP4BlockScaling(),
     "nvfp4 plain": NVFP4BlockScaling(disable_rht=True, disable_stochastic_rounding=True, disable_2d_quantization=True),
 }
-PROVIDERS = [
-    (name, kind) for name, recipe in RECIPES.items() for kind in ("reference", "native") if not Stateless(kind, recipe).unavailable(CPU)
-]
+PROVIDERS = [(name, kind) for name, recipe in RECIPES.items() for kind in ("reference", "native") if not unavailable(kind, recipe)]
 
 
 @pytest.fixture
 def linears():
-    """`functions.linears`, of a provider and a recipe."""
+    """Linears, by a provider and a recipe."""
 
     def call(kind: str, recipe: str, x, weights, biases, *, merged=False, interleave=0, out_dtype=None):
-        options = {"merged": merged, "interleave": interleave, "out_dtype": out_dtype or x.dtype, "first": True}
-        options |= {"provider": f"{kind}:cpu", "recipe": RECIPES[recipe].key, "peers": ""}
-        *ys, amax = functions.linears(x, weights, biases, None, None, None, **options)
-        assert amax.numel() == 0
+        options = {"merged": merged, "interleave": interleave, "out_dtype": out_dtype}
+        ys = calls.linears(kind, x, weights, biases, recipe=RECIPES[recipe], **options)
+        assert len(ys) == len(weights)  # and no amax
         return ys
 
     return call
@@ -182,7 +190,7 @@ def test_linears_of_one_input(linears, recipe, kind, merged, interleave):
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise with wgrad in high precision", "mxfp8"])
 def test_merging_changes_nothing_where_rows_are_scaled_apart(linears, recipe):
     for kind in ("reference", "native"):
-        if Stateless(kind, RECIPES[recipe]).unavailable(CPU):
+        if unavailable(kind, RECIPES[recipe]):
             continue
         apart, merged, mixed = (three(linears, kind, recipe, *how) for how in ((False, 0), (True, 0), (True, 16)))
         for other in (merged, mixed):
@@ -272,13 +280,11 @@ def test_the_input_is_saved_once_as_wgrad_reads_it(linears, recipe, bytes_per_el
 @pytest.mark.parametrize(("recipe", "kind"), PROVIDERS)
 def test_inference_gives_what_training_gives(linears, recipe, kind):
     torch.manual_seed(0)
-    key = {"provider": f"{kind}:cpu", "recipe": RECIPES[recipe].key}
     x = torch.randn(3, 20, 64, dtype=torch.bfloat16)
     weights = [torch.randn(32, 64, dtype=torch.bfloat16) for _ in range(3)]
     for merged, interleave in ((False, 0), (True, 0), (True, 16)):
-        w8s, inverses = zip(*functions.quantize_weights(weights, merged, interleave, **key), strict=True)
-        options = key | {"peers": "", "merged": merged, "interleave": interleave, "out_dtype": torch.bfloat16, "first": False}
-        ys = functions.linears_inference(x, w8s, inverses, [None] * 3, None, sizes=(32, 32, 32), **options)
+        how = {"merged": merged, "interleave": interleave, "recipe": RECIPES[recipe]}
+        ys = calls.inference(kind, x, calls.quantized_weights(kind, weights, **how), [None] * 3, sizes=(32, 32, 32), **how)
         expected = linears(kind, recipe, x, weights, [None] * 3, merged=merged, interleave=interleave)
         assert all(torch.equal(a, b) for a, b in zip(ys, expected, strict=True))
 
@@ -323,15 +329,21 @@ def test_every_stateless_recipe_has_its_operands():
 
 
 def test_where_native_is_available():
+    meta = torch.device("meta")
     for name, recipe in RECIPES.items():
-        assert Stateless("reference", recipe).unavailable(torch.device("meta")) is None
-        reason = Stateless("native", recipe).unavailable(CPU)
+        assert unavailable("reference", recipe, meta) is None
+        reason = unavailable("native", recipe)
         assert reason is None if "rowwise" in name else "torch._scaled_mm" in reason
-    native = Stateless("native", RECIPES["rowwise"])
-    assert "not on meta" in native.unavailable(torch.device("meta"))
-    assert native.unsupported_linear(CPU, 7, 5, torch.float32) is None
-    assert "in_features 7" in native.unsupported_linear(torch.device("cuda"), 7, 16, torch.float32)
-    assert "float64" in native.unsupported_linear(CPU, 16, 16, torch.float64)
+    recipe = RECIPES["rowwise"]
+    assert "meta" in unavailable("native", recipe, meta)
+
+    def unsupported(device: str, k: int, n: int, dtype: torch.dtype) -> str | None:
+        case = Case(LINEARS, {"weights": [torch.empty(n, k)]}, {"out_dtype": dtype}, recipe, torch.device(device), trains=True)
+        return registry.find(LINEARS, "native", recipe, torch.device(device)).unsupported(case)
+
+    assert unsupported("cpu", 7, 5, torch.float32) is None
+    assert "in_features 7" in unsupported("cuda", 7, 16, torch.float32)
+    assert "float64" in unsupported("cpu", 16, 16, torch.float64)
 
 
 # --- the operators
@@ -341,24 +353,29 @@ def samples():
     torch.manual_seed(0)
     x, weights, biases = torch.randn(2, 8, 32), [torch.randn(16, 32), torch.randn(16, 32)], [torch.randn(16), None]
     grads = [torch.randn(2, 8, 16) for _ in weights]
-    ops, layout = torch.ops.te_dynamo, Layout((16, 16), False, 0)
+    ops, some = torch.ops.te_dynamo, [True, True, False, True, False]
     found = {}
     for name in ("rowwise", "rowwise with wgrad in high precision", "block", "mxfp8", "nvfp4 plain"):
-        how = (RECIPES[name].key, "rowwise" in name)
+        how, kind = {"recipe": RECIPES[name]}, "native" if "rowwise" in name else "reference"
         wgrad = operands_of(RECIPES[name]).wgrad.b
-        saved = [x] if wgrad is None else list(wgrad.quantize(x.reshape(16, 32).t()))
-        w8s, inverses = (
-            list(t) for t in zip(*Stateless("reference", RECIPES[name]).quantize_weights(weights, layout, RECIPES[name].key), strict=True)
-        )
+        saved = Quantized() if wgrad is None else wgrad.quantize(x.reshape(16, 32).t())
+        call = calls.linears_call(kind, [x, weights, biases], out_dtype=torch.bfloat16, **how)
+        served = calls.linears_call(kind, [x, [], biases], sizes=(16, 16), cached="inference", **how)
+        quantized = flattened(calls.quantized_weights(kind, weights, **how))
+        read = [x if wgrad is None else None, *weights, None, None]
         found |= {
-            f"fwd {name}": (ops.stateless_fwd, (x, weights, biases, *how, False, 0, torch.bfloat16, True)),
-            f"bwd {name}": (ops.stateless_bwd, (grads, saved, weights, *how, False, 0, True, [True, False], [True, False], torch.float32)),
-            f"inference {name}": (ops.stateless_inference, (x, w8s, inverses, biases, *how, [16, 16], False, 0, torch.float32)),
+            f"fwd {name}": (ops.site_fwd, (call.key, [x, *weights, *biases], None, 0, [True] * 4 + [False])),
+            f"bwd {name}": (ops.site_bwd, (call.key, read, flattened([saved]), grads, None, 0, some)),
+            f"inference {name}": (ops.site_fwd, (served.key, [x, *biases, *quantized], None, 0, [False] * 3)),
         }
-    how = (RECIPES["mxfp8"].key, False)
+    merged = calls.linears_call("reference", [x, weights, [None, None]], recipe=RECIPES["mxfp8"], merged=True, interleave=8)
+    apart = calls.linears_call("reference", [x, weights, [None, None]], recipe=RECIPES["mxfp8"])
     found |= {
-        "fwd without": (ops.stateless_fwd, (x, weights, [None, None], *how, True, 8, torch.float32, False)),
-        "bwd without": (ops.stateless_bwd, (grads, [], weights, *how, False, 0, True, [False, False], [False, False], torch.float32)),
+        "fwd without": (ops.site_fwd, (merged.key, [x, *weights, None, None], None, 0, [False] * 5)),
+        "bwd without": (
+            ops.site_bwd,
+            (apart.key, [None, *weights, None, None], flattened([Quantized()]), grads, None, 0, [True] + [False] * 4),
+        ),
     }
     return found
 

@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import te_dynamo
 from te_dynamo.backend import observing, te_fp8
-from te_dynamo.lowering.te import attention as te_attention
+from te_dynamo.lowering.site import site
 from te_dynamo.lowering.te.attention_limits import Case, refused
 from te_dynamo.runtime import compile_without_codegen
 from te_dynamo.sites import Site
 from tests import te_on_cpu
+from tests.calls import attention_call
 from tests.numerics import sqnr
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -33,6 +34,15 @@ def te() -> Any:
     if reason is not None:
         pytest.skip(reason)
     return te_on_cpu.install()
+
+
+def te_attention(
+    q: Tensor, k: Tensor, v: Tensor, *given: Any, layout: str, causal: bool, softmax_scale: Any = None, recipe: str = ""
+) -> list:
+    """TE's attention as a graph calls it; given: scales, gradients' scales, sink."""
+    how = {"causal": causal, "softmax_scale": softmax_scale, "qkv_layout": layout, "form": layout[:2] + "hd"}
+    call = attention_call(q, k, v, provider="te", recipe=recipe, records=bool(recipe), calibrating=False, **how)
+    return site(call.key, [q, k, v, None], *given)
 
 
 def qkv_in(layout: str, heads: int = 4, kv_heads: int = 4, d: int = 16, b: int = 2, s: int = 24) -> tuple[list[Tensor], list[Tensor]]:
@@ -55,7 +65,7 @@ def qkv_in(layout: str, heads: int = 4, kv_heads: int = 4, d: int = 16, b: int =
 def test_it_is_attention(layout, causal, scale):
     torch.manual_seed(0)
     leaves, qkv = qkv_in(layout, kv_heads=4 if "3" in layout else 2)
-    o = te_attention.attention(*qkv, layout=layout, causal=causal, softmax_scale=scale)
+    (o,) = te_attention(*qkv, layout=layout, causal=causal, softmax_scale=scale)
     expected = scaled_dot_product_attention(*(t.float() for t in qkv), is_causal=causal, scale=scale, enable_gqa=True)
     do = torch.randn_like(expected)
     assert sqnr(expected, o.float()) > 50  # bf16 rounds at 2**-9: 55 dB
@@ -157,9 +167,7 @@ def test_in_fp8_it_is_te_s_dot_product_attention(te, monkeypatch):
             values = [torch.ones(()) if state is None else state.scale[int(i)].clone() for i in places]
             scales.append((values, [v.reciprocal() for v in values]))
         sink = torch.zeros(3, requires_grad=True)
-        o, recorded = te_attention.fp8_attention(
-            *(t.transpose(1, 2) for t in ours), *scales, sink, layout="bshd_bshd_bshd", causal=True, recipe=key
-        )
+        o, recorded = te_attention(*(t.transpose(1, 2) for t in ours), *scales, sink, layout="bshd_bshd_bshd", causal=True, recipe=key)
         o = o.transpose(1, 2)
         o.backward(do)
         with te_on_cpu.cuda_is_cpu():
@@ -376,7 +384,7 @@ def test_inference():
 
 
 def test_auto_takes_te_for_fp8_attention_alone(monkeypatch, without_codegen):
-    monkeypatch.setattr("te_dynamo.passes.plan.te_beside", lambda options, device: options.provider == "auto")
+    monkeypatch.setattr("te_dynamo.passes.plan.te_is_beside", lambda device: True)
     module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
     _, site = trained(module, x, attention="fp8")
     assert site.provider == "te" and site.detail["kernel"].startswith("TE's fused attention")

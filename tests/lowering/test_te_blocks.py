@@ -15,12 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from te_dynamo.backend import observing, te_fp8
-from te_dynamo.lowering import functions
-from te_dynamo.lowering.granularity import MX, Blocks, Quantized
-from te_dynamo.lowering.providers import choose_for
-from te_dynamo.lowering.te.blocks_provider import Blockwise
+from te_dynamo.ir import op_named
+from te_dynamo.lowering import registry
+from te_dynamo.lowering.granularity import MX, Blocks
+from te_dynamo.lowering.quantized import Quantized
+from te_dynamo.lowering.registry import Case
+from te_dynamo.lowering.te.block_linears import BlockLinears
 from te_dynamo.recipe import DelayedScaling, Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 from te_dynamo.runtime import compile_without_codegen
+from tests import calls as sites
 from tests import te_on_cpu
 from tests.models import CASES, output
 from tests.numerics import sqnr
@@ -44,6 +47,15 @@ FORMATS: dict[str, Blocks | MX] = {
     "32 x 32": MX(E4M3, rows=32),
 }
 quantize, gemm = torch.ops.te_dynamo.te_block_quantize, torch.ops.te_dynamo.te_block_gemm
+
+
+LINEARS = op_named("linears")
+
+
+def choose_for(recipe: Recipe, requested: str, chosen: str, device: torch.device) -> tuple[str, str | None]:
+    registry.load()
+    choice = registry.choose_for(LINEARS, recipe, requested, chosen, device)
+    return choice.provider, choice.reason
 
 
 @pytest.fixture(autouse=True)
@@ -215,10 +227,9 @@ def without_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
 def linears(
     provider: str, recipe: Recipe, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], **layout: Any
 ) -> list[Tensor]:
-    """`functions.linears`, of a provider and a recipe."""
-    options = {"merged": False, "interleave": 0, "out_dtype": x.dtype, "first": True} | layout
-    *ys, amax = functions.linears(x, weights, biases, None, None, None, provider=provider, recipe=recipe.key, peers="", **options)
-    assert amax.numel() == 0
+    """Linears, by a provider and a recipe."""
+    ys = sites.linears(provider, x, weights, biases, recipe=recipe, **layout)
+    assert len(ys) == len(weights)  # and no amax
     return ys
 
 
@@ -356,13 +367,11 @@ def test_what_backward_keeps(name, scale, needed):
 @pytest.mark.parametrize("name", RECIPES)
 def test_inference_gives_what_training_gives(name):
     torch.manual_seed(0)
-    key = {"provider": "te", "recipe": RECIPES[name].key}
     x, weights = torch.randn(3, 21, 64, dtype=torch.bfloat16), [torch.randn(32, 64, dtype=torch.bfloat16) for _ in range(3)]
     biases = [torch.randn(32, dtype=torch.bfloat16) for _ in range(3)]
     for merged, interleave in ((False, 0), (True, 0), (True, 16)):
-        w8s, inverses = zip(*functions.quantize_weights(weights, merged, interleave, **key), strict=True)
-        options = key | {"peers": "", "merged": merged, "interleave": interleave, "out_dtype": torch.bfloat16, "first": False}
-        ys = functions.linears_inference(x, w8s, inverses, biases, None, sizes=(32, 32, 32), **options)
+        how = {"recipe": RECIPES[name], "merged": merged, "interleave": interleave}
+        ys = sites.inference("te", x, sites.quantized_weights("te", weights, **how), biases, sizes=(32, 32, 32), **how)
         expected = linears("te", RECIPES[name], x, weights, biases, merged=merged, interleave=interleave)
         assert all(torch.equal(a, b) for a, b in zip(ys, expected, strict=True))
 
@@ -489,9 +498,13 @@ def test_dimensions_that_it_cannot_take_are_left_with_the_reason(name, multiple,
     call(torch.randn(5, 64)).sum().backward()
     assert [s.provider for s in sites if "linear" in s.kind].count("te") == 1
     assert sum(f"{k} is not a multiple of {multiple}, which " in (s.reason or "") for s in sites) == 2
-    reason = Blockwise(RECIPES[name]).unsupported_linear(CPU, 64, 40, torch.bfloat16)
-    assert reason is not None and reason.startswith(f"out_features 40 is not a multiple of {multiple}")
-    assert "float64" in (Blockwise(RECIPES[name]).unsupported_linear(CPU, 64, 64, torch.float64) or "")
+
+    def unsupported(n: int, dtype: torch.dtype) -> str:
+        case = Case(LINEARS, {"weights": [torch.empty(n, 64)]}, {"out_dtype": dtype}, RECIPES[name], CPU, trains=True)
+        return BlockLinears().unsupported(case) or ""
+
+    assert unsupported(40, torch.bfloat16).startswith(f"out_features 40 is not a multiple of {multiple}")
+    assert "float64" in unsupported(64, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -522,9 +535,10 @@ def test_where_it_is_and_why_not(recipe, device, words):
 def test_auto_takes_te_for_the_recipes_that_native_does_not_have(monkeypatch):
     device, block = torch.device("cuda"), Float8BlockScaling()
     monkeypatch.setattr("te_dynamo.lowering.te.library.unavailable", lambda device: None)
-    monkeypatch.setattr("te_dynamo.lowering.te.blocks_provider.unavailable_recipe", lambda recipe, device: None)
-    key, reason = choose_for(block, "auto", "native:cuda", device)
+    monkeypatch.setattr("te_dynamo.lowering.te.provider.unavailable_recipe", lambda recipe, device: None)
+    monkeypatch.setattr("te_dynamo.lowering.te.block_linears.unavailable_recipe", lambda recipe, device: None)
+    key, reason = choose_for(block, "auto", "native", device)
     assert key == "te" and "torch._scaled_mm" in reason
-    monkeypatch.setattr("te_dynamo.lowering.te.blocks_provider.unavailable_recipe", lambda recipe, device: "not here")
-    assert choose_for(block, "auto", "native:cuda", device)[0] == "reference"
-    assert choose_for(DelayedScaling(), "auto", "native:cuda", device) == ("native:cuda", None)
+    monkeypatch.setattr("te_dynamo.lowering.te.block_linears.unavailable_recipe", lambda recipe, device: "not here")
+    assert choose_for(block, "auto", "native", device)[0] == "reference"
+    assert choose_for(DelayedScaling(), "auto", "native", device) == ("native", None)

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import te_dynamo.lowering.providers  # noqa: F401  (registers the operators)
 import te_dynamo.lowering.te as package
+import te_dynamo.lowering.te.provider  # noqa: F401  (registers the operators)
 from te_dynamo.lowering.te import library
 from tests import te_on_cpu
 from tests.lowering import test_te, test_te_blocks

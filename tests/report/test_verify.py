@@ -114,7 +114,7 @@ def test_the_pass_and_the_first_node_are_named(recorded: Recorded) -> None:
     with pytest.raises(VerificationError, match="the stage 'raise' changed the result. output 0: differs, SQNR .* dB") as caught:
         verifier(recorded.inputs)
     found = caught.value.divergence
-    assert (found.stage, found.output, found.target) == ("raise", "output 0", "te_dynamo.ops.attention")
+    assert (found.stage, found.output, found.target) == ("raise", "output 0", "te_dynamo.ir.attention.attention")
     assert found.at_node is not None and found.at_node.sqnr is not None and found.at_node.sqnr < 80
     assert found.difference.max_error is not None and found.difference.max_error > 0
 
@@ -123,7 +123,7 @@ def test_a_node_in_a_checkpointed_sub_graph(recorded: Recorded) -> None:
     before = recorded.graphs["canonicalize"]
     wrong = spoilt(recorded.graphs["raise"], ops.norm, lambda n: n.update_kwarg("eps", 10.0))
     found = compare(before, wrong, recorded.inputs, stage="raise")
-    assert found is not None and (found.target, found.path) == ("te_dynamo.ops.norm", "norm")
+    assert found is not None and (found.target, found.path) == ("te_dynamo.ir.norm.norm", "norm")
 
 
 def test_a_member_of_a_merged_gemm(recorded: Recorded) -> None:

@@ -1,4 +1,4 @@
-"""TE's fused attention (cuDNN), in 16 bits and in FP8: four operators and the functions that tie them to autograd.
+"""TE's fused attention (cuDNN), in 16 bits and in FP8: four operators, and the implementations that call them.
 
 The calls are those of TE 2.20 (pytorch/cpp_extensions/fused_attn.py). Tensors lie as a layout says, in TE's spelling: each of q, k
 and v is [B, S, H, D] or [S, B, H, D], contiguous or a view of one buffer that holds the three.
@@ -17,10 +17,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from te_dynamo.lowering.fp8 import E4M3, amax, casting_of, dequantize
-from te_dynamo.lowering.fp8_attention import FORMATS
-from te_dynamo.lowering.te.library import api, running
+from te_dynamo.ir.layout import Layout
+from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.fp8 import E4M3, amax, dequantize
+from te_dynamo.lowering.quantized import Quantized, Scales
+from te_dynamo.lowering.reference.attention import FORMS
+from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
+from te_dynamo.lowering.te.attention_limits import Case as AttentionCase
+from te_dynamo.lowering.te.attention_limits import refused
+from te_dynamo.lowering.te.library import api, capability, cudnn_version, running
 from te_dynamo.lowering.te.linear import quantizer
+from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling
 
 EXACT = torch.Tag.needs_exact_strides  # a layout is a claim about memory
 
@@ -282,95 +289,116 @@ def _(do, q, k, v, o, lse, rng, qkv_inv, s_scale, o_inv, do_inv, dp_scale, dqkv_
     return _products(q, k, layout) * (3 * q[3] + 2 * v[3])
 
 
-# --- with autograd
+# --- as implementations
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, layout, causal, softmax_scale):
-        training = any(ctx.needs_input_grad[:3])
-        attributes = (layout, causal, softmax_scale)
-        o, lse, rng = torch.ops.te_dynamo.te_attention_fwd(q, k, v, *attributes, training)
-        ctx.save_for_backward(q, k, v, o, lse, rng)
-        ctx.attributes = attributes
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        buffers = torch.ops.te_dynamo.te_attention_bwd(do.contiguous(), *ctx.saved_tensors, *ctx.attributes)
-        return *parts(buffers, ctx.attributes[0]), None, None, None
-
-
-class _FP8Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, scales, inverses, grad_scales, grad_inverses, sink, layout, causal, softmax_scale, recipe):
-        casting = casting_of(recipe)
-        peaks = [amax(t) for t in (q, k, v)]
-        q8, k8, v8 = (casting.saturated(t, scales[0], E4M3).to(E4M3) for t in (q, k, v))
-        attributes = (layout, causal, softmax_scale, q.dtype)
-        o8, lse, rng, inner = torch.ops.te_dynamo.te_fp8_attention_fwd(
-            q8, k8, v8, inverses[0], scales[3], scales[4], *attributes, any(ctx.needs_input_grad[:3])
+def _unsupported(case: Case) -> str | None:
+    q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
+    return refused(
+        AttentionCase(
+            dtype=q.dtype,
+            head_qk=int(q.shape[3]),
+            head_v=int(v.shape[3]),
+            s_q=q.shape[2],
+            s_kv=k.shape[2],
+            causal=case.attributes["causal"],
+            mask=mask is not None,
+            dropout=case.attributes["dropout_p"],
+            trains=case.trains,
+            in_fp8=case.recipe is not None,
+            capability=capability(case.device),
+            cudnn=cudnn_version(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        ctx.save_for_backward(q8, k8, v8, o8, lse, rng, inverses[0], scales[3], inverses[4])
-        ctx.attributes = (attributes, casting.gradient, casting, grad_scales, grad_inverses)
-        recorded = torch.cat([torch.stack(peaks), inner])
-        ctx.mark_non_differentiable(recorded)
-        return dequantize(o8, inverses[4], q.dtype), recorded
+    )
 
-    @staticmethod
-    def backward(ctx, do, _):
-        attributes, dtype, casting, scales, inverses = ctx.attributes
-        *forward, qkv_inv, s_scale, o_inv = ctx.saved_tensors
-        peak = amax(do)
-        do8 = casting.saturated(do.contiguous(), scales[0], dtype).to(dtype)
-        buffers, inner = torch.ops.te_dynamo.te_fp8_attention_bwd(
-            do8, *forward, qkv_inv, s_scale, o_inv, inverses[0], scales[1], scales[2], *attributes
+
+def _common_attributes(call: Call, q: Tensor, layout: str) -> tuple[str, bool, float]:
+    return layout, call["causal"], q.shape[3] ** -0.5 if call["scale"] is None else call["scale"]
+
+
+missing("attention", "te", {Float8CurrentScaling: "its kernels have delayed scales for S and dP, and 'current' scaling has none"})
+
+
+@implements("attention", provider="te", recipes=(HIGH_PRECISION,))
+class TEAttention(Implementation):
+    """`scaled_dot_product_attention` by TE's kernels in 16 bits: where q, k and v share a buffer, which torch's cannot profit from."""
+
+    def unsupported(self, case: Case) -> str | None:
+        if not packed(case.attributes["qkv_layout"]):
+            return "q, k and v are made apart, and torch's attention takes them as they lie"
+        return _unsupported(case)
+
+    def kernel(self, case: Case) -> str:
+        return f"TE's fused attention, {case.attributes['qkv_layout']}"
+
+    def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
+        order, layout = FORMS[call["form"]], call["qkv_layout"]
+        q, k, v = (t.permute(order) for t in inputs[:3])
+        if not lies(q, k, v, layout):
+            q, k, v, layout = q.contiguous(), k.contiguous(), v.contiguous(), _apart(call["form"])
+        o, lse, rng = torch.ops.te_dynamo.te_attention_fwd(q, k, v, *_common_attributes(call, q, layout), any(needs[:3]))
+        return Forward([_back(o, order)], [Quantized(t) for t in (q, k, v, o, lse, rng)], [])
+
+    def backward(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
+    ) -> Backward:
+        order, layout = FORMS[call["form"]], call["qkv_layout"]
+        forward = [t.data for t in saved]
+        q, k, v = forward[:3]
+        if not lies(q, k, v, layout):  # type: ignore[arg-type]
+            layout = _apart(call["form"])
+        do = grads[0].permute(order).contiguous()
+        buffers = torch.ops.te_dynamo.te_attention_bwd(do, *forward, *_common_attributes(call, do if q is None else q, layout))
+        return Backward([*(_back(t, order) for t in parts(buffers, layout)), None], [])
+
+
+@implements("attention", provider="te", recipes=(DelayedScaling,))
+class TEFP8Attention(Implementation):
+    """The same in FP8: q, k and v share a scale; S and O have one each, and so have dO, dP and the three gradients together."""
+
+    calibrates = False  # its kernels know nothing of a scale that was never set
+    shared = (("q", "k", "v"),)
+
+    def unsupported(self, case: Case) -> str | None:
+        return _unsupported(case)
+
+    def kernel(self, case: Case) -> str:
+        return f"TE's fused attention, {_apart(case.attributes['form'])}"
+
+    def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
+        order, casting, dtype = FORMS[call["form"]], scales.casting, call.inputs[0]
+        q, k, v = (t.permute(order).contiguous() for t in inputs[:3])
+        known = {role: scales.at(role).known for role in scales.roles.forward}
+        q8, k8, v8 = (casting.saturated(t, known["q"].value, E4M3).to(E4M3) for t in (q, k, v))
+        common = (*_common_attributes(call, q, _apart(call["form"])), dtype)
+        o8, lse, rng, amaxes = torch.ops.te_dynamo.te_fp8_attention_fwd(
+            q8, k8, v8, known["q"].inverse, known["s"].value, known["o"].value, *common, any(needs[:3])
         )
-        gradients = [dequantize(t, inverses[2], do.dtype) for t in buffers]
-        recorded = torch.cat([peak.reshape(1), inner]) if ctx.needs_input_grad[7] else None
-        return *gradients, None, None, None, None, recorded, None, None, None, None
+        saved = [Quantized(q8, known["q"].inverse), Quantized(k8), Quantized(v8), Quantized(o8, known["o"].inverse)]
+        saved += [Quantized(lse), Quantized(rng), Quantized(scale=known["s"].value)]
+        return Forward([_back(dequantize(o8, known["o"].inverse, dtype), order)], saved, [*map(amax, (q, k, v)), amaxes[:1], amaxes[1:]])
+
+    def backward(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
+    ) -> Backward:
+        order, casting = FORMS[call["form"]], scales.casting
+        q8, k8, v8, o8, lse, rng, s8 = saved
+        known = {role: scales.at(role).known for role in scales.roles.gradient}
+        do = grads[0].permute(order).contiguous()
+        do8 = casting.saturated(do, known["do"].value, casting.gradient).to(casting.gradient)
+        tensors = [t.data for t in (q8, k8, v8, o8, lse, rng)]
+        common = (*_common_attributes(call, q8.data, _apart(call["form"])), call.inputs[0])
+        gradients, amaxes = torch.ops.te_dynamo.te_fp8_attention_bwd(
+            do8, *tensors, q8.scale_inv, s8.scale, o8.scale_inv, known["do"].inverse, known["dp"].value, known["dqkv"].value, *common
+        )
+        made = [_back(dequantize(t, known["dqkv"].inverse, do.dtype), order) for t in gradients]
+        return Backward([*made, None], [amax(do), amaxes[:1], amaxes[1:]])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, layout: str, causal: bool, softmax_scale: float | None = None) -> Tensor:
-    """`scaled_dot_product_attention` by TE's kernels in 16 bits: what a lowered graph calls.
-
-    q: [B, H, S, D]; k, v: [B, H_kv, S_kv, D]; layout: how they lie in memory, as TE spells it; what does not lie as a layout
-    without packing says is copied. softmax_scale: None is 1/sqrt(D). Returns [B, H, S, D_v].
-    """
-    softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    order = FORMATS[_form(layout)]
-    ready = [t.permute(order) for t in (q, k, v)]
-    if packed(layout) and not lies(ready[0], ready[1], ready[2], layout):
-        layout = "_".join([_form(layout)] * 3)
-    if not packed(layout):
-        ready = [t.contiguous() for t in ready]
-    return _back(_Attention.apply(*ready, layout, causal, softmax_scale), order)
-
-
-def fp8_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scales: tuple[list[Tensor], list[Tensor]],
-    grad_scales: tuple[list[Tensor], list[Tensor]] | None,
-    sink: Tensor | None,
-    *,
-    layout: str,
-    causal: bool,
-    softmax_scale: float | None = None,
-    recipe: str,
-) -> tuple[Tensor, Tensor]:
-    """The same in FP8: (o, the amaxes of (q, k, v, S, o) f32 [5]).
-
-    scales: (values, reciprocals) of (q, k, v, S, o), all set, the first three equal; grad_scales: those of (do, dP, dqkv), None
-    without gradients; sink: None, or f32 [3] whose "gradient" is their amaxes; layout: one without packing; recipe: its key.
-    """
-    softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
-    order = FORMATS[_form(layout)]
-    ready = [t.permute(order).contiguous() for t in (q, k, v)]
-    backward = (None, None) if grad_scales is None else grad_scales
-    o, recorded = _FP8Attention.apply(*ready, *scales, *backward, sink, layout, causal, softmax_scale, recipe)
-    return _back(o, order), recorded
+def _apart(form: str) -> str:
+    """The layout of q, k and v with memory of their own."""
+    return Layout(form).name  # type: ignore[arg-type]
 
 
 def _back(o: Tensor, order: Sequence[int]) -> Tensor:

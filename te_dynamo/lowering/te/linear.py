@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from te_dynamo.lowering.linears import OnePassGemm, Quantized, Slots
+from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
+from te_dynamo.lowering.per_tensor import OnePassKernels, PerTensorLinears
+from te_dynamo.lowering.quantized import Quantized, ScaleOf
+from te_dynamo.lowering.registry import PER_TENSOR, implements
 from te_dynamo.lowering.te.library import api, casts_transpose, running
 
 
@@ -111,7 +114,7 @@ def plain_fake(x: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> t
 
 
 def gemm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
-    """A `lowering.linears.GemmFunction`. A float32 bias is added after the GEMM: cuBLAS has none, and TE rounds it to bf16."""
+    """A `per_tensor.GemmFunction`. A float32 bias is added after the GEMM: cuBLAS has none, and TE rounds it to bf16."""
     in_epilogue = bias is not None and out_dtype != torch.float32
     y = torch.ops.te_dynamo.te_gemm(a, b, a_inv, b_inv, bias if in_epilogue else None, out_dtype, fast)
     return y if bias is None or in_epilogue else y + bias
@@ -120,23 +123,28 @@ def gemm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dt
 def cast(
     parts: list[Tensor], scale: Tensor, dtype: torch.dtype, interleave: int, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A `lowering.linears.Cast`: TE's kernel for one matrix; ours where matrices are joined, which TE's would have copied first."""
+    """A `per_tensor.Cast`: TE's kernel for one matrix; ours where matrices are joined, which TE's would have copied first."""
     if len(parts) > 1:
         return torch.ops.te_dynamo.cast_transpose(parts, scale, dtype, interleave, data, transposed)
     return torch.ops.te_dynamo.te_quantize(parts[0], scale, dtype, data, transposed)
 
 
 @dataclass(frozen=True)
-class FusedGemm(OnePassGemm):
-    """TE's GEMM with what TE's kernels do better than generated ones: a gradient that is wanted both ways and summed, in one reading.
+class TEKernels(OnePassKernels):
+    """TE's GEMM, its fused cast and transpose of weights, and of gradients that a bias wants summed.
 
-    Without a bias Inductor writes a gradient in FP8 from within the kernel that makes it, and only its copy is transposed.
+    Other activations and gradients are quantized by the kernels that make them, which Inductor generates, since a kernel of
+    their own would read and write them once more.
     """
 
-    def gradient(self, grad: Tensor, slots: Slots, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
-        scale, tokens = slots.known, grad.shape[0]
+    def gradient(self, grad: Tensor, scale_of: ScaleOf, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
+        scale, tokens = scale_of.known, grad.shape[0]
         whole = isinstance(tokens, int) and tokens % self.multiple == 0
         if scale is None or not (data and transposed and bias and whole):
-            return super().gradient(grad, slots, data, transposed, bias)
-        g8, g8t, db, amax = torch.ops.te_dynamo.te_bgrad_quantize(grad, scale.value, slots.casting.gradient)
-        return Quantized(g8, g8t, scale, amax), db.float()
+            return super().gradient(grad, scale_of, data, transposed, bias)
+        g8, g8t, db, amax = torch.ops.te_dynamo.te_bgrad_quantize(grad, scale.value, scale_of.dtype)
+        return Quantized(g8, scale.inverse, g8t, scale=scale.value, amax=amax), db.float()
+
+
+KERNELS = TEKernels(gemm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cast=cast)
+implements("linears", provider="te", recipes=PER_TENSOR, kernels=KERNELS)(PerTensorLinears)

@@ -9,13 +9,21 @@ a kernel of TE's would write its result for a kernel of the sum to read again.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from te_dynamo.ir.norm import NormKind
+from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
+from te_dynamo.lowering.per_tensor import matrix
+from te_dynamo.lowering.quantized import Quantized, ScaleOf
+from te_dynamo.lowering.registry import PER_TENSOR, Case, Needs, Producer, produces
 from te_dynamo.lowering.te.library import api, running
 from te_dynamo.lowering.te.linear import quantizer
-from te_dynamo.ops import NormKind
+from te_dynamo.recipe import DelayedScaling
 
 
 @torch.library.custom_op("te_dynamo::te_norm", mutates_args=())
@@ -59,6 +67,47 @@ def backward(
     if kind == "layer":
         dx = dx - scaled.mean(-1, keepdim=True)
     return (dx * inverse).to(x.dtype), (dy * normal).sum(tokens), dy.sum(tokens)
+
+
+@produces("norm", provider="te", recipes=PER_TENSOR)
+class TENorm(Producer):
+    """A norm that writes FP8 by itself: only where its scale is known before, which is delayed scaling.
+
+    Elsewhere Inductor's kernel of the norm writes FP8 too, so TE's is worth having only where there is nothing to fuse it with.
+    """
+
+    kernel = "TE's kernel"
+    calibrates = False
+    backward_reads = ("x", "weight")
+    saves = 1
+
+    def unsupported(self, case: Case) -> str | None:
+        if not case.trains:
+            return "Inductor writes it in FP8 as well"
+        if case.recompute_inputs:
+            return "recompute_inputs: what Inductor generates can be made again in backward"
+        if not case.only_operand:
+            return "its result is wanted in high precision too"
+        if not case.in_memory("x"):
+            return "Inductor fuses it with what makes its input"
+        if not isinstance(case.recipe, DelayedScaling):
+            return "a norm writes FP8 by itself only where the scale is known before: in delayed scaling"
+        x, weight, bias, kind = *(case.inputs[name] for name in ("x", "weight", "bias")), case.attributes["kind"]
+        return unsupported(x, weight, bias, kind, ALIGNMENT_ON_GPU)
+
+    def forward(self, call: Call, inputs: Sequence[Any], scale: ScaleOf) -> tuple[Quantized, list[Quantized]]:
+        x, weight, bias = inputs
+        assert scale.known is not None
+        value, inverse = scale.known
+        attributes = (call["kind"], call["eps"], call["zero_centered"])
+        h8, mean, deviation_inv, amax = torch.ops.te_dynamo.te_norm(matrix(x), weight, bias, value, scale.dtype, *attributes)
+        return Quantized(h8, inverse, scale=value, amax=amax), [Quantized(mean, deviation_inv)]
+
+    def backward(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, needs: Needs) -> list[Any]:
+        (x, weight, _), (mean, deviation_inv, *_) = inputs, saved[0]
+        dx, dw, db = backward(grad, x, weight, mean, deviation_inv, call["kind"], call["zero_centered"])
+        x_dtype, weight_dtype, bias_dtype = call.inputs
+        return [dx.to(x_dtype), dw.to(weight_dtype), None if bias_dtype is None else db.to(bias_dtype)]
 
 
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, multiple: int) -> str | None:

@@ -1,0 +1,194 @@
+"""What an operation is, told once: its definition, and what every pass, spec, report and provider wants to know of it.
+
+    @operation(kind="linear", fake=..., gemms=..., forward=("input", "weight"), gradient=("grad_output",))
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor: ...
+
+The function is the definition: ordinary torch in high precision, so that a graph that contains it still runs and can be
+compared with the graph it came from. Tensors are passed by position, attributes by keyword. Passes ask `op_of(node)`, and
+name no operation; only the rules that make one do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from te_dynamo.ir.graph import FAKES, example
+from te_dynamo.recipe import Recipe
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Gemm(NamedTuple):
+    """A weight GEMM of a node: `x [..., K] @ weight [N, K].T + bias [N]`, the node's arguments. output: which of its results it
+    is, None where the node has one."""
+
+    x: Node
+    weight: Node
+    bias: Node | None
+    output: int | None = None
+
+
+class Slot(NamedTuple):
+    """An FP8 tensor that has a scale: its role in a member of the node (a GEMM, or the node itself where it owns none)."""
+
+    member: int
+    role: str
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The FP8 tensors of each member of an operation, by name, in the order in which their scales stand.
+
+    The scales of a node are those of its first member, then those of its second: `place` is the one who knows.
+    prefix: what stands before a role in the name of its saved state.
+    """
+
+    forward: tuple[str, ...] = ()
+    gradient: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def place(self, role: str, member: int = 0) -> int:
+        """Where a tensor's scale stands among the forward, or gradient, scales of its node."""
+        roles = self.forward if role in self.forward else self.gradient
+        return member * len(roles) + roles.index(role)
+
+    @property
+    def saved_forward(self) -> tuple[str, ...]:
+        return tuple(self.prefix + role for role in self.forward)
+
+    @property
+    def saved_gradient(self) -> tuple[str, ...]:
+        return tuple(self.prefix + role for role in self.gradient)
+
+
+class Invariant(NamedTuple):
+    """What must hold of a node: `holds` is given the fake values of its arguments by name, and `out`."""
+
+    says: str
+    holds: Callable[[types.SimpleNamespace], bool]
+
+
+def _none(*_: Any, **__: Any) -> tuple[()]:
+    return ()
+
+
+def _zero(*_: Any, **__: Any) -> int:
+    return 0
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticOp:
+    """An operation.
+
+    definition: what a graph calls; kind: what reports call its sites.
+    fake: the fake result, without running the definition.
+    roles: the FP8 tensors of a member; an operation without roles is never computed in FP8 by itself, but may make the
+        operand of one that is: it is then its *producer*.
+    gemms: the weight GEMMs of a node, its members. An operation with roles and no GEMM has one member, the node, and finds
+        its scale state by the nearest weight.
+    shared: which scales of a node with given attributes and so many members move as one, as groups of `Slot`.
+    attributes_of: what an implementation must know of a node, in a recipe, beside its keywords; by name.
+    outputs: what the node gives, out of the tensors that an implementation computed (one for each GEMM that it ran).
+    activation_flops: FLOPs of products of activations, out of the shapes of a node's arguments.
+    grouped: the operation that it becomes before it is planned; implementations are those of that one.
+    by_rows: whether, with these attributes, each row [..., :] of the result is made of the same rows of the inputs, so that it
+        could be the operand of a GEMM as it is made.
+    invariants: what must hold between a node's arguments and result.
+    """
+
+    definition: Callable[..., Any]
+    kind: str
+    fake: Callable[..., Any]
+    roles: Roles = Roles()
+    gemms: Callable[[Node], Sequence[Gemm]] = _none
+    shared: Callable[[Mapping[str, Any], int], Sequence[Sequence[Slot]]] = _none
+    attributes_of: Callable[[Node, Recipe | None], Mapping[str, Any]] = lambda node, recipe: {}
+    outputs: Callable[[Mapping[str, Any], list[Any]], list[Any]] = lambda attributes, computed: computed
+    activation_flops: Callable[..., int] = _zero
+    grouped: str = ""
+    by_rows: Callable[[Mapping[str, Any]], bool] = lambda attributes: True
+    invariants: tuple[Invariant, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.definition.__name__
+
+    @property
+    def is_site(self) -> bool:
+        """Whether it is computed in FP8 by itself, with scales of its own."""
+        return bool(self.roles.forward)
+
+    @cached_property
+    def parameters(self) -> tuple[dict[str, tuple[inspect.Parameter, Any]], dict[str, tuple[inspect.Parameter, Any]]]:
+        """(tensors, attributes): name -> (parameter, type)."""
+        hints = get_type_hints(self.definition)
+        tensors: dict[str, tuple[inspect.Parameter, Any]] = {}
+        attributes: dict[str, tuple[inspect.Parameter, Any]] = {}
+        for name, parameter in inspect.signature(self.definition).parameters.items():
+            table = attributes if parameter.kind is inspect.Parameter.KEYWORD_ONLY else tensors
+            table[name] = (parameter, hints[name])
+        return tensors, attributes
+
+    def inputs(self, node: Node) -> dict[str, Any]:
+        """A node's tensor arguments by name, defaults among them."""
+        tensors, _ = self.parameters
+        given = (*node.args, *(p.default for p, _ in list(tensors.values())[len(node.args) :]))
+        return dict(zip(tensors, given, strict=True))
+
+    def attributes(self, node: Node) -> dict[str, Any]:
+        """A node's attributes by name, defaults among them."""
+        _, attributes = self.parameters
+        return {name: node.kwargs.get(name, parameter.default) for name, (parameter, _) in attributes.items()}
+
+    def broken_invariants(self, node: Node) -> Iterator[str]:
+        """What does not hold of a node, its arguments being of the right types."""
+        values = map_arg(self.inputs(node) | self.attributes(node), example)
+        arguments = types.SimpleNamespace(**values, out=example(node))
+        yield from (i.says for i in self.invariants if not i.holds(arguments))
+
+
+_OPS: dict[Any, SemanticOp] = {}
+_BY_NAME: dict[str, SemanticOp] = {}
+
+
+def operation(
+    *, kind: str, fake: Callable[..., Any], forward: tuple[str, ...] = (), gradient: tuple[str, ...] = (), prefix: str = "", **facts: Any
+) -> Callable[[Function], Function]:
+    """Declares a function to be the definition of an operation; the keywords are those of `SemanticOp` and `Roles`."""
+
+    def declare(definition: Function) -> Function:
+        op = SemanticOp(definition, kind, fake, Roles(forward, gradient, prefix), **facts)
+        _OPS[definition] = _BY_NAME[op.name] = op
+        FAKES[definition] = fake
+        return definition
+
+    return declare
+
+
+def op_of(node: Any) -> SemanticOp | None:
+    """The operation that a node, or a function, is; None where it is none."""
+    target = node.target if isinstance(node, Node) else node
+    return _OPS.get(target) if callable(target) else None
+
+
+def op_named(name: str) -> SemanticOp:
+    """Raises KeyError where there is none."""
+    return _BY_NAME[name]
+
+
+def all_ops() -> list[SemanticOp]:
+    return list(_BY_NAME.values())
+
+
+def site_of(node: Any) -> SemanticOp | None:
+    """The operation of a node that is computed in FP8 with scales of its own; None for any other node."""
+    op = op_of(node)
+    return op if op is not None and op.is_site else None

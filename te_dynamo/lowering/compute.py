@@ -1,0 +1,104 @@
+"""A site computed: its producer, where it has one, then its implementation; in backward the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_dynamo.lowering.call import Call, Spec, flattened
+from te_dynamo.lowering.fp8 import Casting, casting_of
+from te_dynamo.lowering.quantized import Operand, Quantized, Scale, Scales
+from te_dynamo.lowering.registry import Backward, Forward, implementation_of, producer_of
+
+WIDTH = len(Quantized._fields)
+
+
+def scales_of(call: Call, slots: Sequence[Scale] | None) -> Scales:
+    """The scales of a site in one direction, out of its slots'."""
+    casting = casting_of(call.recipe, call.amax_group) if call.recipe else Casting()
+    return Scales(slots, call.operation.roles, casting, call.calibrating)
+
+
+def _in_full_precision(device: str) -> AbstractContextManager[Any]:
+    """Whatever the user's autocast says, a site computes as it is told."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def compute_forward(call: Call, flat: Sequence[Any], scales: Scales, needs: Sequence[bool], *, fake: bool = False) -> Forward:
+    """flat: the inputs, then the fields of the cached weights; needs: for each input, whether its gradient is wanted."""
+    implementation = implementation_of(call)
+    inputs, wanted = call.nested(flat[: call.count]), call.nested(needs)
+    made: list[Quantized] = []
+    if call.producer is not None:
+        role = call.operation.roles.forward[0]
+        lead = inputs[0][0].shape[:-1]
+        operand, made = producer_of(call.producer).forward(call.producer, inputs[0], scales.at(role))
+        inputs[0], wanted[0] = Operand(operand, lead), any(flattened(wanted[0]))
+    if call.cached:
+        weights = unflattened(flat[call.count :])
+        inputs = [inputs[0], weights, *inputs[2:]] if call.cached == "inference" else [*inputs, weights]
+    run = implementation.fake_forward if fake else implementation.forward
+    with _in_full_precision(call.device):
+        outputs, saved, amaxes = run(call, inputs, scales, wanted)
+    return Forward(outputs, [*made, *saved], amaxes)
+
+
+def compute_backward(
+    call: Call,
+    read: Sequence[Any],
+    saved: Sequence[Quantized],
+    grads: Sequence[Tensor],
+    scales: Scales,
+    needs: Sequence[bool],
+    *,
+    fake: bool = False,
+) -> Backward:
+    """read: the inputs, those that backward does not read being None; then the outputs, where it reads them."""
+    implementation = implementation_of(call)
+    inputs, wanted = call.nested(read[: call.count]), call.nested(needs)
+    if len(read) > call.count:
+        inputs.append(list(read[call.count :]))
+    run = implementation.fake_backward if fake else implementation.backward
+    if call.producer is None:
+        return run(call, inputs, saved, grads, scales, wanted)
+    producer, count = producer_of(call.producer), producer_of(call.producer).saves
+    (operand, *rest), needs_of_producer = inputs, wanted[0]
+    done = run(call, [None, *rest], saved[count:], grads, scales, [any(flattened(needs_of_producer)), *wanted[1:]])
+    first, *others = done.gradients
+    if first is None:
+        through: list[Any] = [None] * len(operand)
+    else:
+        through = producer.backward(call.producer, operand, saved[:count], first, needs_of_producer)
+    return Backward([through, *others], done.amaxes)
+
+
+def unflattened(fields: Sequence[Tensor | None]) -> list[Quantized]:
+    return [Quantized(*fields[i : i + WIDTH]) for i in range(0, len(fields), WIDTH)]
+
+
+@cache
+def arranged(call: Call) -> tuple[bool, ...]:
+    """For each of a call's flat inputs, whether backward reads it."""
+    reads = implementation_of(call).backward_reads(call)
+    names = list(call.operation.parameters[0])
+    kept: list[bool] = []
+    for name, spec in zip(names, call.spec, strict=False):
+        if name == names[0] and call.producer is not None:
+            kept += _of_producer(call.producer)
+        else:
+            kept += [name in reads] * _leaves(spec)
+    return tuple(kept)
+
+
+def _of_producer(call: Call) -> list[bool]:
+    reads = producer_of(call).backward_reads
+    return [name in reads for name, spec in zip(call.operation.parameters[0], call.spec, strict=False) for _ in range(_leaves(spec))]
+
+
+def _leaves(spec: Spec) -> int:
+    return len(flattened(spec))

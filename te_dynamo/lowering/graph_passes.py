@@ -1,0 +1,67 @@
+"""The passes over the joint graph that AOTAutograd makes, forward and backward together, before it is partitioned."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, Node
+
+
+def joint_graph_passes(version: str) -> list[CustomGraphPass]:
+    """All of them, in order. version: of our code, which the caches' key must hold."""
+    return [OneMeasurement(version)]
+
+
+class OneMeasurement(CustomGraphPass):
+    """The last step of a graph's amaxes, a small kernel a site, becomes one for each direction: of
+    `cat([largest(a), largest(b), ...])`, `largest(a + b + ...)`.
+
+    Sites cannot do it themselves: each returns its gradients' amaxes on its own, as autograd asks.
+    """
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    def uuid(self) -> Any:
+        return self.version
+
+    def __call__(self, graph: Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+            _measure_once(graph, node)
+        graph.lint()
+
+
+def _measure_once(graph: Graph, cat: Node) -> None:
+    inputs = [_source(n) for n in cat.args[0]]
+    if sum(_is_largest(n) for n in inputs) < 2:
+        return
+    joined: list[Node] = []
+    for measured, run in groupby(inputs, _is_largest):
+        nodes = list(run)
+        joined += [_join(graph, cat, nodes)] if measured else nodes
+    cat.args = (joined, *cat.args[1:])
+    for node in inputs:
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _join(graph: Graph, cat: Node, nodes: list[Node]) -> Node:
+    parts = list(dict.fromkeys(p for n in nodes for p in n.args[0]))
+    which = [parts.index(n.args[0][i]) for n in nodes for i in n.args[1]]
+    with graph.inserting_before(cat):
+        node = graph.call_function(torch.ops.te_dynamo.largest.default, (parts, which))
+    node.meta["val"] = nodes[0].meta["val"].new_empty(len(which))
+    return node
+
+
+def _is_largest(node: Node) -> bool:
+    return node.target is torch.ops.te_dynamo.largest.default
+
+
+def _source(node: Node) -> Node:
+    while node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node

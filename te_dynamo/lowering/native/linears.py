@@ -1,0 +1,36 @@
+"""Linears by `torch._scaled_mm`."""
+
+from __future__ import annotations
+
+import torch
+
+from te_dynamo.lowering.devices import HOPPER, too_old
+from te_dynamo.lowering.fine_grained import FineGrainedLinears, native
+from te_dynamo.lowering.per_tensor import Kernels, OnePassKernels, PerTensorLinears, scaled_mm
+from te_dynamo.lowering.registry import PER_TENSOR, implements, missing
+from te_dynamo.recipe import Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
+
+CUDA = OnePassKernels(scaled_mm, contiguous=True, multiple=16, cast=torch.ops.te_dynamo.cast_transpose)
+
+implements("linears", provider="native", recipes=PER_TENSOR, devices=("cpu",), kernels=Kernels(scaled_mm), opaque=True)(PerTensorLinears)
+implements("linears", provider="native", recipes=PER_TENSOR, devices=("cuda",), kernels=CUDA)(PerTensorLinears)
+
+
+@implements("linears", provider="native", recipes=(Float8RowwiseScaling,), devices=("cpu", "cuda"), multiply=native)
+class RowwiseLinears(FineGrainedLinears):
+    def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
+        return too_old(device, HOPPER, "row-wise FP8 GEMMs") if device.type == "cuda" else None
+
+
+missing(
+    "linears",
+    "native",
+    {
+        recipe: f"torch._scaled_mm has {what} on CUDA alone, with compute capability {where} or newer, and it is not lowered to that here"
+        for recipe, what, where in (
+            (Float8BlockScaling, "blocks of 128", "9.0 and CUDA 12.9"),
+            (MXFP8BlockScaling, "MX blocks", "10.0 (Blackwell)"),
+            (NVFP4BlockScaling, "NVFP4", "10.0 (Blackwell)"),
+        )
+    },
+)

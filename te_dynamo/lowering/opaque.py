@@ -1,0 +1,184 @@
+"""The pair of operators behind every opaque implementation: one for forward, one for backward, told by a `Call` what to do.
+
+Opaque because Inductor's C++ for every quantization, each reading its scale at another offset, would make compile time grow with
+the number of sites. An operator returns tensors only, which share memory with nothing: a field of a `Quantized` that was not
+made is an empty tensor, and a tensor that is a view of another is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from te_dynamo.lowering.call import Call, flattened
+from te_dynamo.lowering.compute import compute_backward, compute_forward, scales_of, unflattened
+from te_dynamo.lowering.quantized import Quantized, Scale
+from te_dynamo.lowering.registry import Backward, Forward, implementation_of
+
+# They take tensors of any strides, so that nothing is copied for them; gradients may be rounded stochastically.
+FORWARD_TAGS = (torch.Tag.flexible_layout,)
+BACKWARD_TAGS = (torch.Tag.flexible_layout, torch.Tag.nondeterministic_seeded)
+
+
+@dataclass(frozen=True)
+class PackedSlots(Sequence[Scale]):
+    """The slots of a site among its graph's packed scales, from `start` on, taken out when they are asked for."""
+
+    packed: Tensor
+    start: int
+
+    def __getitem__(self, place: Any) -> Any:
+        value = self.packed[self.start + place]
+        return Scale(value, value.reciprocal())
+
+    def __len__(self) -> int:
+        return self.packed.shape[0] - self.start
+
+
+def opaque_forward(
+    call: Call, flat: Sequence[Any], scales: tuple[Tensor, int] | None, needs: Sequence[bool]
+) -> tuple[list[Tensor], list[Quantized], Tensor | None]:
+    """(outputs, saved, amax) of a site, by the operator."""
+    packed, start = scales or (None, 0)
+    outputs, leaves, amax = torch.ops.te_dynamo.site_fwd(call.key, list(flat), packed, start, list(needs))
+    return outputs, unflattened([None if _is_absent(t) else t for t in leaves]), amax if call.records else None
+
+
+def opaque_backward(
+    call: Call,
+    read: Sequence[Any],
+    saved: Sequence[Quantized],
+    grads: Sequence[Tensor],
+    scales: tuple[Tensor, int] | None,
+    needs: Sequence[bool],
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """(a gradient for each flat input, None where it is not wanted; amax), by the operator."""
+    packed, start = scales or (None, 0)
+    made, amax = torch.ops.te_dynamo.site_bwd(call.key, list(read), flattened(saved), list(grads), packed, start, list(needs))
+    present = iter(made)
+    return [next(present) if needed else None for needed in needs], amax if call.records else None
+
+
+def _forward(
+    call: str, inputs: list[Tensor | None], scale: Tensor | None, start: int, needs: list[bool], fake: bool = False
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    parsed = Call.parse(call)
+    done = compute_forward(parsed, inputs, scales_of(parsed, None if scale is None else PackedSlots(scale, start)), needs, fake=fake)
+    return _packed(done, [*inputs, scale], any(needs), parsed)
+
+
+def _backward(
+    call: str,
+    inputs: list[Tensor | None],
+    saved: list[Tensor | None],
+    grads: list[Tensor],
+    scale: Tensor | None,
+    start: int,
+    needs: list[bool],
+    fake: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    parsed = Call.parse(call)
+    scales = scales_of(parsed, None if scale is None else PackedSlots(scale, start))
+    done: Backward = compute_backward(parsed, inputs, unflattened(saved), grads, scales, needs, fake=fake)
+    wanted = [g for g, needed in zip(flattened(done.gradients), needs, strict=True) if needed]
+    (*gradients,) = _apart(wanted, [*inputs, *saved, *grads, scale])
+    return gradients, _amax(done.amaxes, parsed, grads[0])
+
+
+def _packed(done: Forward, inputs: Sequence[Tensor | None], saves: bool, call: Call) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    like = done.outputs[0]
+    leaves = [like.new_empty(0) if t is None else t for q in done.saved for t in q] if saves else []
+    made = _apart([*done.outputs, *leaves], inputs)
+    count = len(done.outputs)
+    return made[:count], made[count:], _amax(done.amaxes, call, like)
+
+
+def _amax(amaxes: Sequence[Tensor], call: Call, like: Tensor) -> Tensor:
+    if not call.records:
+        return like.new_empty(0, dtype=torch.float32)
+    return torch.stack([a.amax() if a.numel() else a.sum() for a in amaxes])
+
+
+def _is_absent(t: Tensor) -> bool:
+    return t.dim() == 1 and isinstance(t.shape[0], int) and t.shape[0] == 0
+
+
+def _apart(made: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor]:
+    """`made`, copied where it shares memory with what was given or with another of them."""
+    seen = {t.untyped_storage()._cdata for t in given if t is not None}
+    result = []
+    for t in made:
+        storage = t.untyped_storage()._cdata
+        result.append(t.clone() if storage in seen else t)
+        seen.add(storage)
+    return result
+
+
+def _remembered(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake implementation that runs once for each call and shapes: the layers of a model repeat. Symbolic shapes are not kept."""
+    known: dict[Any, Any] = {}
+
+    def fake(call: str, *args: Any) -> Any:
+        key = (call, *(_described(a) for a in args))
+        if _is_symbolic(key):
+            return run(call, *args, fake=True)
+        like = next(t for t in flattened(args) if isinstance(t, Tensor))
+        if key not in known:
+            results = run(call, *args, fake=True)
+            known[key] = _described(results)
+            return results
+        return tuple(_made(description, like) for description in known[key])
+
+    return fake
+
+
+class _Like(NamedTuple):
+    """What is to be known of a tensor to make another like it."""
+
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Like(tuple(value.shape), value.stride(), value.dtype, value.device)
+    return tuple(map(_described, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _is_symbolic(description: Any) -> bool:
+    return any(map(_is_symbolic, description)) if isinstance(description, tuple) else isinstance(description, torch.SymInt)
+
+
+def _made(description: Any, like: Tensor) -> Any:
+    if not isinstance(description, _Like):
+        return [_made(d, like) for d in description]
+    return like.new_empty_strided(description.shape, description.stride, dtype=description.dtype, device=description.device)
+
+
+site_fwd = torch.library.custom_op("te_dynamo::site_fwd", mutates_args=(), tags=FORWARD_TAGS, schema=(
+    "(str call, Tensor?[] inputs, Tensor? scale, int start, bool[] needs) -> (Tensor[], Tensor[], Tensor)"
+))(lambda call, inputs, scale, start, needs: _forward(call, inputs, scale, start, needs))  # fmt: skip
+site_bwd = torch.library.custom_op("te_dynamo::site_bwd", mutates_args=(), tags=BACKWARD_TAGS, schema=(
+    "(str call, Tensor?[] inputs, Tensor?[] saved, Tensor[] grads, Tensor? scale, int start, bool[] needs) -> (Tensor[], Tensor)"
+))(lambda call, inputs, saved, grads, scale, start, needs: _backward(call, inputs, saved, grads, scale, start, needs))  # fmt: skip
+site_fwd.register_fake(_remembered(_forward))
+site_bwd.register_fake(_remembered(_backward))
+
+
+@register_flop_formula(torch.ops.te_dynamo.site_fwd)
+def _forward_flops(key: str, inputs: Any, *_: Any, **__: Any) -> int:
+    call = Call.parse(key)
+    return implementation_of(call).flops(call, call.nested(inputs[: call.count]))
+
+
+@register_flop_formula(torch.ops.te_dynamo.site_bwd)
+def _backward_flops(key: str, inputs: Any, saved: Any, grads: Any, scale: Any, start: int, needs: Any, **_: Any) -> int:
+    call = Call.parse(key)
+    return implementation_of(call).backward_flops(call, call.nested(inputs), unflattened(saved), grads, call.nested(needs))

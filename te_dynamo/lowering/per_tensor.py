@@ -1,0 +1,282 @@
+"""Linears of one input with one scale a tensor: forward, dgrad and wgrad, for any GEMM that multiplies FP8.
+
+What a provider brings is `Kernels`; the order of quantization, what is saved for backward and where amaxes go are the same for
+all. Saved: the input in FP8, once for all linears that share it, and the weights' scales. The weights' FP8 copies are made again
+in backward from the weights themselves, with the scales of the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import te_dynamo.lowering.kernels.cast_transpose
+import te_dynamo.lowering.kernels.transpose  # noqa: F401  (registers its operator)
+from te_dynamo.ir.linear import GemmRows
+from te_dynamo.ir.sizes import product
+from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.compute import scales_of
+from te_dynamo.lowering.fp8 import dequantize, quantize, row_amax
+from te_dynamo.lowering.limits import unaligned, unsupported_dtype
+from te_dynamo.lowering.partition import activation_cast, activation_rounding, recomputed_in_backward
+from te_dynamo.lowering.quantized import Operand, Quantized, ScaleOf, Scales
+from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation, Needs
+
+# gemm(a, b, a_scale_inv, b_scale_inv, out_dtype, bias, fast): a [M, K], b [N, K], both FP8 -> a @ b.T + bias [M, N] in
+# out_dtype; fast: the hardware may accumulate with fewer bits (as TE does in forward, and not in backward).
+GemmFunction = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype, "Tensor | None", bool], Tensor]
+
+
+def pad_rows(x: Tensor, multiple: int) -> Tensor:
+    """Zero rows at the end, up to a multiple.
+
+    Where the number of rows is symbolic, nothing is ever given the number of missing rows as a size: that it is 0, or
+    is not, would be a guard.
+    """
+    rows = x.shape[0]
+    padded = (rows + multiple - 1) // multiple * multiple
+    if isinstance(rows, int) and rows == padded:
+        return x
+    return torch.cat([x, x.new_zeros(multiple - 1, x.shape[1])])[:padded]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How a provider multiplies and quantizes.
+
+    contiguous: operands must lie with K innermost (Hopper's FP8 GEMM is TN only), so that backward writes transposed
+    copies; else views do. multiple: the token count is padded to it.
+    """
+
+    gemm: GemmFunction
+    contiguous: bool = False
+    multiple: int = 1
+
+    def multiply(
+        self, a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
+    ) -> Tensor:
+        return self.gemm(a, b, a_inv, b_inv, dtype, bias, fast)
+
+    def stored(self, t: Tensor) -> Tensor:
+        """`t`, which more than one kernel reads, as something that lies in memory row by row. Otherwise Inductor would store it for
+        each of them, and keep the order that its source happens to have."""
+        if not self.contiguous:
+            return t
+        t = t.contiguous()
+        return t.as_strided(t.shape, t.stride())
+
+    def transposed(self, t: Tensor) -> Tensor:
+        """`t.t()` as an operand, of a `t` that lies in memory."""
+        return torch.ops.te_dynamo.transpose(t) if self.contiguous else t.t()
+
+    def activation(self, x: Tensor, scale_of: ScaleOf) -> Quantized:
+        """x [T, K], padded: left to Inductor, which fuses it with what makes x. It is what backward keeps of x."""
+        amax = row_amax(x)
+        scale = scale_of.of(amax)
+        with activation_cast():
+            scaled = pad_rows(scale_of.casting.saturated(x, scale.value, scale_of.dtype), self.multiple)
+        with activation_rounding():
+            data = self.stored(scaled.to(scale_of.dtype))
+        return Quantized(data, scale.inverse, scale=scale.value, amax=amax)
+
+    def weight(self, parts: Sequence[Tensor], rows: GemmRows, scale_of: ScaleOf) -> Quantized:
+        """The weights [N_i, K] of one GEMM, joined [N, K]. Backward makes it again."""
+        with recomputed_in_backward():
+            w = rows.join(parts)
+        amax = row_amax(w)
+        scale = scale_of.of(amax)
+        with recomputed_in_backward():
+            return Quantized(quantize(w, scale.value, scale_of.dtype), scale.inverse, scale=scale.value, amax=amax)
+
+    def weight_transposed(self, parts: Sequence[Tensor], rows: GemmRows, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """[K, N] for dgrad, where forward made none."""
+        with recomputed_in_backward():
+            t = quantize(rows.join(parts), scale, dtype).t()
+            return self.stored(t.contiguous()) if self.contiguous else t
+
+    def gradient(self, grad: Tensor, scale_of: ScaleOf, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
+        """grad [T, N], padded: as dgrad reads it, and as wgrad does, if they are wanted; and its sum over the tokens [N], float32."""
+        amax = row_amax(grad)
+        scale = scale_of.of(amax)
+        g8 = self.stored(pad_rows(scale_of.casting.saturated(grad, scale.value, scale_of.dtype), self.multiple).to(scale_of.dtype))
+        db = grad.sum(0, dtype=torch.float32) if bias else None
+        return Quantized(g8, scale.inverse, self.transposed(g8) if transposed else None, scale=scale.value, amax=amax), db
+
+
+# cast(parts [N_i, C], scale, dtype, interleave, data, transposed) -> (FP8 [N, C], FP8 [C, N], amaxes)
+Cast = Callable[[list[Tensor], Tensor, torch.dtype, int, bool, bool], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class OnePassKernels(Kernels):
+    """One kernel reads a weight and writes it, its transposed copy and its amax. The transposed copy is kept for backward, which
+    does not read the weight again.
+
+    Activations and gradients are left to Inductor: it writes them from within the kernel that makes them, which saves more
+    than one reading does.
+    """
+
+    cast: Cast = field(kw_only=True)
+
+    def weight(self, parts: Sequence[Tensor], rows: GemmRows, scale_of: ScaleOf) -> Quantized:
+        scale = scale_of.known or scale_of.of(torch.cat([row_amax(p) for p in parts]))
+        interleave = rows.interleave if len(parts) > 1 else 0
+        data, transposed, amax = self.cast(list(parts), scale.value, scale_of.dtype, interleave, True, True)
+        return Quantized(data, scale.inverse, transposed, scale=scale.value, amax=amax)
+
+
+class PerTensorLinears(Implementation):
+    """`linears` with one scale for each tensor."""
+
+    cached = frozenset({"training", "inference"})
+
+    def __init__(self, kernels: Kernels, opaque: bool = False) -> None:
+        self.kernels, self.opaque = kernels, opaque
+        if opaque:
+            self.cached = frozenset({"inference"})
+
+    def backward_reads(self, call: Call) -> tuple[str, ...]:
+        return ("weights",)
+
+    def unsupported(self, case: Case) -> str | None:
+        return (unaligned(case) if self.kernels.contiguous else None) or unsupported_dtype(case.attributes["out_dtype"])
+
+    def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
+        """For training each with its transposed copy, and its amax as one number. Scaling each by its own amax costs one more
+        reading, but a weight that is kept could outgrow the scale of its slot."""
+        rows, own = GemmRows.of(call.attributes), scales_of(call, None)
+        made = []
+        for gemm in rows.gemms():
+            w8 = self.kernels.weight([weights[i].detach() for i in gemm], rows, own.at("weight", gemm[0]))
+            assert w8.data is not None and w8.amax is not None
+            if call.cached == "inference":
+                made.append(w8.for_backward("data", "scale_inv"))
+            else:
+                across = w8.data.t().contiguous() if w8.transposed is None else w8.transposed
+                made.append(w8._replace(transposed=across, amax=w8.amax.amax()))
+        return made
+
+    def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
+        kernels, rows, dtype = self.kernels, GemmRows.of(call.attributes), call["out_dtype"]
+        x, weights, biases, *kept = inputs
+        x8, lead = x if isinstance(x, Operand) else (kernels.activation(matrix(x), scales.at("input")), x.shape[:-1])
+        assert x8.data is not None and x8.scale_inv is not None and x8.amax is not None
+        outputs, saved, amaxes = [], [], [x8.amax] * (2 * len(rows.sizes))
+        for number, gemm in enumerate(rows.gemms()):
+            if call.cached:
+                w8 = (kept[0] if kept else weights)[number]
+            else:
+                w8 = kernels.weight([weights[i] for i in gemm], rows, scales.at("weight", gemm[0]))
+            bias = rows.join_biases(biases, gemm, dtype, x8.data)
+            y = kernels.multiply(x8.data, w8.data, x8.scale_inv, w8.scale_inv, dtype, bias, True)
+            y = y[: tokens_of(lead)] if kernels.multiple > 1 else y
+            outputs.append(y.reshape(*lead, y.shape[-1]))
+            saved.append(w8.for_backward("transposed", "scale", "scale_inv"))
+            for i in gemm if w8.amax is not None else ():
+                amaxes[scales.roles.place("weight", i)] = w8.amax
+        _, wanted, _ = needs
+        kept_of_x = x8.for_backward("data", "scale_inv") if any(wanted) else Quantized()
+        return Forward(outputs, [kept_of_x, *saved], amaxes)
+
+    def backward(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
+    ) -> Backward:
+        kernels, rows = self.kernels, GemmRows.of(call.attributes)
+        (x8, *w8s), weights, (needs_x, needs_w, needs_b) = saved, inputs[1], needs
+        x_dtype, weight_dtype = call.inputs[0], scales.casting.forward
+        with recomputed_in_backward():
+            x8t = kernels.transposed(x8.data) if x8.data is not None and any(needs_w) else None
+        dws: list[Tensor | None] = [None] * len(rows.sizes)
+        dbs: list[Tensor | None] = [None] * len(rows.sizes)
+        amaxes: list[Tensor] = list(grads[:1]) * len(rows.sizes)
+        dx: Tensor | None = None
+        for gemm, grad, w8 in zip(rows.gemms(), map(matrix, grads), w8s, strict=True):
+            wanted, summed = (any(n[i] for i in gemm) for n in (needs_w, needs_b))
+            g8, db = kernels.gradient(grad, scales.at("grad_output", gemm[0]), data=needs_x, transposed=wanted, bias=summed)
+            if needs_x:
+                w8t = w8.transposed
+                if w8t is None:
+                    w8t = kernels.weight_transposed([weights[i] for i in gemm], rows, w8.scale, weight_dtype)
+                part = kernels.multiply(g8.data, w8t, g8.scale_inv, w8.scale_inv, x_dtype)[: grad.shape[0]]
+                dx = part if dx is None else dx.float() + part.float()
+            if wanted:
+                self._wgrads(call, rows, gemm, needs_w, g8, x8t, x8.scale_inv, into=dws)
+            for member, i in enumerate(gemm):
+                amaxes[i] = g8.amax
+                if needs_b[i]:
+                    dbs[i] = rows.rows(db, member, len(gemm)).to(call.inputs[2][i])
+        if dx is not None:
+            dx = dx.to(x_dtype).reshape(*grads[0].shape[:-1], dx.shape[-1])
+        return Backward([dx, dws, dbs], amaxes)
+
+    def _wgrads(
+        self,
+        call: Call,
+        rows: GemmRows,
+        gemm: Sequence[int],
+        needs: Sequence[bool],
+        g8: Quantized,
+        x8t: Tensor | None,
+        x_inv: Tensor | None,
+        into: list[Tensor | None],
+    ) -> None:
+        """The weight gradients of one GEMM's linears: one GEMM where their rows stand together, else one for each."""
+        assert g8.transposed is not None and x8t is not None and g8.scale_inv is not None and x_inv is not None
+        wanted, dtypes = [i for i in gemm if needs[i]], {call.inputs[1][i] for i in gemm}
+        if self.kernels.contiguous and not rows.interleave and len(wanted) == len(gemm) and len(dtypes) == 1:
+            whole = self.kernels.multiply(g8.transposed, x8t, g8.scale_inv, x_inv, dtypes.pop())
+            for member, i in enumerate(gemm):
+                into[i] = rows.rows(whole, member, len(gemm))
+            return
+        for i in wanted:
+            part = rows.rows(g8.transposed, gemm.index(i), len(gemm))
+            into[i] = self.kernels.multiply(part, x8t, g8.scale_inv, x_inv, call.inputs[1][i])
+
+    def flops(self, call: Call, inputs: Sequence[Any]) -> int:
+        return forward_flops(call, inputs)
+
+    def backward_flops(self, call: Call, inputs: Sequence[Any], saved: Sequence[Any], grads: Sequence[Any], needs: Needs) -> int:
+        return backward_flops(inputs, grads, needs)
+
+
+def forward_flops(call: Call, inputs: Sequence[Any]) -> int:
+    """Of linears, out of the shapes of their inputs."""
+    return 2 * product(inputs[0]) * sum(call["sizes"])
+
+
+def backward_flops(inputs: Sequence[Any], grads: Sequence[Any], needs: Needs) -> int:
+    """Of linears: a GEMM for each gradient of a weight, and one for each weight that the input's gradient goes through."""
+    needs_x, needs_w, _ = needs
+    return sum(2 * product(grads[0][:-1]) * product(w) * (needs_x + needed) for w, needed in zip(inputs[1], needs_w, strict=True))
+
+
+def matrix(t: Tensor) -> Tensor:
+    """[..., N] -> [tokens, N]"""
+    return t.reshape(-1, t.shape[-1])
+
+
+def tokens_of(lead: Sequence[Any]) -> Any:
+    """The product of leading sizes, symbolic where they are."""
+    total: Any = 1
+    for size in lead:
+        total = total * size
+    return total
+
+
+def scaled_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
+    """torch's FP8 GEMM. A bias goes into its epilogue where the hardware has that (16-bit outputs)."""
+    in_epilogue = bias is not None and out_dtype != torch.float32
+    y = torch._scaled_mm(
+        a, b.t(), a_inv, b_inv, bias=bias if in_epilogue else None, out_dtype=out_dtype, use_fast_accum=fast and a.device.type == "cuda"
+    )
+    return y if bias is None or in_epilogue else y + bias
+
+
+def defined_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
+    """The definition: dequantize, multiply in float32, add the bias, round once."""
+    y = dequantize(a, a_inv) @ dequantize(b, b_inv).t()
+    return (y if bias is None else y + bias.float()).to(out_dtype)

@@ -1,0 +1,113 @@
+"""A quantized tensor, and where the scale that it is cast with comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from te_dynamo.ir.op import Roles
+from te_dynamo.lowering.first_use import agreed
+from te_dynamo.lowering.fp8 import Casting
+
+
+class Scale(NamedTuple):
+    """What a tensor is multiplied by before its cast, and one over it; 0-d float32."""
+
+    value: Tensor
+    inverse: Tensor
+
+
+class Quantized(NamedTuple):
+    """A tensor as kernels read it. What is None was not made.
+
+    data: the elements; scale_inv: f32, what they are multiplied by to have their values: 0-d, or one for each block.
+    transposed: the transposed copy of a matrix, as backward reads it; transposed_inv: its own scale_inv where it has one.
+    scale: f32, 0-d, what the tensor was multiplied by.
+    amax: f32, amaxes of which the largest is the tensor's.
+    """
+
+    data: Tensor | None = None
+    scale_inv: Tensor | None = None
+    transposed: Tensor | None = None
+    transposed_inv: Tensor | None = None
+    scale: Tensor | None = None
+    amax: Tensor | None = None
+
+    @property
+    def scales(self) -> Scale:
+        assert self.scale is not None and self.scale_inv is not None
+        return Scale(self.scale, self.scale_inv)
+
+    def for_backward(self, *names: str) -> Quantized:
+        """These fields alone: what is saved."""
+        return Quantized(**{name: getattr(self, name) for name in names})
+
+
+class Operand(NamedTuple):
+    """The first input of a site where its producer made it: [tokens, K], quantized. lead: the sizes that tokens are the product of."""
+
+    quantized: Quantized
+    lead: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Where the tensors of a site get their scales in one direction.
+
+    slots: the site's, in the order of `roles`; None where each tensor is scaled by its own amax.
+    calibrating: a slot that is 0 was never set: that tensor is scaled by its own amax too.
+    """
+
+    slots: Sequence[Scale] | None
+    roles: Roles
+    casting: Casting
+    calibrating: bool
+
+    def at(self, role: str, member: int = 0) -> ScaleOf:
+        return ScaleOf(self, role, member)
+
+
+@dataclass(frozen=True)
+class ScaleOf:
+    """The scale of one tensor: `known` before the tensor is, or `of` its amaxes."""
+
+    scales: Scales
+    role: str
+    member: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The FP8 dtype of the tensor."""
+        casting = self.scales.casting
+        return casting.forward if self.role in self.scales.roles.forward else casting.gradient
+
+    @property
+    def casting(self) -> Casting:
+        return self.scales.casting
+
+    @property
+    def known(self) -> Scale | None:
+        """The scale, where the tensor need not be measured for it."""
+        return None if self.scales.calibrating else self.slot
+
+    @property
+    def slot(self) -> Scale | None:
+        slots = self.scales.slots
+        return None if slots is None else slots[self.scales.roles.place(self.role, self.member)]
+
+    def of(self, amaxes: Tensor) -> Scale:
+        """The scale of a tensor with these amaxes, of any shape."""
+        if (known := self.known) is not None:
+            return known
+        largest = amaxes.amax() if amaxes.numel() else amaxes.sum()
+        if self.slot is None:
+            own = self.casting.scale_of(largest, self.dtype)
+        else:
+            slot = self.slot.value
+            shared = agreed(largest, slot, self.casting.amax_group)
+            own = torch.where(slot > 0, slot, self.casting.scale_of(shared, self.dtype))
+        return Scale(own, own.reciprocal())

@@ -1,0 +1,128 @@
+"""What stands in a lowered graph: plain Python functions over tensors that AOTAutograd traces through.
+
+`site` is every site, whoever computes it: one autograd function, which also carries the amaxes of its gradients. It is given a
+piece of `sink`, a tensor that requires grad and is used for nothing, and the piece's "gradient" is what backward measured;
+`collect` gathers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from te_dynamo.lowering.call import Call, flattened
+from te_dynamo.lowering.compute import arranged, compute_backward, compute_forward, scales_of
+from te_dynamo.lowering.opaque import opaque_backward, opaque_forward
+from te_dynamo.lowering.quantized import Quantized, Scale
+from te_dynamo.lowering.registry import implementation_of
+from te_dynamo.lowering.scalars import largest_of
+
+# The scales of a site in one direction; None where it has no slots. An opaque implementation takes the packed scales [F] of its
+# graph and where its own begin; any other takes its own and their reciprocals, each a 0-d tensor: a kernel that Inductor
+# generates reads a pointer, so repeated layers have the same kernels. All float32.
+SiteScales = tuple[Tensor, int] | tuple[list[Tensor], list[Tensor]] | None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sink: Tensor, grad_amax: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.grad_amax = grad_amax
+        return torch.split(sink, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *amaxes: Tensor) -> Any:
+        ctx.grad_amax.copy_(torch.maximum(ctx.grad_amax, torch.cat(amaxes)))
+        return None, None, None
+
+
+def collect(sink: Tensor, grad_amax: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Splits `sink` [G] into a piece for each site; in backward the pieces' amaxes are max-written into `grad_amax` [G].
+
+    One packed write, in the backward graph itself: it happens under `backward()`, `autograd.grad` and
+    `backward(inputs=...)` alike.
+    """
+    return _Collect.apply(sink, grad_amax, sizes)
+
+
+def record(amaxes: Sequence[Tensor]) -> Tensor:
+    """The forward amaxes of a graph as one tensor [F], outside of autograd."""
+    return torch.cat([torch.detach(a) for a in amaxes])
+
+
+def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The scales [F] of a graph as F 0-d tensors, and their reciprocals."""
+    return torch.ops.te_dynamo.unpack(packed)
+
+
+class _Site(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, scales: SiteScales, grad_scales: SiteScales, sink: Tensor | None, *flat: Any) -> Any:
+        needs = list(ctx.needs_input_grad[4 : 4 + call.count])
+        implementation = implementation_of(call)
+        if implementation.opaque:
+            outputs, saved, amax = opaque_forward(call, flat, scales, needs)
+        else:
+            done = compute_forward(call, flat, scales_of(call, _pairs(scales)), needs)
+            outputs, saved, amax = done.outputs, done.saved, largest_of(done.amaxes) if call.records else None
+        read = _for_backward(call, flat, outputs)
+        leaves = [t for q in saved for t in q] if any(needs) else []
+        ctx.save_for_backward(*read, *leaves)
+        ctx.call, ctx.needs, ctx.grad_scales, ctx.saves = call, needs, grad_scales, len(read)
+        if amax is None:
+            return tuple(outputs)
+        ctx.mark_non_differentiable(amax)
+        return (*outputs, amax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        call, needs, grad_scales = ctx.call, ctx.needs, ctx.grad_scales
+        tensors = ctx.saved_tensors
+        read, leaves = tensors[: ctx.saves], tensors[ctx.saves :]
+        width = len(Quantized._fields)
+        saved = [Quantized(*leaves[i : i + width]) for i in range(0, len(leaves), width)]
+        outputs = grads[: len(grads) - call.records]
+        if implementation_of(call).opaque:
+            gradients, amax = opaque_backward(call, read, saved, outputs, grad_scales, needs)
+        else:
+            done = compute_backward(call, read, saved, outputs, scales_of(call, _pairs(grad_scales)), needs)
+            gradients, amax = flattened(done.gradients), largest_of(done.amaxes) if call.records else None
+        wanted = ctx.needs_input_grad
+        missing = len(wanted) - 4 - len(gradients)  # cached weights
+        return (None, None, None, amax if wanted[3] else None, *gradients, *[None] * missing)
+
+
+def site(
+    key: str,
+    inputs: Sequence[Any],
+    scales: SiteScales = None,
+    grad_scales: SiteScales = None,
+    sink: Tensor | None = None,
+    cached: Sequence[Sequence[Tensor | None]] = (),
+) -> list[Tensor]:
+    """A site: `[*the operation's outputs, amax]`; without `amax` where it does not record.
+
+    key: its `Call`; inputs: the operation's, with the producer's in place of the operand that it makes.
+    scales, grad_scales: see `SiteScales`; sink: f32 [gradient scales], the piece of the sink, or None.
+    cached: the fields of the quantized weight of each GEMM, where the call says that they are given.
+    amax: f32 [scales], of each forward tensor.
+    """
+    call = Call.parse(key)
+    flat = [*flattened(inputs), *flattened(cached)]
+    results = list(_Site.apply(call, scales, grad_scales, sink, *flat))
+    amax = [results.pop()] if call.records else []
+    return [*call.operation.outputs(call.attributes, results), *amax]
+
+
+def _pairs(scales: SiteScales) -> list[Scale] | None:
+    return None if scales is None else [Scale(*pair) for pair in zip(*scales, strict=True)]  # type: ignore[arg-type]
+
+
+def _for_backward(call: Call, flat: Sequence[Any], outputs: Sequence[Tensor]) -> list[Any]:
+    """The inputs that backward reads, each in its place, None for the others; and the outputs, if it reads them."""
+    read = [value if kept else None for value, kept in zip(flat[: call.count], arranged(call), strict=True)]
+    return [*read, *outputs] if "outputs" in implementation_of(call).backward_reads(call) else read

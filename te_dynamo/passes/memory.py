@@ -1,0 +1,82 @@
+"""How the operands of an attention lie in memory when it runs: their fake values, made anew from the GEMMs that they come from.
+
+What a rule or Dynamo noted as a node's value may have strides that it has no more: linears that became one GEMM give views of one
+buffer. So the nodes between the GEMM and the attention are run again on what the GEMM gives now.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from te_dynamo.ir import site_of
+from te_dynamo.ir.graph import FAKES, example, fake, fake_mode_of, is_call
+from te_dynamo.ir.linear import GemmRows
+from te_dynamo.passes.weights import is_view
+from te_dynamo.sites import module_path
+
+
+class Memory:
+    """The values of one graph's nodes as they lie."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.fake_mode = fake_mode_of(graph)
+        self.values: dict[Node, Any] = {}
+
+    def of(self, node: Any) -> Any:
+        if not isinstance(node, Node):
+            return node
+        if node not in self.values:
+            self.values[node] = self._made(node)
+        return self.values[node]
+
+    def _made(self, node: Node) -> Any:
+        op = site_of(node)
+        if op is not None and op.gemms(node):
+            return self._of_gemms(node)
+        if op is not None or node.op not in ("call_function", "call_method"):
+            return example(node)
+        args, kwargs = map_arg((node.args, node.kwargs), self.of)
+        if all(self.values.get(n) is example(n) for n in node.all_input_nodes):
+            return example(node)
+        if is_call(node, operator.getitem) and isinstance(args[0], (tuple, list)):
+            return args[0][args[1]]
+        with self.fake_mode, torch.no_grad():
+            if isinstance(node.target, str):
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return FAKES.get(node.target, node.target)(*args, **kwargs)
+
+    def _of_gemms(self, node: Node) -> Any:
+        """What a group of linears gives: views of one buffer where they are one GEMM."""
+        op = site_of(node)
+        assert op is not None
+        attributes = op.attributes(node) | dict(op.attributes_of(node, None))
+        with self.fake_mode:
+            if not attributes.get("merged"):
+                return example(node)
+            rows, x = GemmRows.of(attributes), fake(node.args[0])
+            buffers = [x.new_empty((*x.shape[:-1], sum(rows.sizes)), dtype=attributes["out_dtype"])]
+            return op.outputs(attributes, buffers)
+
+
+def described(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """How q, k and v lie where that has no name."""
+    return "as the model left it: strides " + ", ".join(str(tuple(t.stride())).replace(" ", "") for t in (q, k, v))
+
+
+def first_copy(value: Any) -> str | None:
+    """What first writes the elements of `value` anew, after the GEMM that made them, as text; None where nothing does."""
+    found = None
+    while isinstance(value, Node) and site_of(value) is None and value.all_input_nodes:
+        if not is_view(value):
+            found = value
+        value = value.args[0] if isinstance(value.args[0], Node) else value.all_input_nodes[0]
+    if found is None:
+        return None
+    path = module_path(found)
+    return f"{found.name}" + (f" (in {path})" if path else "")
