@@ -54,7 +54,7 @@ _PER_TENSOR = Gate(
     columns=16,
     ask="is_fp8_available",
     source="pytorch/quantization.py:149, pytorch/utils.py:708",
-    note="on 8.9 (Ada) with cuBLASLt 12.1.3 or newer; training on 8.9, 9.0 and 12.0 sums over rows too, so these are multiples of 16",
+    note="on 8.9 (Ada) with cuBLASLt 12.1.3 or newer; training on 8.9, 9.0 and 12.0 also sums over rows: then multiples of 16 too",
 )
 
 GATES: Mapping[type[Recipe], Gate] = {
