@@ -94,7 +94,8 @@ def diagnose() -> Diagnosis:
     machine, broken = devices()
     packages = {name: _version(name) for name in PACKAGES}
     found = Diagnosis(te_dynamo.__version__, registered(), machine, driver(), packages, torch.version.cuda, cudnn(), compiler())
-    distinct = list({(d.model, d.capability): d for d in reversed(machine)}.values())[::-1]  # the first of each kind
+    first_of_kind = {(d.model, d.capability): d for d in reversed(machine)}.values()
+    distinct = [d for d in machine if d in first_of_kind]
     found.missing.extend([*broken, *missing(found, [d for d in distinct if d.capability is not None])])
     for d in distinct:
         device = torch.device(d.name)
@@ -209,8 +210,10 @@ def missing(found: Diagnosis, gpus: Sequence[Device]) -> Iterator[Missing]:
     if found.registered is None:
         folder = Path(te_dynamo.__file__).parent.parent
         yield Missing("the name te_fp8 is not registered: te_dynamo is on the path, but not installed", f"pip install -e {folder}")
-    elif not _within(torch.__version__, tested := _tested_torch()):
-        yield Missing(f"te_dynamo is not tested with torch {torch.__version__}", f'pip install "torch{tested}"')
+    else:
+        tested = next(str(need.specifier) for need in map(Requirement, requires("te_dynamo") or ()) if need.name == "torch")
+        if not _within(torch.__version__, tested):
+            yield Missing(f"te_dynamo is not tested with torch {torch.__version__}", f'pip install "torch{tested}"')
     for d in (d for d in gpus if d.capability < ADA):
         what = f"{d.name} ({d.model}) has compute capability {dotted(d.capability)}: FP8 needs {dotted(ADA)}"
         yield Missing(what, "use an Ada, Hopper or Blackwell GPU; on this one te_fp8 leaves everything to Inductor")
@@ -218,19 +221,15 @@ def missing(found: Diagnosis, gpus: Sequence[Device]) -> Iterator[Missing]:
         command = f"pip install --force-reinstall torch=={Version(torch.__version__).public}"
         yield Missing("this machine has an NVIDIA driver, but PyTorch is built without CUDA", command)
     elif not gpus and found.cuda is not None:
-        why = f"driver {found.driver} is too old, or hides it" if found.driver else "no NVIDIA driver answers"
-        yield Missing(f"PyTorch is built for CUDA {found.cuda} and finds no device: {why}", "look with nvidia-smi", needed=False)
+        why = f"driver {found.driver} may be too old" if found.driver else "no NVIDIA driver answers"
+        what = f"PyTorch is built for CUDA {found.cuda} and finds no device: {why}"
+        yield Missing(what, "check nvidia-smi and CUDA_VISIBLE_DEVICES", needed=False)
     if found.compiler is None:
         yield Missing("no C++ compiler, which Inductor needs", "apt-get install g++ (or set CXX)")
     if gpus and found.packages["triton"] is None:
         yield Missing("triton is not installed: Inductor and te_dynamo write GPU kernels in it", "pip install triton")
     if (able := next((d for d in gpus if d.capability >= ADA), None)) is not None:
         yield from _of_transformer_engine(found, torch.device(able.name))
-
-
-def _tested_torch() -> str:
-    """As te_dynamo's own metadata says."""
-    return next((str(need.specifier) for need in map(Requirement, requires("te_dynamo") or ()) if need.name == "torch"), "")
 
 
 def _within(found: str, specifiers: str) -> bool:
