@@ -1,4 +1,4 @@
-"""`python -m te_dynamo doctor`: what te_dynamo finds on this machine."""
+"""The command line: `python -m te_dynamo doctor`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0 unless a command itself fails, whatever it finds."""
+    """Returns the exit status: 0 unless the command itself fails, whatever it finds."""
     parser = argparse.ArgumentParser(prog="python -m te_dynamo", description="te_dynamo's commands.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor = commands.add_parser(
-        "doctor", help="devices, packages, who would compute what, what is missing and how to get it, known miscompiles tried"
+        "doctor", help="show devices and packages, who computes what, and what is missing; try kernels known to be miscompiled"
     )
-    doctor.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     chosen = parser.parse_args(arguments)
     status: int = chosen.run(chosen)
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _doctor(chosen: argparse.Namespace) -> int:
     from te_dynamo.report import doctor  # imports torch
 
-    with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print
         found = doctor.diagnose()
     print(doctor.as_json(found) if chosen.json else doctor.as_text(found))
     return 0

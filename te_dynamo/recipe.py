@@ -1,10 +1,10 @@
-"""The recipes: how the scales of a site's FP8 tensors are found. Names and defaults are Transformer Engine's.
+"""Recipes: how the scales of FP8 tensors are computed. Names and defaults are Transformer Engine's.
 
-    options={"recipe": DelayedScaling(amax_history_len=16)}                        # one for all sites
+    options={"recipe": DelayedScaling(amax_history_len=16)}                        # for all sites
     options={"recipe": {"*.mlp.*": "rowwise", "*.q_proj": None, "*": "delayed"}}   # by pattern; None: high precision
 
-A recipe is a frozen value. What of it the kernels need is its `key`, a text that stands in graphs and reaches the
-operators, in whichever process they run; `from_key` reads it.
+A recipe is a frozen value. What the kernels need of it is its `key`, a text that graphs and operators carry across
+processes; `from_key` reads it.
 
 Sources: TE's `transformer_engine.common.recipe` (2.20); for row-wise scaling torchao's `Float8LinearConfig.from_recipe_name`;
 for blocks of 128 the DeepSeek-V3 report (arXiv 2412.19437, section 3.3); for MXFP8 the OCP Microscaling specification 1.0;
@@ -24,26 +24,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = [
-    "RECIPES",
-    "DelayedScaling",
-    "Float8BlockScaling",
-    "Float8CurrentScaling",
-    "Float8RowwiseScaling",
-    "Format",
-    "MXFP8BlockScaling",
-    "NVFP4BlockScaling",
-    "Recipe",
-    "from_key",
-    "named",
-]
+AmaxAlgorithm: TypeAlias = "str | Callable[[Tensor], Tensor]"
+ScaleAlgorithm: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Any], Tensor]"
 
 
 class Format(Enum):
-    """The dtypes of a recipe: (forward, gradients).
-
-    E5M2 alone is not among them: as in TE, pure E5M2 training is not supported, since no hardware multiplies E5M2 by E5M2.
-    """
+    """The dtypes of a recipe: (forward, gradients). As in TE there is no pure E5M2: no hardware multiplies E5M2 by E5M2."""
 
     HYBRID = ("float8_e4m3fn", "float8_e5m2")
     E4M3 = ("float8_e4m3fn", "float8_e4m3fn")
@@ -71,14 +57,14 @@ class Format(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What every recipe has.
+    """The base of every recipe.
 
-    fp8_format: a `Format`, or its name, or the pair of names (forward, gradients).
+    fp8_format: a `Format`, its name, or a pair of names (forward, gradients).
     """
 
-    name: ClassVar[str]  # as a user may write it, and as reports do
+    name: ClassVar[str]  # in options and reports
     stateful: ClassVar[bool] = False  # whether scales come from earlier steps
-    kernel_fields: ClassVar[tuple[str, ...]]  # what the kernels must know
+    kernel_fields: ClassVar[tuple[str, ...]]  # the fields in `key`
 
     fp8_format: Any = Format.E4M3
 
@@ -87,13 +73,13 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """What the kernels must know, as a text that is the same in every process."""
-        values = {f: getattr(self, f) for f in self.kernel_fields}
-        return json.dumps({"recipe": self.name} | {f: v.name if isinstance(v, Format) else v for f, v in values.items()})
+        """What the kernels need, as a text that is the same in every process."""
+        values = {"recipe": self.name} | {f: getattr(self, f) for f in self.kernel_fields}
+        return json.dumps(values, default=lambda value: value.name)  # of a Format
 
     @property
     def fp8_attention(self) -> bool:
-        """Whether attention is computed in FP8 where the option `attention` is "auto"."""
+        """Whether attention is computed in FP8 if the option `attention` is "auto"."""
         return bool(getattr(self, "fp8_dpa", False))
 
     def _check(self, field: str, valid: bool, allowed: str) -> None:
@@ -102,30 +88,26 @@ class Recipe:
 
 
 def _dtype(name: str) -> torch.dtype:
-    import torch  # not before it is needed: choosing a recipe must not cost the import
+    import torch  # only when needed: choosing a recipe must not cost the import
 
     return getattr(torch, name)
 
 
-AmaxAlgorithm: TypeAlias = "str | Callable[[Tensor], Tensor]"
-ScaleAlgorithm: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Any], Tensor]"
-
-
 @dataclass(frozen=True, kw_only=True)
 class DelayedScaling(Recipe):
-    """One scale a tensor, from the amaxes of earlier steps: fp8_max / amax / 2**margin.
+    """One scale per tensor, from the amaxes of earlier steps: fp8_max / amax / 2**margin.
 
     Attributes:
-        margin: Powers of two that are left between the largest magnitude and the format's.
-        amax_history_len: How many steps are remembered.
-        amax_compute_algo: "max" over the history, "most_recent", or a function of the history f32 [length, n] (entry 0 is
-            this step's, entry 1 the oldest) that returns the amax f32 [n].
+        margin: Headroom between the largest magnitude and the format's, in powers of two.
+        amax_history_len: The number of steps in the history.
+        amax_compute_algo: "max" over the history, "most_recent", or a function of the history f32 [length, n] (entry 0: this
+            step; entry 1: the oldest) that returns the amax f32 [n].
         scaling_factor_compute_algo: None, or a function (amax [n], old scale [n], fp8_max 0-d or [n], recipe) -> scale [n].
-        reduce_amax: Whether amaxes are max-reduced over the ranks of a data-parallel group (the option `amax_group`).
-        fp8_dpa: FP8 attention too. fp8_mha: what lies between the linears and the attention in FP8 too.
-        like_te: TE's way to the bit. The first scale is 1.0 (ours comes from the first batch); an infinite value saturates (ours
-            becomes NaN, for a GradScaler to find), and its amax enters the history and freezes the scale until it has left it
-            (ours is not recorded); linears are not merged.
+        reduce_amax: Whether to max-reduce amaxes over the ranks of a data-parallel group (the option `amax_group`).
+        fp8_dpa: FP8 attention. fp8_mha: also FP8 between the linears and the attention.
+        like_te: Match TE bit for bit. The first scale is 1.0 (ours comes from the first batch). An infinite value saturates (ours
+            becomes NaN, which a GradScaler sees) and its amax enters the history, freezing the scale until it leaves (ours is
+            not recorded). Linears are not merged.
     """
 
     name = "delayed"
@@ -144,8 +126,7 @@ class DelayedScaling(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.amax_history_len, int) and not isinstance(self.amax_history_len, bool)
-        self._check("amax_history_len", whole and self.amax_history_len > 0, "a number of steps, 1 or more")
+        self._check("amax_history_len", type(self.amax_history_len) is int and self.amax_history_len > 0, "a number of steps, 1 or more")
         self._check("margin", isinstance(self.margin, (int, float)) and abs(self.margin) < 64, "a number of powers of two")
         algorithm = self.amax_compute_algo
         self._check("amax_compute_algo", callable(algorithm) or algorithm in ("max", "most_recent"), "'max', 'most_recent' or a function")
@@ -155,10 +136,10 @@ class DelayedScaling(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Float8CurrentScaling(Recipe):
-    """One scale a tensor, from its own amax: fp8_max / amax.
+    """One scale per tensor, from its own amax: fp8_max / amax.
 
-    power_2_scale: scales are rounded down to powers of two; amax_epsilon: the least amax; like_te: an infinite value saturates,
-    as in TE (ours becomes NaN), and linears are not merged.
+    power_2_scale: round scales down to powers of two; amax_epsilon: the smallest amax; like_te: as in TE, infinite values saturate
+    (ours become NaN) and linears are not merged.
     """
 
     name = "current"
@@ -174,12 +155,10 @@ class Float8CurrentScaling(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Float8RowwiseScaling(Recipe):
-    """One scale for each row of a GEMM's operand (along the dimension that is summed over), from its own amax: torchao's
-    "rowwise".
+    """One scale per row of a GEMM's operand (along the summed dimension), from its own amax: torchao's "rowwise".
 
-    high_precision_wgrad: its "rowwise_with_gw_hp": the weight's gradient is computed in high precision, and dgrad reads
-    the weight with one scale a tensor.
-    power_2_scale: scales are rounded down to powers of two.
+    high_precision_wgrad: torchao's "rowwise_with_gw_hp": wgrad in high precision, and one scale for the whole weight in dgrad;
+    power_2_scale: round scales down to powers of two.
     """
 
     name = "rowwise"
@@ -191,10 +170,10 @@ class Float8RowwiseScaling(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Float8BlockScaling(Recipe):
-    """One scale for each block: 1 x 128 along the summed dimension for activations and gradients, 128 x 128 for weights.
+    """One scale per block: 1 x 128 along the summed dimension for activations and gradients, 128 x 128 for weights.
 
-    x_block_scaling_dim, w_block_scaling_dim, grad_block_scaling_dim: 1 for blocks of 1 x 128, 2 for 128 x 128; no two
-    operands of one GEMM may both be 2. power_2_scale: scales are rounded down to powers of two; amax_epsilon: the least amax.
+    x_block_scaling_dim, w_block_scaling_dim, grad_block_scaling_dim: 1 for blocks of 1 x 128, 2 for 128 x 128, which at most one
+    of them may have; power_2_scale: round scales down to powers of two; amax_epsilon: the smallest amax.
     """
 
     name = "block"
@@ -212,16 +191,14 @@ class Float8BlockScaling(Recipe):
         for f in dims:
             self._check(f, getattr(self, f) in (1, 2), "1 (1 x 128) or 2 (128 x 128)")
         if sum(getattr(self, f) == 2 for f in dims) > 1:
-            raise ValueError(
-                "te_fp8: Float8BlockScaling: two operands with blocks of 128 x 128 have no GEMM; at most one *_block_scaling_dim may be 2"
-            )
+            raise ValueError("te_fp8: no GEMM takes two operands with blocks of 128 x 128; at most one *_block_scaling_dim may be 2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MXFP8BlockScaling(Recipe):
-    """One E8M0 scale (a power of two in 8 bits) for each 32 values along the summed dimension.
+    """One E8M0 scale (a power of two in 8 bits) per 32 values along the summed dimension.
 
-    enable_2d_quantization: weights have one for each 32 x 32.
+    enable_2d_quantization: for weights one per 32 x 32.
     """
 
     name = "mxfp8"
@@ -232,11 +209,10 @@ class MXFP8BlockScaling(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class NVFP4BlockScaling(Recipe):
-    """E2M1 values, one E4M3 scale for each 16 of them along the summed dimension, and one float32 scale a tensor: emulated by
-    its definition.
+    """E2M1 values with one E4M3 scale per 16 along the summed dimension and one float32 scale per tensor; emulated.
 
-    disable_rht: no random Hadamard transform of wgrad's operands; disable_stochastic_rounding: gradients are rounded to
-    nearest; disable_2d_quantization: weights have a scale for each 16 values instead of each 16 x 16.
+    disable_rht: no random Hadamard transform of wgrad's operands; disable_stochastic_rounding: round gradients to nearest;
+    disable_2d_quantization: for weights one scale per 16 values instead of per 16 x 16.
     """
 
     name = "nvfp4"
@@ -251,28 +227,24 @@ class NVFP4BlockScaling(Recipe):
         self._check("fp8_format", self.fp8_format is Format.E4M3, "E4M3, the format of its scales")
 
 
-CLASSES: tuple[type[Recipe], ...] = (
-    DelayedScaling,
-    Float8CurrentScaling,
-    Float8RowwiseScaling,
-    Float8BlockScaling,
-    MXFP8BlockScaling,
-    NVFP4BlockScaling,
-)
-RECIPES = {cls.name: cls for cls in CLASSES}
+RECIPES: dict[str, type[Recipe]] = {
+    cls.name: cls
+    for cls in (DelayedScaling, Float8CurrentScaling, Float8RowwiseScaling, Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling)
+}
+CLASSES = tuple(RECIPES.values())
 
 
 @lru_cache
 def from_key(key: str) -> Recipe:
-    """The recipe of a `key`, as far as the kernels need it."""
+    """The recipe of a `key`: fields that the kernels do not need have their defaults."""
     values = json.loads(key)
     return RECIPES[values.pop("recipe")](**values)
 
 
 def named(value: object) -> Recipe:
-    """A recipe from itself, a name ("delayed", "current", ...), or a recipe object of Transformer Engine.
+    """A recipe from itself, its name ("delayed", "current", ...), or a recipe object of Transformer Engine.
 
-    Raises ValueError for anything else, and for what a TE recipe asks that has no counterpart here.
+    Raises ValueError for anything else, and for a TE recipe that asks for what is not supported here.
     """
     if isinstance(value, Recipe):
         return value
@@ -286,33 +258,28 @@ def named(value: object) -> Recipe:
     )
 
 
-# What TE's objects keep elsewhere: our field -> where it is there.
-_NESTED: dict[str, tuple[str, ...]] = {
-    "power_2_scale": ("fp8_quant_fwd_inp", "fp8_quant_fwd_weight", "fp8_quant_bwd_grad"),
-    "amax_epsilon": ("fp8_quant_fwd_inp", "fp8_quant_fwd_weight", "fp8_quant_bwd_grad"),
-}
-# What TE can ask and we cannot do: field -> the value that asks nothing.
+# What TE has once per operand and we once per recipe.
+_PER_OPERAND = ("power_2_scale", "amax_epsilon")
+_OPERANDS = ("fp8_quant_fwd_inp", "fp8_quant_fwd_weight", "fp8_quant_bwd_grad")
+# TE's features that are not supported here: field -> the value that leaves it off.
 _UNSUPPORTED: Mapping[str, Any] = {"backward_override": None, "row_scaled_activation": False, "nvfp4_4over6": "none"}
 
 
 def _from_te(theirs: Any) -> Recipe:
     name = type(theirs).__name__
-    cls = next((c for c in CLASSES if c.__name__ == name), None)
-    if cls is None:
-        raise ValueError(
-            f"te_fp8: transformer_engine's recipe {name} has no counterpart here; those that have: {', '.join(c.__name__ for c in CLASSES)}"
-        )
-    for field, nothing in _UNSUPPORTED.items():
-        if getattr(theirs, field, nothing) != nothing:
-            raise ValueError(
-                f"te_fp8: {name}({field}={getattr(theirs, field)!r}) of transformer_engine is not supported here; leave it at {nothing!r}"
-            )
+    supported = {cls.__name__: cls for cls in CLASSES}
+    if name not in supported:
+        raise ValueError(f"te_fp8: transformer_engine's recipe {name} has no counterpart here; use one of {', '.join(supported)}")
+    for field, off in _UNSUPPORTED.items():
+        if (value := getattr(theirs, field, off)) != off:
+            raise ValueError(f"te_fp8: transformer_engine's {name}({field}={value!r}) is not supported here; leave it at {off!r}")
+    cls = supported[name]
     values: dict[str, Any] = {}
     for f in fields(cls):
-        if f.name in _NESTED:
-            found = {getattr(getattr(theirs, where), f.name) for where in _NESTED[f.name]}
+        if f.name in _PER_OPERAND:
+            found = {getattr(getattr(theirs, operand), f.name) for operand in _OPERANDS}
             if len(found) > 1:
-                raise ValueError(f"te_fp8: {name} of transformer_engine has a {f.name} for each tensor ({found}); here it is one for all")
+                raise ValueError(f"te_fp8: transformer_engine's {name} has several values of {f.name} ({found}); set one for all operands")
             values[f.name] = found.pop()
         elif hasattr(theirs, f.name):
             values[f.name] = getattr(theirs, f.name)

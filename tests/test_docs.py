@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from te_dynamo.lowering.devices import dotted
 from te_dynamo.lowering.te import library
 from te_dynamo.lowering.te.hardware import GATES, NOT_IN_TE
 from te_dynamo.recipe import CLASSES, Recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
-
-
-def dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
 
 
 def row(recipe: type[Recipe]) -> str:
@@ -33,6 +30,6 @@ def test_what_each_gpu_supports(recipe):
 
 def test_the_versions_of_transformer_engine():
     text = (DOCS / "transformer-engine.md").read_text()
-    assert f"te_dynamo takes TE from {dotted(library.OLDEST)} on, below {library.NEWEST[0]};" in text
+    assert f"te_dynamo supports TE {dotted(library.OLDEST)} and newer, below {library.NEWEST[0]};" in text
     extra = (DOCS.parent / "pyproject.toml").read_text()
     assert f'te = ["transformer_engine[pytorch]>={dotted(library.OLDEST)},<{library.NEWEST[0]}"]' in extra

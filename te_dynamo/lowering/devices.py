@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs as far as it matters here: what their makers say they reach, and the compute capabilities that are asked for."""
+"""NVIDIA GPUs: the compute capabilities that gate FP8, and peak throughput by datasheet."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 Capability = tuple[int, int]
+AMPERE: Capability = (8, 0)
 ADA: Capability = (8, 9)  # the first with FP8 GEMMs
 HOPPER: Capability = (9, 0)
 BLACKWELL: Capability = (10, 0)
-BLACKWELL_RTX: Capability = (12, 0)  # RTX 50, RTX PRO: no MXFP8 in Transformer Engine, FP8 GEMMs of TN alone
+BLACKWELL_RTX: Capability = (12, 0)  # RTX 50, RTX PRO: no MXFP8 in Transformer Engine, FP8 GEMMs only in TN layout
 
 
 def dotted(version: tuple[int, ...]) -> str:
@@ -22,14 +23,14 @@ def dotted(version: tuple[int, ...]) -> str:
 
 
 def too_old(device: torch.device, least: Capability, what: str) -> str | None:
-    """Why a CUDA device does not compute `what` (a plural), as a clause; None where it does."""
+    """Why a CUDA device cannot compute `what` (a plural noun), as a clause; None if it can."""
     found = torch.cuda.get_device_capability(device)
     return None if found >= least else f"{what} need compute capability {dotted(least)} or newer, this device has {dotted(found)}"
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What a device's maker says it reaches: dense TFLOP/s with float32 accumulation, GB/s of memory; and where he says it."""
+    """Datasheet peaks: dense TFLOP/s with float32 accumulation, memory bandwidth in GB/s, and the source."""
 
     fp8_tflops: float
     bf16_tflops: float
@@ -37,8 +38,8 @@ class Peak:
     source: str
 
 
-# By `torch.cuda.get_device_name()`. Makers state FP8 with sparsity, which is twice the dense figure given here. A part of a
-# device (MIG) has another name, and so no peak.
+# By `torch.cuda.get_device_name()`. Datasheets quote FP8 with sparsity: twice the dense figure given here. A MIG slice has
+# another name, hence no peak.
 PEAKS = {
     "NVIDIA H100 80GB HBM3": Peak(1979, 989.5, 3350, "NVIDIA H100 datasheet, SXM"),
     "NVIDIA H100 PCIe": Peak(1513, 756, 2000, "NVIDIA H100 datasheet (2022), PCIe"),

@@ -1,6 +1,6 @@
-"""Which attention TE's kernels compute, as data: read from C/fused_attn/fused_attn.cpp:229-520 (TE 2.20), which asks cuDNN's versions.
+"""Which attention TE's fused kernels support, as data: from C/fused_attn/fused_attn.cpp:229-520 (TE 2.20), which checks cuDNN's version.
 
-TE would say so itself only when it is called, by an exception; the plan has to know before.
+TE itself answers only when called, with an exception; the plan must know beforehand.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from typing import Any
 
 import torch
 
+from te_dynamo.lowering.devices import AMPERE, BLACKWELL, BLACKWELL_RTX, HOPPER, Capability
+
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-HOPPER, BLACKWELL, RTX_50 = (9, 0), (10, 0), (12, 0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An attention that is asked about. head_qk, head_v: sizes; capability: of the device; cudnn: 91002 is 9.10.2."""
+    """One attention call. head_qk, head_v: head sizes; capability: of the device; cudnn: 91002 is 9.10.2."""
 
     dtype: torch.dtype
     head_qk: int
     head_v: int
-    s_q: Any  # numbers, or symbols
+    s_q: Any  # int or SymInt
     s_kv: Any
     causal: bool
     mask: bool
     dropout: float
     trains: bool
     in_fp8: bool
-    capability: tuple[int, int]
+    capability: Capability
     cudnn: int
     deterministic: bool = False
 
@@ -40,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Limit:
-    """What is refused, and why: a clause, with the case's fields in braces."""
+    """Which cases are refused, and why: a clause, formatted with the case's fields."""
 
     refuses: Callable[[Case], bool]
     reason: str
@@ -54,22 +55,22 @@ ALWAYS = (
     Limit(lambda c: c.cudnn in (91000, 91001), "TE refuses cuDNN 9.10.0 and 9.10.1 (pip install -U nvidia-cudnn-cu12)"),
 )
 IN_16_BITS = (
-    Limit(lambda c: c.capability < (8, 0), "it needs compute capability 8.0"),
+    Limit(lambda c: c.capability < AMPERE, "it needs compute capability 8.0"),
     Limit(lambda c: c.head_qk % 8 != 0 or c.head_v % 8 != 0, "head sizes {head_qk} and {head_v} are not multiples of 8"),
     Limit(lambda c: c.largest_head > 256, "head sizes {head_qk} and {head_v} are over 256"),
     Limit(
         lambda c: c.trains and c.largest_head > 128 and not (c.capability == HOPPER and c.cudnn >= 90500 and c.head_qk == c.head_v),
-        "it trains with head sizes over 128 on compute capability 9.0 alone (cuDNN 9.5 or newer, equal sizes)",
+        "it trains head sizes over 128 on compute capability 9.0 alone (cuDNN 9.5 or newer, equal sizes)",
     ),
-    Limit(lambda c: c.capability >= RTX_50 and c.cudnn < 91801, "on compute capability 12.0 it needs cuDNN 9.18.1"),
+    Limit(lambda c: c.capability >= BLACKWELL_RTX and c.cudnn < 91801, "on compute capability 12.0 it needs cuDNN 9.18.1"),
     Limit(
-        lambda c: c.deterministic and c.trains and (c.capability >= RTX_50 or (c.capability >= BLACKWELL and c.cudnn < 91801)),
-        "it has no deterministic backward here (torch.use_deterministic_algorithms)",
+        lambda c: c.deterministic and c.trains and c.capability >= (BLACKWELL if c.cudnn < 91801 else BLACKWELL_RTX),
+        "it has no deterministic backward on this device (torch.use_deterministic_algorithms)",
     ),
-    # Under a captured CUDA graph alone; who captures what is not known when it is planned.
+    # TE refuses this only while a CUDA graph is captured; whether one will be is not known at plan time.
     Limit(
         lambda c: c.trains and c.cudnn <= 91500 and c.s_kv % 128 != 0,
-        "until cuDNN 9.15 it does not train with {s_kv} keys, no multiple of 128, in a CUDA graph",
+        "up to cuDNN 9.15 it does not train with {s_kv} keys, no multiple of 128, in a CUDA graph",
     ),
 )
 IN_FP8 = (
@@ -80,13 +81,19 @@ IN_FP8 = (
         lambda c: c.capability < BLACKWELL and c.trains and (c.head_qk, c.head_v) != (128, 128),
         "FP8 attention trains with head size 128 on Hopper, not {head_qk} and {head_v}",
     ),
-    Limit(lambda c: c.capability < BLACKWELL and c.largest_head > 256, "FP8 attention has no head sizes {head_qk} and {head_v}"),
-    Limit(lambda c: c.capability >= BLACKWELL and c.largest_head > 128, "FP8 attention has no head sizes {head_qk} and {head_v} here"),
+    Limit(
+        lambda c: c.capability < BLACKWELL and c.largest_head > 256,
+        "head sizes {head_qk} and {head_v} are over 256, FP8 attention's limit on Hopper",
+    ),
+    Limit(
+        lambda c: c.capability >= BLACKWELL and c.largest_head > 128,
+        "head sizes {head_qk} and {head_v} are over 128, FP8 attention's limit on Blackwell",
+    ),
 )
 
 
 def refused(case: Case) -> str | None:
-    """Why TE has no kernel for an attention, as a clause; None where it has one."""
+    """Why TE has no kernel for this attention, as a clause; None if it has one."""
     for limit in (*ALWAYS, *(IN_FP8 if case.in_fp8 else IN_16_BITS)):
         if limit.refuses(case):
             return limit.reason.format(**vars(case))

@@ -1,7 +1,7 @@
-"""Where Transformer Engine is: whether it can compute here, and what of it is called.
+"""Transformer Engine as a library: whether it can run here, and the functions that are called.
 
-TE's own quantizers and tensor classes are built inside the operators of this package and do not leave them: AOTAutograd,
-Inductor, CUDA graphs and the caches see ordinary tensors.
+TE's quantizers and tensor classes never leave the operators of this package: AOTAutograd, Inductor, CUDA graphs and the
+caches see ordinary tensors.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from packaging.version import Version
+
+from te_dynamo.lowering.devices import BLACKWELL, BLACKWELL_RTX, HOPPER, Capability, dotted
 
 EXTENSION = "transformer_engine_torch"
-OLDEST, NEWEST = (2, 20), (3, 0)  # supported: from, and below
+OLDEST, NEWEST = (2, 20), (3, 0)  # supported: OLDEST <= version < NEWEST
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why TE cannot compute on a device, as a clause with its remedy; None where it can.
+    """Why TE cannot run on a device, as a clause with its remedy; None if it can: on CUDA, or anywhere with a stand-in."""
+    return not_installed(device) or (import_error() if stand_in() is None else None)
 
-    It can where its extension is loaded or importable, on a CUDA device; or where a stand-in for the extension says of itself
-    `__stand_in__ = True`.
-    """
+
+def not_installed(device: torch.device) -> str | None:
+    """As `unavailable`, without importing TE."""
     try:
         found = version("transformer_engine")
     except PackageNotFoundError:
         return f"the package transformer_engine is not installed ({install()})"
-    numbers = tuple(int(n) for n in found.split(".")[:2] if n.isdigit())
-    if not OLDEST <= numbers < NEWEST:
-        wanted = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, NEWEST))}"
-        return f"transformer_engine {found} is not supported ({install(wanted)})"
-    loaded = sys.modules.get(EXTENSION)
-    if getattr(loaded, "__stand_in__", False):
+    if not OLDEST <= Version(found).release < NEWEST:
+        return f"transformer_engine {found} is not supported ({install(f'>={dotted(OLDEST)},<{dotted(NEWEST)}')})"
+    if stand_in() is not None:
         return None
-    if loaded is None and importlib.util.find_spec(EXTENSION) is None:
+    if sys.modules.get(EXTENSION) is None and importlib.util.find_spec(EXTENSION) is None:
         return f"transformer_engine is installed without its extension for PyTorch, {EXTENSION} ({install()})"
     if device.type != "cuda":
         return f"transformer_engine's kernels are for CUDA devices, not {device.type}"
-    return import_error()
+    return None
 
 
 @cache
 def import_error() -> str | None:
-    """Why TE, which is installed, cannot be imported: one that was built against another torch, say. None if it can."""
+    """Why an installed TE cannot be imported (it was built against another torch, for example); None if it can."""
     try:
         api()
     except Exception as error:  # whatever a foreign import raises
@@ -55,14 +56,19 @@ def import_error() -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """Of an exception's message; its type if there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def install(versions: str = "") -> str:
-    """The command that installs TE. Its extension is built against the torch that is there, not one that pip fetches to build it."""
+    """The command that installs TE. Without build isolation its extension is built against the installed torch."""
     return f"pip install --no-build-isolation 'transformer_engine[pytorch]{versions}'"
 
 
 @cache
 def api() -> Any:
-    """What is called of TE, imported once, when it is first wanted: the import takes seconds."""
+    """The part of TE that is called, imported on first use: the import takes seconds."""
     with running():
         import transformer_engine.pytorch  # noqa: F401  (loads the extension)
         import transformer_engine_torch as tex
@@ -89,31 +95,35 @@ def api() -> Any:
     )
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a device, or what a stand-in pretends: that of a Hopper, if it does not say."""
-    extension: Any = sys.modules.get(EXTENSION)
-    if device.type == "cuda" and not getattr(extension, "__stand_in__", False):
+def stand_in() -> Any:
+    """The module that stands in for TE's extension on a CPU, marked `__stand_in__ = True`; None if there is none."""
+    extension = sys.modules.get(EXTENSION)
+    return extension if getattr(extension, "__stand_in__", False) else None
+
+
+def capability(device: torch.device) -> Capability:
+    """The compute capability of a device. Off CUDA, the one a stand-in pretends, Hopper's by default."""
+    if device.type == "cuda" and stand_in() is None:
         return torch.cuda.get_device_capability(device)
-    return getattr(extension, "capability", lambda: (9, 0))()
+    return getattr(stand_in(), "capability", lambda: HOPPER)()
 
 
 def casts_transpose(device: torch.device) -> bool:
-    """Whether TE's casts write a transposed copy: not where FP8 GEMMs take operands of any layout, so that its own need none
-    (C/transformer_engine.cpp:1191)."""
+    """Whether TE's casts write a transposed copy. Not where FP8 GEMMs take any operand layout (C/transformer_engine.cpp:1191)."""
     found = capability(device)
-    return not ((10, 0) <= found < (12, 0) or found >= (13, 0))
+    return not (BLACKWELL <= found < BLACKWELL_RTX or found >= (13, 0))
 
 
 def cudnn_version() -> int:
-    """As TE sees it: 91002 is 9.10.2."""
+    """As TE reports it: 91002 is 9.10.2."""
     with running():
         return int(api().tex.get_cudnn_version())
 
 
 def running() -> AbstractContextManager[Any]:
-    """Around TE's calls: nothing on a device; a stand-in on a CPU brings what lets TE believe in one."""
-    extension: Any = sys.modules.get(EXTENSION)
-    if not getattr(extension, "__stand_in__", False):
+    """The context for calls into TE: no-op on a GPU; a stand-in's makes TE take the CPU for a CUDA device."""
+    extension = stand_in()
+    if extension is None:
         return contextlib.nullcontext()
     owner = extension if hasattr(extension, "cuda_is_cpu") else sys.modules[extension.quantize.__module__]
     return owner.cuda_is_cpu()
