@@ -129,10 +129,11 @@ class NVFP4:
     exact, with torch's generator of the device: two calls differ, and `torch.manual_seed` makes them repeatable.
     """
 
+    columns: ClassVar[int] = 16
+
     rows: int = 1
     hadamard: bool = False
     stochastic: bool = False
-    columns: int = 16
 
     def quantize(self, t: Tensor) -> Quantized:
         blocks = _blocks(t.float(), self.rows, self.columns)
