@@ -1,1 +1,1 @@
-"""What te_dynamo costs, as ratios to Inductor in the same run: `python -m benchmarks`."""
+"""The cost of te_dynamo, as ratios to Inductor in the same run: `python -m benchmarks`."""

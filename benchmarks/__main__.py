@@ -1,14 +1,14 @@
-"""Prints what te_dynamo costs, as ratios to Inductor in the same run.
+"""Prints the cost of te_dynamo, as ratios to Inductor in the same run.
 
     python -m benchmarks [--only compile|call|saved|state] [--json FILE] [--repeat N]
     python -m benchmarks --gpu [...]    # speed on a GPU, see `python -m benchmarks --gpu --help`
 
 compile: CPU time of the first forward and backward of a 32-layer Llama, cold and in a second process (caches warm).
-call:    a training step of 20 tiny linears (the host's cost), and of a small Llama, on one thread of a CPU.
-saved:   bytes that linears leave allocated for backward.
-state:   what delayed scaling costs beyond current scaling: kernels and collectives of an update, time of a step with 200 sites.
-Each figure is a process of its own; the two sides of a ratio run one after the other. On a CPU FP8 is for its numerics: the
-step's ratio is no promise for a GPU (see `benchmarks/lab.py` for that).
+call:    a training step of 20 tiny linears (host overhead), and of a small Llama, on one CPU thread.
+saved:   bytes that linears keep allocated for backward.
+state:   the cost of delayed over current scaling: kernels and collectives of an update, time of a step with 200 sites.
+Each measurement runs in its own process; the two sides of a ratio run one after the other. On a CPU FP8 is for its numerics:
+the step's ratio predicts nothing about a GPU (`benchmarks/lab.py` does).
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CURRENT, DELAYED, SKIPPED = {"recipe": "current"}, {"recipe": "delayed"}, {"skip": ["*"]}
-Row = tuple[str, float, float | None]  # what, the ratio, the target
+INDUCTOR: tuple[str, dict[str, Any]] = ("inductor", {})
+DELAYED, CURRENT, SKIPPED = (("te_fp8", options) for options in ({"recipe": "delayed"}, {"recipe": "current"}, {"skip": ["*"]}))
+Row = tuple[str, float, float | None]  # what, ratio, target
 
 
 def child(kind: str, backend: str, options: dict[str, Any] | None = None, cache: str | None = None) -> dict[str, float]:
-    """One measurement in a process of its own; with its own empty cache unless one is given."""
+    """One measurement in its own process, with an empty Inductor cache unless one is given."""
     with tempfile.TemporaryDirectory() as fresh:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or fresh, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.measure", kind, backend, json.dumps(options or {})]
@@ -49,19 +50,15 @@ def compile_rows() -> Iterator[Row]:
 
 
 def call_rows(repeat: int) -> Iterator[Row]:
-    runs: dict[str, list[dict[str, float]]] = {"inductor": [], "skip": [], "delayed": [], "current": []}
-    for _ in range(repeat):
-        runs["inductor"].append(child("call", "inductor"))
-        runs["skip"].append(child("call", "te_fp8", SKIPPED))
-        runs["delayed"].append(child("call", "te_fp8", DELAYED))
-        runs["current"].append(child("call", "te_fp8", CURRENT))
+    cases = {"inductor": INDUCTOR, "skip": SKIPPED, "delayed": DELAYED, "current": CURRENT}
+    runs = [{name: child("call", *case) for name, case in cases.items()} for _ in range(repeat)]
 
     def ratio(a: str, b: str, what: str) -> float:
-        return statistics.median(x[what] / y[what] for x, y in zip(runs[a], runs[b], strict=True))
+        return statistics.median(run[a][what] / run[b][what] for run in runs)
 
-    yield "host time a call, skip=['*'] to Inductor", ratio("skip", "inductor", "host_us"), 1.10
-    yield "host time a call, delayed to current", ratio("delayed", "current", "host_us"), 1.25
-    yield "host time a call, delayed to Inductor, 20 sites", ratio("delayed", "inductor", "host_us"), None
+    yield "host time per call, skip=['*'] to Inductor", ratio("skip", "inductor", "host_us"), 1.10
+    yield "host time per call, delayed to current", ratio("delayed", "current", "host_us"), 1.25
+    yield "host time per call, delayed to Inductor, 20 sites", ratio("delayed", "inductor", "host_us"), None
     yield "step of a small Llama on a CPU, delayed to Inductor bf16", ratio("delayed", "inductor", "step_us"), None
 
 
@@ -76,7 +73,7 @@ def state_rows() -> Iterator[Row]:
         for what in ("kernels", "collectives"):
             counts = f"{few[what]:.0f} for 4 layers, {many[what]:.0f} for 32"
             yield f"{what} of an update, {how} compiled: {counts}", many[what] / few[what], 1.0
-    runs = [(child("sites", "te_fp8", DELAYED), child("sites", "te_fp8", CURRENT)) for _ in range(3)]
+    runs = [(child("sites", *DELAYED), child("sites", *CURRENT)) for _ in range(3)]
     ratio = statistics.median(a["step_us"] / b["step_us"] for a, b in runs)
     yield "a step with 200 sites, with state (delayed) to without (current)", ratio, 1.05
 
@@ -88,8 +85,8 @@ def main() -> None:
         return run.main([argument for argument in sys.argv[1:] if argument != "--gpu"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("compile", "call", "saved", "state"))
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--repeat", type=int, default=3, help="pairs of runs for the call times (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the ratios to this file")
+    parser.add_argument("--repeat", type=int, default=3, help="repetitions of the call times (default: %(default)s)")
     arguments = parser.parse_args()
     sections = {"saved": saved_rows, "state": state_rows, "call": lambda: call_rows(arguments.repeat), "compile": compile_rows}
     found = []

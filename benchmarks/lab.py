@@ -2,12 +2,12 @@
 
     python -m benchmarks.lab PATH_TO_GPULAB [--shape 1x4096 ...] [--python PYTHON] [--json FILE]
 
-Two tables: what a step is, and what its microseconds are spent on, beside the floor: the same GEMMs and attention in FP8 and bf16,
-one read and one write of each tensor that must exist, every quantization written by the kernel that makes the values.
+Two tables: the totals of a step, and the microseconds of its parts, beside the floor: the same GEMMs and attention in FP8 and
+bf16, one read and one write of each tensor that must exist, every quantization done by the kernel that makes the values.
 
-gpulab is an external cost model and no part of this repository: PATH_TO_GPULAB is its folder. It compiles the step for
-sm_90, runs it on fake CUDA tensors and notes each launch: kernels, bytes and the ratio are what to read, not milliseconds.
-`--json benchmarks/results/lab.json` is what the benchmarks on a GPU print beside their own times.
+gpulab is an external cost model, not part of this repository: PATH_TO_GPULAB is its folder. It compiles the step for sm_90,
+runs it on fake CUDA tensors and records each launch: trust kernels, bytes and the ratio rather than milliseconds.
+The benchmarks on a GPU print `--json benchmarks/results/lab.json` beside their own times.
 It needs triton, transformer_engine's Python package and g++, so `--python` may name another interpreter than this one.
 """
 
@@ -46,7 +46,7 @@ os._exit(0)
 """
 WEIGHT_CASTS = ("cast_transpose", "te_quantize", "weights")
 SMALL = 8.0  # us
-# What an event of the lab belongs to: the first that fits.
+# The group of a launch: the first that fits.
 GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "GEMMs": lambda e: e["kind"] == "gemm",
     "attention": lambda e: e["kind"] == "attention",
@@ -59,7 +59,7 @@ COLUMNS = {"kernels": "kernels", "GEMMs": "gemms", "GB outside GEMMs": "gb", "sa
 
 
 def measure(lab: Path, python: str, shapes: list[str], arguments: list[str]) -> list[dict[str, Any]]:
-    """One row a shape, as the lab gives them."""
+    """A row for each shape, as gpulab gives them, with "gb", the gigabytes outside GEMMs."""
     root = Path(__file__).parent.parent
     paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
@@ -74,19 +74,22 @@ def measure(lab: Path, python: str, shapes: list[str], arguments: list[str]) -> 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown; the ratio is to the first backend at the same shape."""
-    lines = ["| shape | backend | " + " | ".join(COLUMNS) + " | ratio |", "|---" * (len(COLUMNS) + 3) + "|"]
-    base = next(iter(rows.values()))
-    for i, reference in enumerate(base):
+    lines = []
+    for i, reference in enumerate(next(iter(rows.values()))):
         for name, measured in rows.items():
             row = measured[i]
             cells = [f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in COLUMNS.values()]
-            ratio = reference["device_ms"] / row["device_ms"]
-            lines.append(f"| {row['shape']} | {name} | " + " | ".join(cells) + f" | {ratio:.3f} |")
-    return "\n".join(lines)
+            lines.append([row["shape"], name, *cells, f"{reference['device_ms'] / row['device_ms']:.3f}"])
+    return markdown(["shape", "backend", *COLUMNS, "ratio"], lines)
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    first, *rest = (f"| {' | '.join(cells)} |" for cells in (header, *lines))
+    return "\n".join([first, "|" + "---|" * len(header), *rest])
 
 
 def floor(lab: Path, python: str, shapes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The events of the floor at each shape."""
+    """The launches of the floor at each shape."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "floor.json"
         subprocess.run([python, "-c", FLOOR, str(result), *shapes], cwd=lab, check=True, stdout=subprocess.DEVNULL)
@@ -103,14 +106,13 @@ def spent(events: list[dict[str, Any]]) -> dict[str, float]:
 
 def spending(rows: dict[str, list[dict[str, Any]]], floors: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: microseconds of a step by group, beside the floor's."""
-    lines = ["| shape | backend | " + " | ".join(GROUPS) + " | all, us |", "|---" * (len(GROUPS) + 3) + "|"]
+    lines = []
     for i, row in enumerate(next(iter(rows.values()))):
         measured = {"floor": floors[row["shape"]]} | {name: found[i]["events"] for name, found in rows.items()}
         for name, events in measured.items():
             groups = spent(events)
-            cells = [f"{us:.0f}" for us in (*groups.values(), sum(groups.values()))]
-            lines.append(f"| {row['shape']} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([row["shape"], name, *(f"{us:.0f}" for us in (*groups.values(), sum(groups.values())))])
+    return markdown(["shape", "backend", *GROUPS, "all, us"], lines)
 
 
 def predictions(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -130,7 +132,7 @@ def main() -> None:
     parser.add_argument("lab", type=Path, help="the folder of gpulab")
     parser.add_argument("--shape", action="append", help=f"BATCHxLENGTH, repeatable (default: {' '.join(SHAPES)})")
     parser.add_argument("--python", default=sys.executable, help="an interpreter with torch, transformers and triton")
-    parser.add_argument("--json", type=Path, help="write the predictions here too")
+    parser.add_argument("--json", type=Path, help="also write the predictions to this file")
     args = parser.parse_args()
     shapes = args.shape or list(SHAPES)
     rows = {name: measure(args.lab, args.python, shapes, arguments) for name, arguments in BACKENDS.items()}

@@ -1,4 +1,4 @@
-"""Registers te_fp8 with Dynamo in the lab's process, where the package need not be installed."""
+"""Registers te_fp8 with Dynamo in gpulab's process, where te_dynamo may not be installed."""
 
 import torch
 

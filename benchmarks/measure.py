@@ -1,4 +1,4 @@
-"""Measurements of one compiled model in this process; `python -m benchmarks.measure KIND BACKEND [OPTIONS]` prints one as JSON."""
+"""Measures one compiled model in this process: `python -m benchmarks.measure KIND BACKEND [OPTIONS]` prints the result as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS, SITES, CALLS = 32, 20, 200
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of the compilers that it started: steadier than wall time on a shared machine."""
+    """CPU time of this process and of the compilers that it started; varies less than wall time on a shared machine."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usages)
 
@@ -39,17 +39,17 @@ def step(run: Callable[..., Any], x: torch.Tensor) -> None:
 
 
 def compile_time(backend: str, options: dict[str, Any]) -> dict[str, float]:
-    """Seconds of CPU for the first forward and backward of a 32-layer Llama, imports apart."""
+    """Seconds of CPU for the first forward and backward of a 32-layer Llama, without imports."""
     model, x = tiny_llama(LAYERS)
     run = compile_model(model, backend, options)
-    step(compile_model(Chain(1), backend, options), torch.randn(2, 16, dtype=torch.bfloat16))  # what a process pays once
+    step(compile_model(Chain(1), backend, options), torch.randn(2, 16, dtype=torch.bfloat16))  # costs paid once a process
     began = cpu_seconds()
     step(run, x)
     return {"seconds": cpu_seconds() - began}
 
 
 def call_time(backend: str, options: dict[str, Any]) -> dict[str, float]:
-    """Microseconds of a training step of 20 linears of 16 x 16 (what the host costs), and of a step that does some work."""
+    """Microseconds of a training step of 20 linears of 16 x 16 (host overhead), and of a step of a small Llama."""
     torch.set_num_threads(1)
     model, x = Chain(SITES), torch.randn(2, 16, dtype=torch.bfloat16)
     host = median_us(compile_model(model, backend, options), x, CALLS)
@@ -70,8 +70,8 @@ def median_us(run: Callable[..., Any], x: torch.Tensor, calls: int) -> float:
 
 
 def saved_bytes(backend: str, options: dict[str, Any]) -> dict[str, float]:
-    """Bytes that a forward of linears leaves allocated for its backward, at the allocator; its output apart."""
-    model = Chain(16, size=256)  # the first input is kept by its owner: the more linears, the less that counts
+    """Bytes that a forward of linears keeps allocated for its backward, without its output."""
+    model = Chain(16, size=256)  # many, since the first input, allocated before, is not counted
     run = compile_model(model, backend, options)
     x = torch.randn(2048, 256, dtype=torch.bfloat16, requires_grad=True)
     for _ in range(2):
@@ -80,7 +80,7 @@ def saved_bytes(backend: str, options: dict[str, Any]) -> dict[str, float]:
 
 
 def live_after(forward: Callable[[], Any]) -> int:
-    """The bytes that are allocated when `forward` has returned and were not before, while its result is alive."""
+    """The bytes that `forward` allocated and that are still allocated when it has returned, with its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = forward()
     events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -96,7 +96,7 @@ def sites_time(backend: str, options: dict[str, Any]) -> dict[str, float]:
 
 
 class Counted(TorchDispatchMode):
-    """Counts what is computed, views apart."""
+    """Counts ATen calls that are no views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Counted(TorchDispatchMode):
 
 
 def state_counts(how: str, options: dict[str, Any]) -> dict[str, float]:
-    """Kernels and collectives of one update of the scale state, on one rank of two (whose collectives do nothing)."""
+    """Kernels and collectives of one update of the scale state, on one rank of two, with collectives that do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     model, x = tiny_llama(options["layers"])
     run: Any = model

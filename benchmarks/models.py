@@ -1,4 +1,4 @@
-"""The models that are measured. Built from config, random weights."""
+"""The models to measure, with random weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def tiny_llama(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Module, torch.Tensor]:
-    """A Llama of many small layers: its compile time is that of a large one."""
+    """A Llama with small layers, which take as long to compile as large ones, and its input."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def tiny_llama(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Modu
 
 
 class Chain(nn.Module):
-    """Linears one after the other, and nothing else."""
+    """A sequence of linears."""
 
     def __init__(self, sites: int, size: int = 16, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A byte-level language model, its data and its training loop: all that the demo needs and nothing about FP8."""
+"""A byte-level language model, its data, its training loop and a plot of its losses: all that the demos need but FP8."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import pydoc_data.topics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+LAST = 20  # steps whose mean loss is a run's final loss
+TOLERANCE = 0.01  # of the final loss
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One training run: the model's size, how much it sees, and the seed of weights and data.
+    """One training run: the model's size, the amount of data, and the seed of weights and data.
 
-    At this learning rate two float32 runs whose first weights differ by 0.1% end within 0.1% of each other, so that a
-    difference of 1% means something. At 2e-3 they end 0.8% apart.
+    At this learning rate two float32 runs whose initial weights differ by 0.1% end within 0.1% of each other, so that a
+    difference of 1% is significant. At 2e-3 they end 0.8% apart.
     """
 
-    steps: int
+    steps: int = 150
     hidden: int = 256
     layers: int = 4
     heads: int = 4
@@ -33,19 +40,18 @@ class Setup:
 
 @dataclass
 class Run:
-    """What came of it: a loss and the seconds of each step."""
+    """The result of a training run: loss and seconds of each step."""
 
-    backend: str
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def final_loss(self, last: int = 20) -> float:
+    def final_loss(self) -> float:
         """The mean over the last steps."""
-        tail = self.losses[-last:]
+        tail = self.losses[-LAST:]
         return sum(tail) / len(tail)
 
     def step_time(self) -> float:
-        """The median, without the first step: that one compiles."""
+        """The median in seconds, without the first step, which compiles."""
         steps = sorted(self.seconds[1:] or self.seconds)
         return steps[len(steps) // 2]
 
@@ -80,6 +86,20 @@ def draw_batches(data: Tensor, setup: Setup) -> Tensor:
     return data[starts + torch.arange(setup.length)]
 
 
+def train_with_progress(
+    console: Console, name: str, batches: Tensor, setup: Setup, backend: str, options: dict[str, Any] | None = None
+) -> Run:
+    """Trains a new model behind a progress bar called `name`."""
+    text, note = TextColumn("{task.description:>8}"), TextColumn("{task.fields[note]}")
+    with Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note, console=console) as progress:
+        task = progress.add_task(name, total=setup.steps, note="compiling")
+
+        def on_step(loss: float) -> None:
+            progress.update(task, advance=1, note=f"loss {loss:.3f}")
+
+        return train(build_model(setup), batches, setup, backend, on_step, options)
+
+
 def train(
     model: LlamaForCausalLM,
     batches: Tensor,
@@ -88,8 +108,8 @@ def train(
     on_step: Callable[[float], None],
     options: dict[str, Any] | None = None,
 ) -> Run:
-    """Train with AdamW on float32 weights and bfloat16 autocast; `on_step` gets each step's loss."""
-    run = Run(backend)
+    """Trains with AdamW on float32 weights and bfloat16 autocast; `on_step` gets each step's loss."""
+    run = Run()
     torch.compiler.reset()
     model.compile(backend=backend, options=options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setup.lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -110,3 +130,24 @@ def train(
         run.seconds.append(time.perf_counter() - start)
         on_step(run.losses[-1])
     return run
+
+
+def draw(runs: dict[str, Run], path: Path) -> None:
+    """A PNG of all loss curves, and below them their differences from the first run's."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(9, 7), height_ratios=(2, 1), layout="constrained")
+    base, *_ = runs.values()
+    for name, run in runs.items():
+        (line,) = top.plot(run.losses, label=name, linewidth=1.6 if run is base else 0.9)
+        if run is not base:
+            difference = [(b / a - 1) * 100 for a, b in zip(base.losses, run.losses, strict=True)]
+            bottom.plot(difference, color=line.get_color(), linewidth=0.9)
+    top.set_ylabel("loss (nats a byte)")
+    top.legend()
+    bottom.axhspan(-100 * TOLERANCE, 100 * TOLERANCE, alpha=0.15)
+    bottom.set_ylabel(f"difference from {next(iter(runs))}, %")
+    bottom.set_xlabel("step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

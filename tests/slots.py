@@ -18,7 +18,7 @@ def index_of(weight: Tensor, role: str, ordinal: int = 0) -> int:
 
 def history_of(arena: Arena, direction: int, index: int) -> Tensor:
     """A slot's history [length], entry 0 being written, entry 1 the oldest."""
-    return arena.in_order(direction, index)
+    return arena.ordered_history(direction, index)
 
 
 def all_slots() -> dict[tuple[int, int, str], int]:

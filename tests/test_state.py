@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._functorch.config
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.recipe import DelayedScaling
 from te_dynamo.state import FORWARD, GRADIENT, STATE, Arena, Group
+from te_dynamo.state.reduce import Reduction
 from tests.numerics import sqnr
 from tests.slots import CPU, ROLES, all_slots, history_of, index_of
 
@@ -589,6 +591,19 @@ def test_a_layer_that_takes_a_dead_one_s_place_starts_fresh(provider):
                 assert sqnr(layer.linear(x * power), y) > 20
             del layer, y
     assert len(graphs) == 1
+
+
+def test_a_rank_whose_slots_are_all_gone_still_takes_part(monkeypatch):
+    """Each rank collects its garbage in its own time, and a collective needs all of them."""
+    buffers: list[Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda buffer, op, group: buffers.append(buffer.clone()))
+    arena, reduction, group = arena_of(4, forward=2, gradient=0), Reduction(), object()
+    reduction.join(arena, FORWARD, [1, 2], group)
+    for gone in ([], [1], [2]):
+        reduction.join(arena, FORWARD, gone, None)
+        arena.amax[FORWARD, 1:3] = 3.0
+        arena.roll(reduction.of(arena))
+    assert [buffer.tolist() for buffer in buffers] == [[0, 3, 3], [0, 0, 3], [0, 0, 0]]
 
 
 def test_an_arena_grows_without_losing_what_a_pending_backward_writes():

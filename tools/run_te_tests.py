@@ -1,9 +1,9 @@
-"""Runs Transformer Engine's own tests on `tests/te_on_cpu`, and writes what passes, and why the rest does not, to docs/te-tests.md.
+"""Runs Transformer Engine's own tests on `tests/te_on_cpu`, and writes what passes, and why the rest fails, to docs/te-tests.md.
 
     git clone https://github.com/NVIDIA/TransformerEngine
     python tools/run_te_tests.py TransformerEngine
 
-The tests belong to TE and stay where they are. Each file runs in a process of its own, with a time limit.
+Each test file runs in its own process, with a time limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +29,9 @@ class Tests:
 
     path: str  # below tests/pytorch
     select: str = ""  # pytest -k
-    left_out: str = ""  # what the selection leaves out, and why
+    left_out: str = ""  # the tests that are not selected, and why
     capability: str = "9.0"
-    trusts_pickles: bool = False  # as in NVIDIA's CI
+    trusts_pickles: bool = False  # as NVIDIA's CI does
 
     @property
     def name(self) -> str:
@@ -60,7 +59,7 @@ FILES = (
     Tests("test_fusible_ops.py", "mxfp8 and test_layernorm_mlp", "all but MXFP8's layer norm and MLP", "10.0"),
 )
 
-# Why a test fails or is skipped: the first that is found in its message.
+# Why a test fails or is skipped: the first pattern that is found in its message.
 REASONS = (
     (r"tex\.te_general_grouped_gemm", "grouped GEMM has no stand-in"),
     (r"tex\.(scaled_\w+|situglu|dsituglu)", "activations that fold in the MoE's probabilities, and SiTU-GLU, have no stand-in"),
@@ -96,14 +95,14 @@ class Result:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("te", type=Path, help="a checkout of TransformerEngine, v2.20 or the commits before it")
-    parser.add_argument("--junit", type=Path, help="where to keep pytest's XML (default: nowhere)")
+    parser.add_argument("--junit", type=Path, help="a folder to keep pytest's XML in (default: it is deleted)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "te-tests.md")
-    parser.add_argument("--limit", type=int, default=600, help="seconds for each file")
-    parser.add_argument("--only", default="", help="files whose name has this; nothing is written")
+    parser.add_argument("--limit", type=int, default=600, help="seconds for each file (default: %(default)s)")
+    parser.add_argument("--only", default="", help="run only files whose name contains this, and write nothing")
     arguments = parser.parse_args()
     directory = arguments.te.resolve() / "tests" / "pytorch"
     if not directory.is_dir():
-        parser.error(f"{arguments.te} is no checkout of TransformerEngine: {directory} is missing")
+        parser.error(f"{arguments.te} is not a checkout of TransformerEngine: {directory} is missing")
     with tempfile.TemporaryDirectory() as temporary:
         junit = arguments.junit or Path(temporary)
         junit.mkdir(parents=True, exist_ok=True)
@@ -121,24 +120,26 @@ def run(tests: Tests, directory: Path, junit: Path, limit: int) -> Result:
     xml.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-p", "tests.te_on_cpu.plugin", "-p", "no:cacheprovider", "-q", "--tb=short", tests.path]
     command += [f"--capability={tests.capability}", f"--junitxml={xml}", *(["-k", tests.select] if tests.select else [])]
-    settings = {"NVTE_TORCH_COMPILE": "0", "PYTORCH_JIT": "0", "PYTHONPATH": str(ROOT)}  # no compiled helpers
-    settings["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1" if tests.trusts_pickles else "0"
+    settings = {
+        "NVTE_TORCH_COMPILE": "0",  # no compiled helpers
+        "PYTORCH_JIT": "0",
+        "PYTHONPATH": str(ROOT),
+        "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": str(int(tests.trusts_pickles)),
+    }
     print(f"{tests.path} ...", file=sys.stderr, flush=True)
     try:
         subprocess.run(command, cwd=directory, env=os.environ | settings, timeout=limit, stdout=subprocess.DEVNULL, check=False)
     except subprocess.TimeoutExpired:
         return Result(tests, unfinished=f"stopped after {limit} s")
-    return read(tests, xml) if xml.exists() else Result(tests, unfinished="pytest could not run it")
-
-
-def read(tests: Tests, xml: Path) -> Result:
+    if not xml.exists():
+        return Result(tests, unfinished="pytest could not run it")
     result = Result(tests)
     for case in ElementTree.parse(xml).iter("testcase"):
         result.seconds += float(case.get("time", 0))
-        bad = next((e for e in case if e.tag in ("failure", "error")), None)
+        failure = next((e for e in case if e.tag in ("failure", "error")), None)
         skip = case.find("skipped")
-        if bad is not None:
-            result.failures[why(bad.get("message", ""))] += 1
+        if failure is not None:
+            result.failures[why(failure.get("message", ""))] += 1
         elif skip is not None and "xfail" not in skip.get("type", ""):
             result.skips[why(skip.get("message", ""))] += 1
         else:
@@ -148,19 +149,17 @@ def read(tests: Tests, xml: Path) -> Result:
 
 def why(message: str) -> str:
     for pattern, reason in REASONS:
-        match = re.search(pattern, message)
-        if match:
+        if match := re.search(pattern, message):
             return match.expand(reason)
     return message.strip().split("\n")[0][:120]
 
 
-def table(results: Iterable[Result], te: str) -> list[str]:
-    results = list(results)
+def table(results: list[Result], te: str) -> list[str]:
     lines = [
         "# Transformer Engine's own tests, on a CPU",
         "",
-        f"`transformer_engine` {version('transformer_engine')} with `tests/te_on_cpu` as its C++ layer, a Hopper pretended where no other "
-        f"capability is named, and the tests of TE {te}: what `python tools/run_te_tests.py TransformerEngine` found with torch "
+        f"`transformer_engine` {version('transformer_engine')} with `tests/te_on_cpu` as its C++ layer, posing as a Hopper where no other "
+        f"capability is named, and the tests of TE {te}: the results of `python tools/run_te_tests.py TransformerEngine` with torch "
         f"{version('torch')}. "
         "Attention's sizes are cut to 2 samples, 256 positions and 4 heads.",
         "",
@@ -173,10 +172,9 @@ def table(results: Iterable[Result], te: str) -> list[str]:
         else:
             counts = (r.passed, r.failures.total(), r.skips.total(), round(r.seconds))
             lines.append(f"| {r.tests.name} | {' | '.join(map(str, counts))} |")
-    lines += ["", "## What fails, and why", ""]
-    lines += [f"- {r.tests.name}: {n} x {reason}" for r in results for reason, n in r.failures.most_common()]
-    lines += ["", "## What is skipped, by TE itself", ""]
-    lines += [f"- {r.tests.name}: {n} x {reason}" for r in results for reason, n in r.skips.most_common()]
+    for title, counter in (("What fails, and why", "failures"), ("What is skipped, by TE itself", "skips")):
+        lines += ["", f"## {title}", ""]
+        lines += [f"- {r.tests.name}: {n} x {reason}" for r in results for reason, n in getattr(r, counter).most_common()]
     lines += ["", "## What is not run", ""]
     lines += [f"- {r.tests.name}: {r.tests.left_out}" for r in results if r.tests.left_out]
     return lines

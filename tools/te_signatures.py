@@ -1,12 +1,12 @@
-"""Reads what a version of Transformer Engine lets one call, from its packages, and writes it to tests/te_signatures/<version>.json.
+"""Extracts the signatures of a version of Transformer Engine from its packages, into tests/te_signatures/<version>.json.
 
-    python tools/te_signatures.py 2.11.0 2.20.2                # fetches the wheel and the source archive of each
-    python tools/te_signatures.py --packages FOLDER 2.20.2     # where they lie already
+    python tools/te_signatures.py 2.11.0 2.20.2                # downloads the wheel and the source archive of each
+    python tools/te_signatures.py --packages FOLDER 2.20.2     # uses those in FOLDER
 
-Nothing of TE is installed, imported or built: Python is read with `ast`, C++ by its `m.def(...)` and declarations. What is
-written is facts, each on a line: for a function its parameters as a Python signature (a default is `...`, which ones are
-positional or by name as pybind has it), its module and the modules that give its name, attributes of classes, values of
-enums. tests/lowering/test_te_versions.py binds te_dynamo's calls to them.
+Nothing of TE is installed, imported or built: Python is parsed with `ast`, C++ by its `m.def(...)` and declarations. Written
+are, one on a line: the parameters of functions as a Python signature (a default is `...`; positional or keyword as in
+pybind), the modules that a name can be imported from, attributes of classes, values of enums.
+tests/lowering/test_te_versions.py binds te_dynamo's calls to them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OUT = Path(__file__).resolve().parent.parent / "tests" / "te_signatures"
 INDEX = "https://pypi.org/simple"
 Sources = Mapping[str, str]  # path -> text
 
-# Of transformer_engine.pytorch: a name, and the method that is called by it where it is a class.
+# Functions and classes of transformer_engine.pytorch; for a class, the method whose signature counts.
 PYTHON: Mapping[str, str | None] = {
     "general_gemm": None,
     "fused_attn_fwd": None,
@@ -46,7 +46,7 @@ PYTHON: Mapping[str, str | None] = {
     "is_nvfp4_available": None,
     "is_fp8_block_scaling_available": None,
 }
-# What is imported and is neither a function nor a class.
+# Names that are imported too, of whose modules only is written.
 VALUES = ("TE_DType", "QKVLayout", "AttnMaskType", "AttnBiasType", "FusedAttnBackend", "Quantizer")
 EXTENSION = (
     "quantize",
@@ -75,7 +75,7 @@ ENUMS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+")
-    parser.add_argument("--packages", type=Path, help="a folder where packages lie, and where those that are fetched are kept")
+    parser.add_argument("--packages", type=Path, help="a folder with packages; downloads are kept there")
     parser.add_argument("--index", default=INDEX, help="the package index (%(default)s)")
     arguments = parser.parse_args()
     OUT.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def fetch(project: str, version: str, index: str, folder: Path | None) -> bytes:
-    """The pure-python wheel of a project, or else its source archive."""
+    """The pure-Python wheel of a project, or else its source archive."""
     names = [f"{project}-{version}-py3-none-any.whl", f"{project}-{version}.tar.gz"]
     for name in names:
         if folder is not None and (folder / name).is_file():
@@ -145,32 +145,29 @@ def facts(version: str, python: Sources, cpp: Sources) -> dict[str, Any]:
 # --- Python
 
 
-def definition(trees: Mapping[str, ast.Module], name: str) -> tuple[str, Any] | None:
-    """(path, node) of the function or class of that name."""
-    for path, tree in trees.items():
-        for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
-                return path, node
-    return None
+def definition(nodes: Iterable[ast.stmt], name: str) -> Any:
+    """The function or class of that name, None if there is none."""
+    return next((node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name), None)
+
+
+def top_level_definition(trees: Mapping[str, ast.Module], name: str) -> Any:
+    return definition((node for tree in trees.values() for node in tree.body), name)
 
 
 def python_signature(trees: Mapping[str, ast.Module], name: str, method: str | None) -> str | None:
-    found = definition(trees, name)
-    if found is None:
-        return None
-    node = found[1]
-    if method is not None:
-        node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == method), None)
-        if node is None:
-            return None
-    return signature(node.args, skip=method is not None)
+    """The parameters of a function, or of a class's method without self or cls; None if there is none."""
+    node = top_level_definition(trees, name)
+    if node is None or method is None:
+        return None if node is None else signature(node.args)
+    node = definition(node.body, method)
+    return None if node is None else signature(node.args, skip=1)
 
 
-def signature(args: ast.arguments, *, skip: bool) -> str:
-    """Parameters as a Python signature with `...` for defaults; skip: without the first, self or cls."""
+def signature(args: ast.arguments, skip: int = 0) -> str:
+    """Parameters as a Python signature with `...` for defaults, without the first `skip`."""
     plain = [*args.posonlyargs, *args.args]
     required = len(plain) - len(args.defaults)
-    parts = [a.arg + ("=..." if i >= required else "") for i, a in enumerate(plain)][1 if skip else 0 :]
+    parts = [a.arg + ("=..." if i >= required else "") for i, a in enumerate(plain)][skip:]
     if args.vararg is not None:
         parts.append(f"*{args.vararg.arg}")
     elif args.kwonlyargs:
@@ -182,11 +179,10 @@ def signature(args: ast.arguments, *, skip: bool) -> str:
 
 
 def attributes(trees: Mapping[str, ast.Module], name: str) -> list[str]:
-    """The attributes that a class declares, or sets on what it makes; those of its bases here among them."""
-    found = definition(trees, name)
-    if found is None:
+    """The attributes that a class, or a base of it here, declares or sets on its instances."""
+    node, names = top_level_definition(trees, name), set()
+    if node is None:
         return []
-    node, names = found[1], set()
     for part in ast.walk(node):
         targets = part.targets if isinstance(part, ast.Assign) else [part.target] if isinstance(part, ast.AnnAssign) else []
         names |= {t.attr for t in targets if isinstance(t, ast.Attribute) and ast.unparse(t.value) in ("self", "instance")}
@@ -198,18 +194,18 @@ def attributes(trees: Mapping[str, ast.Module], name: str) -> list[str]:
 
 
 def modules(trees: Mapping[str, ast.Module], name: str) -> list[str]:
-    """The modules below transformer_engine that a name is to be imported from: where it is made, and packages that give it."""
+    """The modules below transformer_engine that a name can be imported from: the one that defines it, and packages."""
     return sorted(
-        dotted(p) for p in trees if name in bound(trees, p, frozenset()) and (p.endswith("/__init__.py") or makes(trees[p], name))
+        dotted(p) for p in trees if name in bound(trees, p, frozenset()) and (p.endswith("/__init__.py") or defines(trees[p], name))
     )
 
 
-def makes(tree: ast.Module, name: str) -> bool:
+def defines(tree: ast.Module, name: str) -> bool:
     return any(not isinstance(node, ast.ImportFrom) and name in names_of(node) for node in tree.body)
 
 
 def names_of(node: ast.stmt) -> set[str]:
-    """The names that a statement binds, but for `import *`."""
+    """The names that a statement binds, except by `import *`."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
     if isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -225,7 +221,7 @@ def dotted(path: str) -> str:
 
 
 def bound(trees: Mapping[str, ast.Module], path: str, seen: frozenset[str]) -> set[str]:
-    """The names at a module's top level; `from x import *` followed within the package."""
+    """The names at a module's top level; follows `from x import *` within the package."""
     if path not in trees or path in seen:
         return set()
     names: set[str] = set()
@@ -238,7 +234,7 @@ def bound(trees: Mapping[str, ast.Module], path: str, seen: frozenset[str]) -> s
 
 
 def exported(trees: Mapping[str, ast.Module], path: str, seen: frozenset[str]) -> set[str]:
-    """What `import *` gives: `__all__`, or all without an underscore."""
+    """The names that `import *` imports: `__all__`, or all without an underscore."""
     for node in trees[path].body if path in trees else ():
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
             return set(ast.literal_eval(node.value)) if isinstance(node.value, (ast.List, ast.Tuple)) else set()
@@ -273,17 +269,17 @@ def without_comments(text: str) -> str:
 
 
 def inside(text: str, start: int) -> str:
-    """What stands between the parenthesis (or brace) that opens at `start` and the one that closes it."""
+    """The text between the bracket at `start` and the one that closes it."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "({[") - (text[i] in ")}]")
         if not depth:
             return text[start + 1 : i]
-    raise ValueError("a parenthesis is not closed")
+    raise ValueError(f"no bracket closes the one at {text[start : start + 40]!r}")
 
 
 def split(text: str) -> list[str]:
-    """At the commas that stand in no bracket."""
+    """The parts of a text between commas, except commas in brackets."""
     parts, depth = [""], 0
     for c in text:
         depth += (c in "({[<") - (c in ")}]>")
@@ -295,7 +291,7 @@ def split(text: str) -> list[str]:
 
 
 def extension_signature(cpp: Sources, name: str) -> dict[str, str] | None:
-    """parameters: of the function as Python sees it; returns: the C++ type."""
+    """{"parameters": as Python sees them, "returns": the C++ type} of a function of the extension; None if there is none."""
     binding = cpp["csrc/extensions/pybind.cpp"]
     found = re.search(rf'\bm\.def\(\s*"{name}"', binding)
     if found is None:
@@ -309,15 +305,15 @@ def extension_signature(cpp: Sources, name: str) -> dict[str, str] | None:
             parts.append("*")
         elif (match := re.match(r'py::arg\(\s*"(\w+)"\s*\)(\s*=)?', argument)) is not None:
             parts.append(match[1] + ("=..." if match[2] else ""))
-    if not parts and declared:  # pybind then has no names: they are taken by position alone
+    if not parts and declared:  # bound without names: positional only
         parts = [*declared, "/"]
     elif len([p for p in parts if p != "*"]) != len(declared):
-        raise ValueError(f"{name} has {len(declared)} parameters in C++ and {len(parts)} names")
+        raise ValueError(f"{name} has {len(declared)} parameters in C++, but its binding names {len(parts)}")
     return {"parameters": ", ".join(parts), "returns": returns}
 
 
 def declaration(cpp: Sources, name: str) -> tuple[str, list[str]]:
-    """(the type it returns, the names of its parameters) of a C++ function."""
+    """(return type, parameter names) of a C++ function."""
     for path in sorted(cpp, key=lambda p: p != "csrc/extensions.h"):
         for found in re.finditer(rf"(?<![\w:.>\"]){name}\s*\(", cpp[path]):
             before = re.search(r"([\w:<>,\s]+)$", cpp[path][: found.start()])
@@ -350,7 +346,7 @@ def enum_values(cpp: Sources, name: str) -> dict[str, int]:
 
 
 def end_of_statement(text: str) -> int:
-    """Where the next enum or class begins, or the text ends."""
+    """Where the next enum, class or function begins, or the text ends."""
     following = re.search(r"enum_<|class_<|m\.def\(|#endif", text)
     return len(text) if following is None else following.start()
 

@@ -1,8 +1,8 @@
-"""FP8 by definition: amax, scale, quantize, dequantize. Plain torch, so that Inductor may fuse it.
+"""The definition of FP8: amax, scale, quantize, dequantize. Plain torch, so that Inductor can fuse it.
 
-An FP8 tensor is `data` and `scale_inv`: value = data * scale_inv. `scale` is what the high-precision value is
-multiplied by before the cast. Both are float32. As in Transformer Engine: scale = fp8_max / amax, a cast saturates,
-and a NaN element does not count towards the amax (C's fmaxf).
+An FP8 tensor is `data` and `scale_inv`: value = data * scale_inv. The high-precision value is multiplied by `scale` before
+the cast. Both are float32. As in Transformer Engine: scale = fp8_max / amax, casts saturate, and a NaN element does not
+count towards the amax (C's fmaxf).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from te_dynamo.recipe import from_key
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
-EXPONENT = 0x7F800000  # of a float32
+EXPONENT = 0x7F800000  # the bits of a float32's exponent
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def row_amax(x: Tensor) -> Tensor:
     """The largest magnitude in each row of `x` [..., N], NaN elements apart: float32 [...], 0 for an empty row.
 
-    Row by row it fuses, on a GPU, into the kernel that makes `x` and casts it.
+    By rows it fuses, on a GPU, into the kernel that makes and casts `x`.
     """
     if x.shape[-1] == 0:
         return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -34,7 +34,7 @@ def row_amax(x: Tensor) -> Tensor:
 
 
 def amax(x: Tensor) -> Tensor:
-    """The largest magnitude in `x`, of any shape, NaN elements apart; a 0-d float32, 0 for an empty tensor."""
+    """The largest magnitude in `x` of any shape, NaN elements apart: float32, 0-d, 0 for an empty tensor."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=x.device)
     return row_amax(x if x.dim() else x.unsqueeze(0)).amax()
@@ -42,10 +42,11 @@ def amax(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Casting:
-    """How a recipe with one scale a tensor casts: the dtypes of forward tensors and of gradients, and what becomes of an amax.
+    """How a recipe with one scale a tensor casts: the dtypes of forward tensors and of gradients, and how an amax gives a scale.
 
-    margin: powers of two left unused; power_2_scale: the scale's mantissa is cut off; amax_epsilon: the least amax; amax_group:
-    the name of the process group whose ranks share the first scale of a slot, "" for none; saturates_infinite: as TE's casts.
+    margin: powers of two left unused; power_2_scale: scales are rounded down to a power of two; amax_epsilon: the least amax;
+    amax_group: the name of the process group whose ranks share the first scale of a slot, "" for none; saturates_infinite: as
+    TE's casts do.
     """
 
     forward: torch.dtype = E4M3
@@ -57,13 +58,13 @@ class Casting:
     saturates_infinite: bool = False
 
     def saturated(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x * scale` in float32, ready for the cast. Finite values saturate; what is infinite becomes NaN, so that whoever
-        looks for overflow (a GradScaler) finds it, unless the recipe is to be like TE, whose casts saturate that too."""
+        """`x * scale` in float32, ready for the cast. Finite values saturate; infinite ones become NaN, so that a GradScaler
+        finds the overflow, unless the recipe is like TE, whose casts saturate these too."""
         values = saturated(x, scale, dtype)
         return values if self.saturates_infinite else torch.where(torch.isinf(x), torch.nan, values)
 
     def scale_of(self, amax: Tensor, dtype: torch.dtype) -> Tensor:
-        """The scale for a largest magnitude under this recipe (see `scale_of`)."""
+        """The scale for an amax under this recipe (see `scale_of`)."""
         if self.amax_epsilon:
             amax = amax.clamp(min=self.amax_epsilon)
         scale = scale_of(amax, dtype, self.margin)
@@ -72,7 +73,7 @@ class Casting:
 
 @lru_cache
 def casting_of(recipe: str, amax_group: str = "") -> Casting:
-    """The Casting of a recipe's key. `amax_group` counts for recipes with state only: the others look at their own rank."""
+    """The Casting of a recipe's key. `amax_group` matters to recipes with state only: the others use their own rank's amax."""
     values = from_key(recipe)
     options = {name: getattr(values, name) for name in ("margin", "power_2_scale", "amax_epsilon") if hasattr(values, name)}
     options |= {"amax_group": amax_group if values.stateful else "", "saturates_infinite": getattr(values, "like_te", False)}
@@ -80,10 +81,10 @@ def casting_of(recipe: str, amax_group: str = "") -> Casting:
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype, margin: float = 0) -> Tensor:
-    """The scale for a largest magnitude: fp8_max / amax / 2**margin, in float32, elementwise.
+    """The scale for an amax: fp8_max / amax / 2**margin, in float32, elementwise.
 
-    1 where the amax is 0, infinite or NaN; float32's maximum where the quotient overflows. Tensor by tensor, since
-    Python's scalar / tensor is a reciprocal and a product, one ulp off.
+    1 where the amax is 0, infinite or NaN; float32's maximum where the quotient overflows. A tensor is divided by a tensor,
+    since Python's scalar / tensor is a reciprocal and a product, one ulp off.
     """
     scale = torch.full_like(amax, FP8_MAX[dtype] * 2.0**-margin) / amax
     usable = (amax > 0) & torch.isfinite(amax)
@@ -91,7 +92,7 @@ def scale_of(amax: Tensor, dtype: torch.dtype, margin: float = 0) -> Tensor:
 
 
 def power_of_2(scale: Tensor) -> Tensor:
-    """The largest power of two that is not above a scale (f32, positive): its mantissa is cut off."""
+    """A scale (f32, positive) rounded down to a power of two: its mantissa is cut off."""
     return (scale.view(torch.int32) & EXPONENT).view(torch.float32)
 
 
@@ -111,5 +112,5 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize(data: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that an FP8 tensor stands for."""
+    """The values of an FP8 tensor."""
     return (data.float() * scale_inv).to(dtype)

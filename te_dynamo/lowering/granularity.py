@@ -1,4 +1,4 @@
-"""How an operand of a GEMM is scaled: one scale for the tensor, for each row, or for each block, and in which format.
+"""How an operand of a GEMM is quantized: to which format, with one scale for the tensor, for each row, or for each block.
 
 An operand is a matrix [R, C], and the GEMM sums over C. A granularity turns it into plain tensors and back:
 
@@ -6,12 +6,12 @@ An operand is a matrix [R, C], and the GEMM sums over C. A granularity turns it 
     MX       FP8, an E8M0 scale (a power of two in 8 bits) for each 1 x 32 or 32 x 32
     NVFP4    E2M1, an E4M3 scale for each 1 x 16 or 16 x 16, and a float32 scale for the tensor
 
-The last blocks of a matrix may be smaller than the others. For all: a NaN element does not count towards an amax, and stays
-NaN; a cast saturates.
+The last blocks of a matrix may be smaller than the others. In all of them a NaN element does not count towards an amax, and
+stays NaN; casts saturate.
 
 Sources: for blocks arXiv 2412.19437 (DeepSeek-V3, section 3.3); for MX the OCP Microscaling specification 1.0, with the scale
-rounded up (arXiv 2506.08027), so that no element saturates; for NVFP4 arXiv 2509.25149. Where these leave something open,
-Transformer Engine's way (2.20).
+rounded up (arXiv 2506.08027), so that no element saturates; for NVFP4 arXiv 2509.25149. What these leave open is done as in
+Transformer Engine 2.20.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from te_dynamo.lowering.quantized import Quantized
 
 E2M1_MAX = 6.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; code + 8 is the negative
-# Transformer Engine's signs of the random Hadamard transform: drawn once, the same for all tensors.
+# Transformer Engine's signs for the random Hadamard transform: drawn once, the same for all tensors.
 HADAMARD_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 class Granularity(Protocol):
-    """A frozen value: equal ones quantize equally."""
+    """Implementations are frozen dataclasses: equal ones quantize equally."""
 
     def quantize(self, t: Tensor) -> Quantized:
         """t: [R, C], float32, bfloat16 or float16, of any strides. The results are contiguous and share no memory with it."""
@@ -45,7 +45,7 @@ class Granularity(Protocol):
         ...
 
     def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        """What `quantize` gives for a [rows, columns], uninitialized, on the device of `like`."""
+        """What `quantize` returns for a [rows, columns], uninitialized, on the device of `like`."""
         ...
 
 
@@ -64,8 +64,8 @@ class _FP8:
         return _matrix(data * _spread(quantized.scale_inv.float()), *quantized.data.shape)
 
     def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        grid = (_count(rows, self.rows), _count(columns, self.columns))
-        return Quantized(like.new_empty(rows, columns, dtype=self.dtype), like.new_empty(grid, dtype=self.scale_dtype))
+        blocks = (_count(rows, self.rows), _count(columns, self.columns))
+        return Quantized(like.new_empty(rows, columns, dtype=self.dtype), like.new_empty(blocks, dtype=self.scale_dtype))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Blocks(_FP8):
         blocks = _blocks(t.float(), self.rows, self.columns)
         scale = scale_of(_amax(blocks).clamp(min=self.epsilon), self.dtype)
         if self.power_of_2:
-            scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
+            scale = fp8.power_of_2(scale)
         data = fp8.quantize(blocks, _spread(scale), self.dtype)
         return Quantized(_matrix(data, *t.shape), scale.reciprocal())
 
@@ -116,17 +116,18 @@ class NVFP4:
     """E2M1 with a scale for each `rows` x 16, itself rounded to E4M3 under one float32 scale for the tensor.
 
     data: uint8 [R, 8 for each block across], two codes a byte, the first of each pair in the low half. scale_inv: float32
-    [blocks down, blocks across], the product of the two levels. E2M1 has no NaN: the scale_inv of a block with one is NaN.
+    [blocks down, blocks across], the product of the two levels. E2M1 has no NaN: a block with a NaN has scale_inv NaN.
 
-    hadamard: each 16 columns are multiplied by an orthonormal matrix with signs before they are quantized, which spreads an
-    outlier over them; `dequantize` multiplies by its inverse. stochastic: rounded up or down at random, so that the expected
-    value is exact, with torch's generator of the device: two calls differ, and `torch.manual_seed` makes them repeatable.
+    hadamard: each 16 columns are multiplied by a randomly signed Hadamard matrix before they are quantized, which spreads
+    outliers; `dequantize` multiplies by its inverse. stochastic: rounds up or down at random, so that the expected value is
+    exact, with torch's generator of the device: two calls differ, and `torch.manual_seed` makes them repeatable.
     """
+
+    columns: ClassVar[int] = 16
 
     rows: int = 1
     hadamard: bool = False
     stochastic: bool = False
-    columns: int = 16
 
     def quantize(self, t: Tensor) -> Quantized:
         blocks = _blocks(t.float(), self.rows, self.columns)
@@ -137,10 +138,10 @@ class NVFP4:
         decode = encode.reciprocal()
         scale = (amaxes * (encode * (1 / E2M1_MAX))).clamp(max=FP8_MAX[E4M3]).to(E4M3).float()
         values = blocks * _spread((scale * decode).reciprocal().clamp(max=FLOAT32_MAX))
-        missing = values.isnan()
-        codes = _e2m1(values.masked_fill(missing, 0), self.stochastic)
+        nans = values.isnan()
+        codes = _e2m1(values.masked_fill(nans, 0), self.stochastic)
         data = codes[..., ::2] | (codes[..., 1::2] << 4)
-        scale_inv = (scale * decode).masked_fill(missing.any(3).any(1), float("nan"))
+        scale_inv = (scale * decode).masked_fill(nans.any(3).any(1), float("nan"))
         return Quantized(_matrix(data, t.shape[0], data.shape[2] * data.shape[3]), scale_inv)
 
     def dequantize(self, quantized: Quantized, columns: int) -> Tensor:
@@ -153,9 +154,9 @@ class NVFP4:
         return _matrix(values, data.shape[0], columns)
 
     def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        grid = (_count(rows, self.rows), _count(columns, self.columns))
-        bytes_of_row = grid[1] * (self.columns // 2)
-        return Quantized(like.new_empty(rows, bytes_of_row, dtype=torch.uint8), like.new_empty(grid, dtype=torch.float32))
+        down, across = _count(rows, self.rows), _count(columns, self.columns)
+        data = like.new_empty(rows, across * (self.columns // 2), dtype=torch.uint8)
+        return Quantized(data, like.new_empty(down, across, dtype=torch.float32))
 
 
 def _count(size: int, block: int | None) -> int:
@@ -164,7 +165,7 @@ def _count(size: int, block: int | None) -> int:
 
 
 def _blocks(t: Tensor, rows: int | None, columns: int | None) -> Tensor:
-    """[R, C] -> [blocks down, rows, blocks across, columns], zeros where there is nothing."""
+    """[R, C] -> [blocks down, rows, blocks across, columns], padded with zeros."""
     down, across = _count(t.shape[0], rows), _count(t.shape[1], columns)
     r, c = (t.shape[0] if rows is None else rows), (t.shape[1] if columns is None else columns)
     if (down * r, across * c) != tuple(t.shape):
@@ -173,13 +174,13 @@ def _blocks(t: Tensor, rows: int | None, columns: int | None) -> Tensor:
 
 
 def _matrix(blocks: Tensor, rows: int, columns: int) -> Tensor:
-    """[blocks down, r, blocks across, c] -> its [rows, columns], contiguous."""
+    """[blocks down, r, blocks across, c] -> [rows, columns], contiguous, without the padding."""
     down, r, across, c = blocks.shape
     return blocks.reshape(down * r, across * c)[:rows, :columns].contiguous()
 
 
 def _spread(scale: Tensor) -> Tensor:
-    """A scale for each block, [blocks down, blocks across], as a factor for them."""
+    """[blocks down, blocks across] -> what broadcasts with blocks."""
     return scale[:, None, :, None]
 
 
@@ -200,29 +201,29 @@ def _exponent_above(x: Tensor) -> Tensor:
 
 
 def _scale_of_tensor(amaxes: Tensor) -> Tensor:
-    """NVFP4's scale for the tensor, 0-d: it brings the largest block's scale to E4M3's maximum."""
+    """NVFP4's scale for the tensor, 0-d: it maps the largest block's scale to E4M3's maximum."""
     if amaxes.numel() == 0:
         return amaxes.new_ones(())
     scale = (torch.full_like(amaxes[0, 0], FP8_MAX[E4M3] * E2M1_MAX) / amaxes.amax()).clamp(max=FLOAT32_MAX)
-    return torch.where(scale == 0, 1.0, scale)  # 0: of an infinite amax
+    return torch.where(scale == 0, 1.0, scale)  # an infinite amax gives 0
 
 
 def _e2m1(values: Tensor, stochastic: bool) -> Tensor:
     """The codes, uint8, of values without NaN; saturating. To nearest, ties to even, or stochastically."""
     magnitude = values.abs().clamp(max=E2M1_MAX)
-    # Between 0 and 2 a step of the format is 0.5, to 4 it is 1, to 6 it is 2: codes and steps are apart by a constant in each.
-    apart = (magnitude >= 2).float() * 2 + (magnitude >= 4).float() * 2
-    steps = magnitude * torch.exp2(1 - apart / 2)
+    # The format's step is 0.5 below 2, 1 below 4, else 2. In each range, code = magnitude / step + offset.
+    offset = (magnitude >= 2).float() * 2 + (magnitude >= 4).float() * 2
+    steps = magnitude * torch.exp2(1 - offset / 2)
     if stochastic:
         whole = steps.floor()
         steps = whole + (steps - whole > torch.rand_like(steps)).float()
     else:
         steps = steps.round()
-    return (steps + apart).to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)
+    return (steps + offset).to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)
 
 
 def _hadamard(device: torch.device) -> Tensor:
-    """The random Hadamard transform of 16 values as an orthonormal matrix, float32 [16, 16], to be multiplied from the right."""
+    """The random Hadamard transform of 16 values as an orthonormal matrix, float32 [16, 16]; multiply by it from the right."""
     matrix = torch.ones(1, 1, device=device)
     for _ in range(4):
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device), matrix)

@@ -1,4 +1,4 @@
-"""The slots of one graph's sites for one set of weights, as the graph wants them packed."""
+"""The slots of one graph's sites for one set of weights, packed as the graph wants them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,39 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from te_dynamo.state.arena import FORWARD, GRADIENT, Arena
+from te_dynamo.state.arena import DIRECTIONS, FORWARD, GRADIENT, Arena
 
 
 class Group:
-    """Reads scales for a call, and takes the amaxes that it recorded."""
+    """Gives a call its scales, and takes the amaxes that it recorded."""
 
     fake = False
 
     def __init__(self, arena: Arena, indices: tuple[Sequence[int], Sequence[int]], owners: Iterable[nn.Module]) -> None:
         self.arena = arena
-        self.slots = frozenset((arena.device, direction, i) for direction in (FORWARD, GRADIENT) for i in indices[direction])
+        self.slots = frozenset((arena.device, direction, i) for direction in DIRECTIONS for i in indices[direction])
         self.where = tuple(_location(i, arena.device) for i in indices)
         self.owners = tuple({id(o): weakref.ref(o) for o in owners}.values())
-        self._complete = -1  # the arena's version at which every scale was seen to be set
+        self._complete = -1  # the arena's version at which all scales were set
         with torch.inference_mode(False):
             self.sink = torch.zeros(len(indices[GRADIENT]), device=arena.device, requires_grad=True)
-            self.scratch = torch.zeros(len(indices[GRADIENT]), device=arena.device)  # of calls that must not be recorded
+            self.scratch = torch.zeros(len(indices[GRADIENT]), device=arena.device)  # for calls that must not record
             self.own_grad_amax = None if isinstance(self.where[GRADIENT], slice) else torch.zeros_like(self.scratch)
         if self.own_grad_amax is not None:
-            arena.flushers.append(weakref.ref(self))
+            arena.scattered_groups.append(weakref.ref(self))
 
     def complete(self, gradients: bool) -> bool:
-        """Whether every scale was set; asked once for each version of the arena, since on a GPU it waits for the device."""
-        if self._complete != self.arena.version and self._all_set(gradients):
-            self._complete = self.arena.version
+        """Whether all scales are set. Looked up once for each version of the arena, since on a GPU it waits for the device."""
+        if self._complete != self.arena.version:
+            scales = (self.arena.scale[d][self.where[d]] for d in (DIRECTIONS if gradients else (FORWARD,)))
+            if all(bool((scale > 0).all()) for scale in scales):
+                self._complete = self.arena.version
         return self._complete == self.arena.version
 
-    def _all_set(self, gradients: bool) -> bool:
-        directions = (FORWARD, GRADIENT) if gradients else (FORWARD,)
-        return all(bool((self.arena.scale[d][self.where[d]] > 0).all()) for d in directions)
-
     def training(self) -> bool:
-        """Whether any module that owns a weight is in training mode, as it is now (raw parameters always are).
+        """Whether any module that owns a weight is in training mode now; raw parameters always are.
 
-        Any: a part that was put into eval mode, as a frozen one often is, must not stop the scales of the rest.
+        Any: a frozen part in eval mode must not stop the scales of the rest.
         """
         owners = [owner for reference in self.owners if (owner := reference()) is not None]
         return not owners or any(owner.training for owner in owners)
@@ -57,7 +55,7 @@ class Group:
         return scale.index_select(0, where)
 
     def grad_amax(self, recording: bool) -> Tensor:
-        """Where backward max-writes the gradients' amaxes."""
+        """Where backward max-writes the gradients' amaxes [slots]."""
         if not recording:
             return self.scratch
         if self.own_grad_amax is not None:
@@ -69,7 +67,7 @@ class Group:
         self._record(FORWARD, amax)
 
     def flush(self) -> None:
-        """Brings the gradients' amaxes of slots that do not stand side by side into the arena."""
+        """Moves the gradients' amaxes into the arena, if the slots are scattered there."""
         if self.own_grad_amax is not None:
             self._record(GRADIENT, self.own_grad_amax)
             self.own_grad_amax.zero_()
@@ -84,7 +82,7 @@ class Group:
 
 
 class FakeGroup(Group):
-    """State of the right shapes, in the fake mode of the weights (a trial run on shapes only): nothing is recorded."""
+    """State of the right shapes in the fake mode of the weights, for a trial run on shapes only: nothing is recorded."""
 
     fake = True
 
@@ -103,7 +101,7 @@ class FakeGroup(Group):
 
 
 def _location(indices: Sequence[int], device: torch.device) -> slice | Tensor:
-    """A slice where the slots stand side by side, else an index tensor."""
+    """A slice if the slots are side by side, else an index tensor."""
     start = indices[0] if indices else 0
     if list(indices) == list(range(start, start + len(indices))):
         return slice(start, start + len(indices))

@@ -1,12 +1,12 @@
 """Data parallel: the amaxes of all ranks count, so that all have the same scales. One collective at each roll.
 
 Ranks agree on the order of slots by the order in which they were made, which is the program's. A slot that is given back
-keeps its place in that order, since when a rank collects its garbage is its own business.
+keeps its place in that order, since each rank collects its garbage in its own time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,60 +17,65 @@ from te_dynamo.state.arena import Arena
 
 
 def ranks(process_group: Any) -> Any:
-    """The process group whose ranks count, None where there is no other rank. `process_group` None is the world."""
+    """The process group whose ranks count, None if there is no other rank. `process_group` None is the world."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = process_group if process_group is not None else dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
+class _ReducedSlots:
+    """The slots of one arena that are reduced over one process group, each with its place in the collective's buffer."""
+
+    def __init__(self) -> None:
+        self.places: dict[tuple[int, int], int] = {}  # by (direction, index)
+        self.count = 0  # places that were ever given
+        self.indices: tuple[Tensor, Tensor] | None = None  # of each slot: (direction, index) [n, 2], and place [n]
+
+    def add(self, slots: Sequence[tuple[int, int]]) -> None:
+        for slot in slots:
+            if slot not in self.places:
+                self.count += 1
+                self.places[slot], self.indices = self.count, None
+
+    def remove(self, slots: Sequence[tuple[int, int]]) -> None:
+        for slot in slots:
+            if self.places.pop(slot, None) is not None:
+                self.indices = None
+
+    def reduce(self, amax: Tensor, process_group: Any) -> None:
+        if self.indices is None:
+            slots = torch.tensor(list(self.places), dtype=torch.int64, device=amax.device).reshape(-1, 2)
+            self.indices = (slots, torch.tensor(list(self.places.values()), dtype=torch.int64, device=amax.device))
+        slots, places = self.indices
+        row, column = slots.unbind(1)
+        buffer = amax.new_zeros(self.count + 1)
+        buffer[places] = amax[row, column]
+        dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=process_group)
+        amax[row, column] = buffer[places]
+
+
 class Reduction:
     """Which slots of which arena are reduced over which process group."""
 
     def __init__(self) -> None:
-        self.places: dict[tuple[Arena, Any], dict[tuple[int, int], int]] = {}  # (arena, group) -> (direction, index) -> place
-        self.counts: dict[tuple[Arena, Any], int] = {}  # the places that were ever given
-        self.packed: dict[tuple[Arena, Any], tuple[Tensor, Tensor]] = {}  # (position in amax [2, n], place) of each slot
+        self.slots: dict[tuple[Arena, Any], _ReducedSlots] = {}
 
-    def join(self, arena: Arena, direction: int, indices: list[int], process_group: Any) -> None:
+    def join(self, arena: Arena, direction: int, indices: Sequence[int], process_group: Any) -> None:
         """These slots are reduced over `process_group` from now on; None: over no ranks."""
-        for key, places in self.places.items():
-            if key[0] is arena and key[1] is not process_group and any(places.pop((direction, i), None) is not None for i in indices):
-                self.packed.pop(key, None)
-        if process_group is None:
-            return
-        key = (arena, process_group)
-        places = self.places.setdefault(key, {})
-        for i in indices:
-            if (direction, i) not in places:
-                places[direction, i] = self.counts[key] = self.counts.get(key, 0) + 1
-                self.packed.pop(key, None)
-
-    def leave(self, arena: Arena, direction: int, index: int) -> None:
-        for key, places in self.places.items():
-            if key[0] is arena and places.pop((direction, index), None) is not None:
-                self.packed.pop(key, None)
+        slots = [(direction, index) for index in indices]
+        for (owner, group), reduced in self.slots.items():
+            if owner is arena and group is not process_group:
+                reduced.remove(slots)
+        if process_group is not None:
+            self.slots.setdefault((arena, process_group), _ReducedSlots()).add(slots)
 
     def of(self, arena: Arena) -> Callable[[Tensor], None] | None:
-        """What reduces the amaxes [2, n] of an arena, None where no other rank counts."""
-        keys = [key for key, places in self.places.items() if key[0] is arena and self.counts.get(key)]
-        if not keys:
-            return None
+        """What reduces the amaxes [2, n] of an arena, None if no other rank counts."""
+        reduced = [(slots, process_group) for (owner, process_group), slots in self.slots.items() if owner is arena]
 
         def reduce(amax: Tensor) -> None:
-            for key in keys:
-                self._reduce(key, amax)
+            for slots, process_group in reduced:
+                slots.reduce(amax, process_group)
 
-        return reduce
-
-    def _reduce(self, key: tuple[Arena, Any], amax: Tensor) -> None:
-        if key not in self.packed:
-            slots = self.places[key]
-            positions = torch.tensor([[direction, index] for direction, index in slots], device=amax.device).reshape(-1, 2)
-            self.packed[key] = (positions, torch.tensor(list(slots.values()), device=amax.device))
-        positions, places = self.packed[key]
-        row, column = positions.unbind(1)
-        buffer = amax.new_zeros(self.counts[key] + 1)
-        buffer[places] = amax[row, column]
-        dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=key[1])
-        amax[row, column] = buffer[places]
+        return reduce if reduced else None

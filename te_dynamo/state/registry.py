@@ -1,7 +1,7 @@
-"""Every slot of this process: how a call finds its own, and when they roll.
+"""All slots of this process: how a call finds its own, and when they roll.
 
 The contract is Transformer Engine's delayed scaling: the scale used at step n comes from the amaxes before n; a roll moves
-what was recorded into the histories and makes new scales. All slots of a device roll at once: when a backward of a call
+the recorded amaxes into the histories and makes new scales. All slots of a device roll at once: when a backward of a call
 that recorded has ended, or, for a forward whose backward never came, when one of its slots is visited again. A recomputed
 forward runs inside a backward, reads the scales that the first one read and records the same amaxes: nothing moves.
 """
@@ -11,19 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from te_dynamo.recipe import DelayedScaling
-from te_dynamo.state.arena import FORWARD, GRADIENT, Arena
+from te_dynamo.state.arena import DIRECTIONS, Arena
 from te_dynamo.state.group import Group
-from te_dynamo.state.homes import Home, Homes
+from te_dynamo.state.homes import Home, Homes, Slot
 from te_dynamo.state.reduce import Reduction
-
-DIRECTIONS = ("forward", "gradient")
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class SlotKey:
     """Which slots a site asks for.
 
     argument: the position of its weight among the graph's inputs; ordinal: counts the visits of that weight in one call;
-    forward, gradient: the roles of its tensors; recipe: how they are scaled; attention: None, or the way from the weight's
-    module to the attention whose slots these are (see `Home`).
+    forward, gradient: the roles of its tensors; recipe: how they are scaled; attention: None, or the relative path from the
+    weight's module to the attention whose slots these are (see `Home`).
     """
 
     argument: int
@@ -43,23 +41,36 @@ class SlotKey:
     attention: tuple[int, tuple[str, ...]] | None = None
 
 
+class _Wanted(NamedTuple):
+    """A slot that a graph asks for. home: None if the weight has no slots."""
+
+    home: Home | None
+    slot: Slot
+    recipe: DelayedScaling
+
+    def position(self) -> int:
+        """Its index in the arena; 0, where nothing is ever set, if it does not exist."""
+        entry = None if self.home is None else self.home.slots.get(self.slot)
+        return 0 if entry is None else entry[2]
+
+
 class ScaleState:
     """The state itself; one for each process, `STATE`."""
 
     def __init__(self) -> None:
         self.arenas: dict[torch.device, Arena] = {}
-        self.homes = Homes(self._vacate, self._forget)
-        self.dependents: dict[int, list[tuple[dict[Any, Any], Any]]] = {}
-        self.arrivals: list[Any] = []  # told of new slots: a scale state that was loaded before they were there
+        self.homes = Homes(self._release, self._forget)
+        self.cache_entries: dict[int, list[tuple[dict[Any, Any], Any]]] = {}  # by weight: (table, key), dropped when it dies
+        self.pending_loads: list[Any] = []  # scale states that were loaded before their slots existed
         self.reduction = Reduction()
-        self.version = 0  # counts what makes a lookup stale
+        self.version = 0  # changes whenever a lookup may have become stale
         self.visited: set[tuple[torch.device, int, int]] = set()
         self.backward_seen = False
-        self.awaited = -1  # the backward at whose end a roll will happen
+        self.backward_task = -1  # the backward at whose end a roll will happen
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """While open there is no scale state; what comes to be is gone afterwards."""
+        """While open there is no scale state; what is recorded meanwhile is dropped at the end."""
         before = dict(vars(self))
         self.__init__()  # type: ignore[misc]
         try:
@@ -86,49 +97,46 @@ class ScaleState:
         create: bool,
         process_group: Any = None,
     ) -> Group | None:
-        """The group for the weights among `args`. Without `create`, None where none of its slots exists.
+        """The group for the weights among `args`. Without `create`, None if none of its slots exists.
 
-        unions: which of the slots, by their place in the graph's scales [F] and [G], move as one; process_group: the ranks
+        unions: which of the slots share a scale, by their place in the graph's scales [F] and [G]; process_group: the ranks
         whose amaxes count too.
         """
         arena = self.arena(device)
-        weights = [args[k.argument] for k in keys]
-        homes = [self.homes.of(w) if create else self.homes.find(w) for w in weights]
-        wanted = tuple(
-            [(home, (key.ordinal, role), key.recipe) for home, key in zip(homes, keys, strict=True) for role in getattr(key, direction)]
-            for direction in DIRECTIONS
-        )
-        if not create and not any(home is not None and slot in home.slots for direction in wanted for home, slot, _ in direction):
-            return None
-        new: list[tuple[Home, Any]] = []
-        indices: list[list[int]] = []
-        for direction in (FORWARD, GRADIENT):
-            if create:
-                new += self._settle_in(arena, direction, wanted[direction])
-            found = [home.slots.get(slot) if home is not None else None for home, slot, _ in wanted[direction]]
-            indices.append([0 if entry is None else entry[2] for entry in found])
-        if create:
-            for key, home in zip(keys, homes, strict=True):
-                if key.attention is not None:
-                    home.attention[key.ordinal] = key.attention  # type: ignore[union-attr]
-            self._configure(arena, wanted, indices, process_group)
-            try:
-                for arrival in list(self.arrivals):
-                    arrival.slots_arrived(new)
-            except RuntimeError:  # what was loaded does not fit: the next call is to say so again
-                for home, slot in new:
-                    _, direction, index = home.slots.pop(slot)
-                    arena.give_back(direction, index)
-                raise
-            for direction in (FORWARD, GRADIENT):
-                for union in unions[direction]:
-                    arena.unite(direction, [indices[direction][i] for i in union])
-        owners = [module for home in homes if home is not None for module in home.modules()]
-        return Group(arena, (indices[FORWARD], indices[GRADIENT]), owners if create else ())
+        find = self.homes.find_or_create if create else self.homes.find
+        homes = [find(args[key.argument]) for key in keys]
 
-    def _settle_in(self, arena: Arena, direction: int, wanted: Iterable[tuple[Home | None, Any, Any]]) -> list[tuple[Home, Any]]:
-        """Gives the slots that are not there yet their place, side by side."""
-        missing = list(dict.fromkeys((home, slot) for home, slot, _ in wanted if home is not None and slot not in home.slots))
+        def wanted(roles: str) -> list[_Wanted]:
+            pairs = zip(homes, keys, strict=True)
+            return [_Wanted(home, (key.ordinal, role), key.recipe) for home, key in pairs for role in getattr(key, roles)]
+
+        slots = (wanted("forward"), wanted("gradient"))
+        if not create:
+            forward, gradient = indices = _indices(slots)
+            return Group(arena, indices, ()) if any(forward) or any(gradient) else None
+        new = [made for direction in DIRECTIONS for made in self._create(arena, direction, slots[direction])]
+        for key, home in zip(keys, homes, strict=True):
+            if key.attention is not None:
+                home.attention[key.ordinal] = key.attention  # type: ignore[union-attr]
+        indices = _indices(slots)
+        for direction in DIRECTIONS:
+            self._configure(arena, direction, [slot.recipe for slot in slots[direction]], indices[direction], process_group)
+        try:
+            for load in list(self.pending_loads):
+                load.apply(new)
+        except RuntimeError:  # it does not fit: without the slots, the next call says so again
+            for home, slot in new:
+                _, direction, index = home.slots.pop(slot)
+                arena.give_back(direction, index)
+            raise
+        for direction in DIRECTIONS:
+            for union in unions[direction]:
+                arena.unite(direction, [indices[direction][i] for i in union])
+        return Group(arena, indices, [module for home in homes for module in home.modules()])  # type: ignore[union-attr]
+
+    def _create(self, arena: Arena, direction: int, wanted: Iterable[_Wanted]) -> list[tuple[Home, Slot]]:
+        """Makes the slots that do not exist yet, side by side."""
+        missing = list(dict.fromkeys((w.home, w.slot) for w in wanted if w.home is not None and not w.position()))
         if missing:
             for (home, slot), index in zip(missing, arena.take(direction, len(missing)), strict=True):
                 home.slots[slot] = (arena, direction, index)
@@ -136,42 +144,35 @@ class ScaleState:
         return missing
 
     def _configure(
-        self,
-        arena: Arena,
-        wanted: Sequence[Sequence[tuple[Any, Any, DelayedScaling]]],
-        indices: Sequence[Sequence[int]],
-        process_group: Any,
+        self, arena: Arena, direction: int, recipes: Sequence[DelayedScaling], indices: Sequence[int], process_group: Any
     ) -> None:
-        for direction in (FORWARD, GRADIENT):
-            by_recipe: dict[DelayedScaling, list[int]] = {}
-            for (_, _, recipe), index in zip(wanted[direction], indices[direction], strict=True):
-                by_recipe.setdefault(recipe, []).append(index)
-            for recipe, where in by_recipe.items():
-                arena.configure(direction, where, recipe)
-                self.reduction.join(arena, direction, where, process_group if recipe.reduce_amax else None)
+        for recipe in dict.fromkeys(recipes):
+            where = [index for index, its_recipe in zip(indices, recipes, strict=True) if its_recipe == recipe]
+            arena.configure(direction, where, recipe)
+            self.reduction.join(arena, direction, where, process_group if recipe.reduce_amax else None)
 
     def watch(self, weight: Tensor, table: dict[Any, Any], key: Any) -> None:
-        """Removes `table[key]` when the weight dies, since its id may then name another."""
-        self.dependents.setdefault(id(weight), []).append((table, key))
+        """Removes `table[key]` when the weight dies, since its id may then be another's."""
+        self.cache_entries.setdefault(id(weight), []).append((table, key))
         self.homes.watch(weight)
 
     def _forget(self, identity: int) -> None:
-        for table, key in self.dependents.pop(identity, ()):
+        for table, key in self.cache_entries.pop(identity, ()):
             table.pop(key, None)
         self.version += 1
 
-    def _vacate(self, home: Home) -> None:
+    def _release(self, home: Home) -> None:
         for arena, direction, index in home.slots.values():
             arena.give_back(direction, index)
-            self.reduction.leave(arena, direction, index)
+            self.reduction.join(arena, direction, [index], None)
         home.slots.clear()
         self.version += 1
 
     # -- when slots roll
 
     def visit(self, group: Group | None) -> None:
-        """A call is about to run that records in `group`, or not at all. Inside a backward it is a recomputed forward:
-        nothing moves. One that does not record may be all that is seen outside (a reentrant checkpoint's first pass)."""
+        """Announces a call that will record in `group`, or not at all. Inside a backward it is a recomputed forward: nothing
+        moves. A call that does not record may be the only one outside (a reentrant checkpoint's first pass)."""
         if torch._C._current_graph_task_id() != -1:
             return
         slots = frozenset() if group is None else group.slots
@@ -180,18 +181,18 @@ class ScaleState:
         self.visited |= slots
 
     def roll(self) -> None:
-        """Moves everything that was recorded into the histories."""
+        """Moves all recorded amaxes into the histories."""
         for arena in self.arenas.values():
             arena.roll(self.reduction.of(arena))
         self.visited.clear()
         self.backward_seen = False
 
     def watch_backward(self, outputs: Sequence[Any], grad_amax: Tensor, recording: bool) -> None:
-        """Notes when a backward reaches these outputs, in whichever form it is asked for, and rolls at its end.
+        """Notes when a backward of any form reaches these outputs, and rolls at its end.
 
-        A forward that was recomputed inside a backward has a backward of its own within it, whose end is not the end: its
-        roll waits for the next forward. Backward writes `grad_amax`, which autograd keeps as a saved tensor: its version
-        is set back before each backward, so that a second one (`retain_graph=True`) is not taken for a use after a write.
+        A forward that was recomputed inside a backward has a nested backward of its own, whose end is not the end: its roll
+        waits for the next forward. Backward writes `grad_amax`, which autograd keeps as a saved tensor: its version is reset
+        before each backward, so that a second one (`retain_graph=True`) does not fail as a use after a write.
         """
         version = (grad_amax._version,)
         recomputed = torch._C._current_graph_task_id() != -1
@@ -201,24 +202,29 @@ class ScaleState:
             if recording:
                 self.backward_seen = True
                 if not recomputed:
-                    self._await_end()
+                    self._roll_after_backward()
 
         for function in {o.grad_fn for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None}:
             function.register_prehook(before_backward)
 
-    def _await_end(self) -> None:
+    def _roll_after_backward(self) -> None:
         task = torch._C._current_graph_task_id()
-        if task not in (-1, self.awaited):
-            self.awaited = task
+        if task not in (-1, self.backward_task):
+            self.backward_task = task
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
-        self.awaited = -1
+        self.backward_task = -1
         if self.backward_seen:
             self.roll()
 
 
 STATE = ScaleState()
+
+
+def _indices(slots: tuple[list[_Wanted], list[_Wanted]]) -> tuple[list[int], list[int]]:
+    forward, gradient = slots
+    return [slot.position() for slot in forward], [slot.position() for slot in gradient]
 
 
 def is_fake(tensor: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Weights that FSDP gathers: the same tensors at the same place at every call, filled anew without a trace in their version."""
+"""Weights that FSDP gathers: the same tensors at the same addresses at every call, refilled without a new version counter."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def gathered(tensors: Sequence[Tensor]) -> bool:
     """Whether any of these is a weight that FSDP (1 or 2) gathers before it is used."""
     if "torch.distributed.fsdp" not in sys.modules:
         return False
-    if any(getattr(t, "_fsdp_flattened", False) for t in tensors):  # what FSDP 1 says of its views
+    if any(getattr(t, "_fsdp_flattened", False) for t in tensors):  # FSDP 1 marks its views so
         return True
-    ours = {id(t) for t in tensors}
-    return any(id(parameter) in ours for parameter in _of_fully_shard())
+    ids = {id(t) for t in tensors}
+    return any(id(parameter) in ids for parameter in _gathered_by_fsdp2())
 
 
-def _of_fully_shard() -> Iterator[Any]:
+def _gathered_by_fsdp2() -> Iterator[Any]:
     """The gathered parameters of all modules that `fully_shard` was applied to."""
     from torch.distributed import _composable_state
 

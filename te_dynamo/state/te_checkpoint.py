@@ -1,4 +1,4 @@
-"""Transformer Engine's `_extra_state`: a pickle, in a uint8 tensor or an io.BytesIO, of the scales and histories of a module.
+"""Transformer Engine's `_extra_state`: a module's scales and histories, pickled into a uint8 tensor or an io.BytesIO.
 
 `scale_fwd` f32 [3 n] and `amax_history_fwd` f32 [length, 3 n] for n GEMMs: input, weight, output of each; `scale_bwd` f32
 [2 n] and `amax_history_bwd`: the gradients of output and input. (TE 2.20, pytorch/module/base.py, get_extra_state.)
@@ -15,43 +15,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_dynamo.state.names import LINEAR_FORWARD, LINEAR_GRADIENT, join
+
 SUFFIX = "_extra_state"
-PER_GEMM = {"fwd": (("input", "weight"), 3), "bwd": (("grad_output",), 2)}  # the roles that have a place here, and the stride
+# By pass: the roles that are kept of each GEMM, and how many scales TE has for it (the roles' come first).
+PER_GEMM = {"fwd": (LINEAR_FORWARD, 3), "bwd": (LINEAR_GRADIENT, 2)}
+
+Names = Mapping[str, Any] | Callable[[str], Any] | None
 
 
-def entries_of_te(state_dict: Mapping[str, Any], names: Mapping[str, Any] | Callable[[str], Any] | None) -> dict[str, Tensor]:
-    """Scale-state entries, as `ModelScaleState.state_dict` names them, out of a TE model's `state_dict()`."""
+def entries_of_te(state_dict: Mapping[str, Any], names: Names) -> dict[str, Tensor]:
+    """A TE model's `state_dict()` -> scale-state entries, named as in `ModelScaleState.state_dict`."""
     result: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if key != SUFFIX and not key.endswith("." + SUFFIX):
             continue
         path = key.removesuffix(SUFFIX).removesuffix(".")
-        state = _read(key, value)
-        ours = _renamed(path, names)
+        state, ours = _read(key, value), _renamed(path, names)
         if not state or "scale_fwd" not in state or ours is None:
             continue
         for gemm, name in enumerate([ours] if isinstance(ours, str) else ours):
             for pass_, (roles, stride) in PER_GEMM.items():
                 scales, history = state[f"scale_{pass_}"], state[f"amax_history_{pass_}"]
-                if scales.numel() < (gemm + 1) * stride:
+                first, needed = gemm * stride, (gemm + 1) * stride
+                if scales.numel() < needed:
                     raise ValueError(
-                        f"te_fp8: {key} holds {scales.numel()} scales of {pass_}; GEMM {gemm} ({name!r}) would need {(gemm + 1) * stride}"
+                        f"te_fp8: {key} holds {scales.numel()} scales in scale_{pass_}, but GEMM {gemm} ({name!r}) would need {needed}; "
+                        "`names` must give one path for each GEMM of the module"
                     )
-                for i, role in enumerate(roles):
-                    slot = f"{name}.{role}" if name else role
-                    result[f"{slot}.scale"] = scales[gemm * stride + i].clone()
-                    result[f"{slot}.amax_history"] = history[:, gemm * stride + i].clone()
+                for place, role in enumerate(roles, first):
+                    slot = join(name, role)
+                    result[f"{slot}.scale"] = scales[place].clone()
+                    result[f"{slot}.amax_history"] = history[:, place].clone()
     return result
 
 
-def _renamed(path: str, names: Mapping[str, Any] | Callable[[str], Any] | None) -> Any:
+def _renamed(path: str, names: Names) -> Any:
     if names is None:
         return path
     return names(path) if callable(names) else names.get(path, path)
 
 
 def _read(key: str, value: Any) -> dict[str, Any] | None:
-    """What an entry holds; None where there is no state."""
+    """What an entry holds; None if it is empty."""
     if value is None:
         return None
     if isinstance(value, io.BytesIO):
@@ -59,7 +65,7 @@ def _read(key: str, value: Any) -> dict[str, Any] | None:
     elif isinstance(value, Tensor) and value.dtype == torch.uint8:
         data = value.detach().cpu().numpy().tobytes()
     else:
-        raise ValueError(f"te_fp8: {key} is a {type(value).__name__}; Transformer Engine keeps a uint8 tensor or an io.BytesIO there")
+        raise ValueError(f"te_fp8: {key} is a {type(value).__name__}, but Transformer Engine stores a uint8 tensor or an io.BytesIO there")
     if not data:
         return None
     try:
@@ -68,12 +74,12 @@ def _read(key: str, value: Any) -> dict[str, Any] | None:
         else:
             loaded = _Unpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"te_fp8: {key} cannot be read: {error}") from error
+        raise ValueError(f"te_fp8: {key} cannot be read: {error}; remove this entry if its scales are not needed") from error
     return loaded if isinstance(loaded, dict) else None
 
 
 class _Inert:
-    """What stands for an object of Transformer Engine's own (the recipe): it holds what it is given, and does nothing."""
+    """Stands for an object of Transformer Engine's own (the recipe), and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -96,11 +102,11 @@ _ADMITTED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits tensors and plain containers. A recipe, which TE keeps beside them, becomes an inert object."""
+    """Admits tensors and plain containers. The recipe, which TE stores beside them, becomes an inert object."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _load_storage  # as it is, it would unpickle anything
+            return _load_storage  # torch's own would unpickle anything
         if (module, name) in _ADMITTED:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

@@ -59,7 +59,7 @@ def test_opcheck(data, transposed, monkeypatch):
 # Values that are FP8's own, under a scale of 2: Triton's interpreter loses the carry of a rounding, and a NaN, which hardware does right.
 KERNEL = """
     import torch
-    from te_dynamo.lowering.kernels.cast_transpose import _blocks, _defined, launch
+    from te_dynamo.lowering.kernels.cast_transpose import _blocks, _reference, launch
 
     torch.manual_seed(0)
     shapes = [((128,), 128, 0), ((100,), 37, 0), ((16, 48), 200, 0), ((32, 32, 32), 72, 8), ((1,), 5, 0), ((0,), 3, 0), ((130,), 260, 0)]
@@ -75,7 +75,7 @@ KERNEL = """
                     across = torch.zeros((columns, rows) if transposed else (0, 0), dtype=dtype)
                     amax = torch.zeros(sum(_blocks(p) for p in parts))
                     launch(parts, scale, plain, across, amax, interleave)
-                    a, b, c = _defined(parts, scale, dtype, interleave, data, transposed)
+                    a, b, c = _reference(parts, scale, dtype, interleave, data, transposed)
                     for found, expected in ((plain, a), (across, b)):
                         numbers = ~expected.float().isnan()
                         assert torch.equal(found.float()[numbers], expected.float()[numbers]), (sizes, columns)

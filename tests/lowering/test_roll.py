@@ -27,10 +27,10 @@ STEPS = """
     two = copy.deepcopy(one)
 
     def by_kernel(amax, scale, history, cursor):
-        if two.united:
+        if two.has_unions:
             union = two.union[:, : amax.shape[1]]
             amax = torch.zeros_like(amax).scatter_reduce(1, union, amax, "amax").gather(1, union)
-        roll.launch(amax, scale, history, cursor, two.top, two.length, two.newest)
+        roll.launch(amax, scale, history, cursor, two.top, two.length, two.most_recent)
 
     two.advance = by_kernel
     n = one.used[0]

@@ -242,7 +242,7 @@ def test_scales_that_were_apart_become_one_where_a_gemm_joins_them():
     STATE.visited.clear()
     arena, direction, index = STATE.homes.by_weight[id(other.v_proj.weight)].slots[0, "weight"]
     assert arena.scale[direction, index] == 0.5
-    assert arena.in_order(direction, index).tolist() == [0.0, 4.0, 8.0, 12.0]
+    assert arena.ordered_history(direction, index).tolist() == [0.0, 4.0, 8.0, 12.0]
 
 
 # --- what is saved
@@ -456,7 +456,7 @@ def test_a_shorter_history_keeps_what_fits():
     longer = scales(model)["blocks.0.up.input.amax_history"]
     compiled(model, recipe=DelayedScaling(amax_history_len=3))(torch.randn(8, SIZE))
     arena, direction, index = STATE.homes.by_weight[id(model.blocks[0].up.weight)].slots[0, "input"]
-    assert arena.in_order(direction, index)[1:].tolist() == longer[-2:].tolist()
+    assert arena.ordered_history(direction, index)[1:].tolist() == longer[-2:].tolist()
 
 
 RESUME = """

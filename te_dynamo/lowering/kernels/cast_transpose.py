@@ -1,8 +1,8 @@
-"""An FP8 matrix, its transposed copy and its amax, in one reading of the high-precision one.
+"""An FP8 matrix, its transposed copy and its amax, in one read of the high-precision one.
 
-Hopper's FP8 GEMM wants both operands with the summed dimension innermost, so a gradient and a weight are needed both ways.
-Inductor writes a transposed copy in a pass of its own, or scattered from within a row reduction; and where a transposed
-store of FP8 stands beside a min or max, Triton has been seen to corrupt it (its issue 11111): here is neither.
+Hopper's FP8 GEMM takes both operands with the summed dimension innermost, so gradients and weights are needed both ways.
+Inductor writes a transposed copy in a separate pass, or with scattered stores in a row reduction. The kernel has no min or
+max: next to one, Triton has been seen to corrupt transposed FP8 stores (its issue 11111).
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ def cast_transpose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """parts: [N_i, C] of one dtype; scale: f32, 0-d -> (FP8 [N, C], FP8 [C, N], amaxes f32 [blocks], the largest is the tensor's).
 
-    N: sum of N_i. interleave: 0, or a head's size: the rows of the parts then alternate head by head. data, transposed:
-    which of the two are wanted; the other is empty. One kernel a part: a read, and a write for each that is wanted.
+    N: sum of N_i. interleave: 0, or the head size: the rows of the parts then alternate head by head. data, transposed:
+    which of the two to write; the other is empty. One kernel a part: one read, and a write for each.
     """
-    rows, columns = sum(p.shape[0] for p in parts), parts[0].shape[1]
     if parts[0].device.type != "cuda":
-        return _defined(parts, scale, dtype, interleave, data, transposed)
-    new = functools.partial(parts[0].new_empty, dtype=dtype)
-    plain, across = new((rows, columns) if data else (0, 0)), new((columns, rows) if transposed else (0, 0))
-    amax = parts[0].new_empty(sum(_blocks(p) for p in parts), dtype=torch.float32)
+        return _reference(parts, scale, dtype, interleave, data, transposed)
+    plain, across, amax = _empty(parts, dtype, data, transposed)
     launch(parts, scale, plain, across, amax, interleave)
     return plain, across, amax
 
 
 @cast_transpose.register_fake
 def _(parts, scale, dtype, interleave, data, transposed):
+    return _empty(parts, dtype, data, transposed)
+
+
+def _empty(parts: Sequence[Tensor], dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = sum(p.shape[0] for p in parts), parts[0].shape[1]
-    new = functools.partial(parts[0].new_empty, dtype=dtype)
-    plain, across = new((rows, columns) if data else (0, 0)), new((columns, rows) if transposed else (0, 0))
+    plain = parts[0].new_empty((rows, columns) if data else (0, 0), dtype=dtype)
+    across = parts[0].new_empty((columns, rows) if transposed else (0, 0), dtype=dtype)
     return plain, across, parts[0].new_empty(sum(_blocks(p) for p in parts), dtype=torch.float32)
 
 
@@ -51,10 +52,10 @@ def _blocks(part: Tensor) -> Any:
     return ((rows + BLOCK_ROWS - 1) // BLOCK_ROWS) * ((columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS)
 
 
-def _defined(
+def _reference(
     parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, interleave: int, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By definition, where there is no Triton; the amaxes stand in the first places."""
+    """The definition, for devices without Triton. Only the first amax is set."""
     whole = torch.cat(list(parts)) if not interleave else torch.stack([p.unflatten(0, (-1, interleave)) for p in parts], 1).flatten(0, 2)
     q, nothing = quantize(whole, scale, dtype), whole.new_empty((0, 0), dtype=dtype)
     amax = whole.new_zeros(sum(_blocks(p) for p in parts), dtype=torch.float32)
@@ -65,17 +66,15 @@ def _defined(
 
 
 def launch(parts: Sequence[Tensor], scale: Tensor, plain: Tensor, across: Tensor, amax: Tensor, interleave: int) -> None:
-    """Runs the kernel for each part: row r of a part is row r // group * pitch + offset + r % group of the whole."""
+    """Runs the kernel for each part. Row r of a part is row r // group * pitch + offset + r % group of the whole."""
     rows = sum(p.shape[0] for p in parts)
     start = blocks = 0
     for i, part in enumerate(parts):
         n, columns = part.shape
         group, pitch, offset = (interleave, len(parts) * interleave, i * interleave) if interleave else (max(n, 1), 0, start)
         if part.numel():
-            source = part.contiguous()
-            grid = (_blocks(part),)
-            _kernel()[grid](
-                source,
+            _kernel()[(_blocks(part),)](
+                part.contiguous(),
                 scale,
                 plain,
                 across,
@@ -130,7 +129,7 @@ def _kernel() -> Any:
         magnitude = tl.where(values == values, tl.abs(values), 0.0)  # a NaN does not count
         tl.store(amax + block, tl.max(tl.max(magnitude, 1), 0))
         scaled = values * tl.load(scale)
-        # Not clamp: see above.
+        # Not clamp, which is a min and a max: see above.
         scaled = tl.where(scaled > TOP, TOP, scaled)
         scaled = tl.where(scaled < -TOP, -TOP, scaled)
         place = row // group * pitch + offset + row % group

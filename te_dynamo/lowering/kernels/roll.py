@@ -1,4 +1,4 @@
-"""The update of delayed scaling as one kernel: for each slot its amax enters the history, and a new scale comes out."""
+"""The update of delayed scaling as one kernel: each slot's amax enters its history, and a new scale comes out."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from te_dynamo.lowering.fp8 import FLOAT32_MAX
 
-LONGEST = 1 << 14  # of a history, in registers
+LONGEST = 1 << 14  # history that fits in registers
 
 
-def launch(amax: Tensor, scale: Tensor, history: Tensor, cursor: Tensor, top: Tensor, length: Tensor, newest: Tensor) -> None:
+def launch(amax: Tensor, scale: Tensor, history: Tensor, cursor: Tensor, top: Tensor, length: Tensor, most_recent: Tensor) -> None:
     """In place on `scale` [2, n] f32, `history` [2, n, longest] f32 and `cursor` [2, n] int64; the others [2, n] as in
-    `te_dynamo.state.arena.Arena`. All have their slots side by side; the two directions may lie apart."""
+    `te_dynamo.state.arena.Arena`. In all of them slots are contiguous; the two directions may be strided."""
     n, longest = amax.shape[1], history.shape[2]
     block = 1 << (longest - 1).bit_length()
-    tensors = (amax, scale, history, cursor, top, length, newest)
+    tensors = (amax, scale, history, cursor, top, length, most_recent)
     _kernel()[(2 * n,)](*tensors, *(t.stride(0) for t in tensors), n, longest, LARGEST=FLOAT32_MAX, BLOCK=block, num_warps=1)
 
 
@@ -34,14 +34,14 @@ def _kernel() -> Any:
         cursor,
         top,
         length,
-        newest,
+        most_recent,
         amax_stride,
         scale_stride,
         history_stride,
         cursor_stride,
         top_stride,
         length_stride,
-        newest_stride,
+        most_recent_stride,
         n,
         longest,
         LARGEST: tl.constexpr,
@@ -56,7 +56,7 @@ def _kernel() -> Any:
         entries = tl.load(row, mask=place < longest, other=0.0)
         entries = tl.where(place == at, peak, entries)
         # The oldest entry counts once more, then makes room.
-        deciding = tl.where(tl.load(newest + direction * newest_stride + slot) != 0, peak, tl.max(entries, 0))
+        deciding = tl.where(tl.load(most_recent + direction * most_recent_stride + slot) != 0, peak, tl.max(entries, 0))
         fresh = tl.div_rn(tl.load(top + direction * top_stride + slot), deciding)
         fresh = tl.where(fresh > LARGEST, LARGEST, fresh)
         moved = peak != 0

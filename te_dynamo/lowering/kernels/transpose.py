@@ -1,7 +1,7 @@
-"""The transposed copy of an FP8 matrix, as one kernel of its own.
+"""The transposed copy of an FP8 matrix, as a separate kernel.
 
-Inductor would write such a copy from within the kernel that makes the matrix; where that is a row reduction (it measures
-the amax) its stores would be scattered.
+Inductor would write such a copy in the kernel that makes the matrix; if that is a row reduction (for the amax), with
+scattered stores.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def launch(x: Tensor) -> Tensor:
     rows, columns = x.shape
     out = x.new_empty(columns, rows)
     if x.numel():
-        grid = (-(-rows // BLOCK) * -(-columns // BLOCK),)
-        _kernel()[grid](x.view(torch.uint8), out.view(torch.uint8), rows, columns, BLOCK, num_warps=8)
+        blocks = -(-rows // BLOCK) * -(-columns // BLOCK)
+        _kernel()[(blocks,)](x.view(torch.uint8), out.view(torch.uint8), rows, columns, BLOCK, num_warps=8)
     return out
 
 
