@@ -8,12 +8,14 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from operator import attrgetter, getitem
+from itertools import zip_longest
+from operator import attrgetter, getitem, setitem
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._library.custom_ops import OPDEFS
+from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.fx.node import _get_qualified_name, map_aggregate
@@ -25,17 +27,13 @@ from te_dynamo.report.dump.inputs import SYMBOLIC, fill, fill_placeholder, index
 from te_dynamo.sites import Site, module_path
 
 IMPORTED_BY_TORCH = re.compile(r"torch(\._C\b.*|\.nn\.functional|\.ops\b.*)?$|builtins$")
-PRINTED_AS_IS = (bool, int, float, complex, str, bytes, range, set, torch.dtype, torch.layout, torch.memory_format, type(None))
+PRINTED_AS_IS = (bool, int, complex, str, bytes, range, set, torch.dtype, torch.layout, torch.memory_format, type(None))
 
-UNAVAILABLE = '''
-def unavailable(what):
-    """Stands for what a file cannot import: a call of it raises."""
-
+UNAVAILABLE = """def unavailable(what):
     def call(*args, **kwargs):
         raise NotImplementedError(f"{what} cannot be imported")
 
-    return call
-'''
+    return call"""
 FOOTER = """
 def show(name, value):
     if isinstance(value, torch.Tensor):
@@ -78,24 +76,23 @@ class Script:
     def text(self, title: str, grad_enabled: bool) -> str:
         parts = [*self.classes.values(), self.inputs]
         if any("unavailable(" in part for part in parts):
-            parts.insert(0, UNAVAILABLE.strip())
+            parts.insert(0, UNAVAILABLE)
         imports = "\n".join(f"import {module}" for module in sorted(self.imports))
         return "\n\n\n".join([f'"""{title}\n"""', imports, *parts]) + "\n\n" + FOOTER.replace("@grad_enabled@", str(grad_enabled))
 
     def _inputs(self, gm: GraphModule, names: Sequence[str], inputs: Sequence[Any], filled: dict[str, str]) -> str:
         """The function that makes the inputs. names: what the file calls the placeholders."""
-        bounds = index_bounds(gm)
-        written = {storage(target) for node in gm.graph.nodes for target in writes(node)}
-        lines = ["def inputs():", "    torch.manual_seed(0)", "    return {"]
-        for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-            value, given = tensor(node), inputs[i] if i < len(inputs) else None
+        bounds, written = index_bounds(gm), {storage(target) for node in gm.graph.nodes for target in writes(node)}
+        lines = ["def inputs():  # symbolic sizes are what they were in this trace", "    torch.manual_seed(0)", "    return {"]
+        for name, node, given in zip_longest(names, gm.graph.find_nodes(op="placeholder"), inputs[: len(names)]):
+            value = tensor(node)
             if node.name not in filled:
                 scalar = example(node) if given is None else given
                 filled[node.name] = self._text(scalar) if value is None else fill_placeholder(node, given, bounds.get(node))
             grad = ""
             if value is not None and value.requires_grad:  # a leaf cannot be written in place: then the graph gets a copy
                 grad = ".requires_grad_()" + (".clone()" if storage(node) in written or not value.is_leaf else "")
-            lines.append(f'        "{names[i]}": {filled[node.name]}{grad},{_comment(node, source=True)}')
+            lines.append(f'        "{name}": {filled[node.name]}{grad},{_comment(node)}')
         return "\n".join([*lines, "    }"])
 
     def _add_class(self, name: str, gm: GraphModule) -> str:
@@ -108,8 +105,9 @@ class Script:
         for node in nodes:
             if node.name in roots:
                 node._rename(f"{node.name}_")
-        gm.graph.set_codegen(_CodeGen(nodes))
-        gm.graph.on_generate_code(lambda _: lambda body: _annotate(body, nodes))
+        codegen = _CodeGen(nodes)
+        gm.graph.set_codegen(codegen)
+        gm.graph.on_generate_code(lambda _: codegen.annotated)
         code = gm.graph.python_code("self")
         # PyTorch prints "torch.add", but "te_dynamo_ops_linear" for `te_dynamo.ops.linear`.
         names = {short: full for short, value in code.globals.items() if value is not torch.device and (full := self._name_of(value))}
@@ -138,8 +136,8 @@ class Script:
             members[missing := f"missing_{len(members)}"] = self._text(node.target)
             node.op, node.target = "call_module", missing
         node.args, node.kwargs = map_aggregate((node.args, node.kwargs), self._leaf)
-        if is_call(node, getitem) and isinstance(index := node.args[1], (slice, tuple)):
-            node.args = (node.args[0], Verbatim(lambda: _subscript(index)))
+        if is_call(node, getitem, setitem) and isinstance(index := node.args[1], (slice, tuple)):
+            node.args = (node.args[0], Verbatim(lambda: _subscript(index)), *node.args[2:])
 
     def _leaf(self, value: Any) -> Any:
         """An argument, or what stands for it where PyTorch would print what does not run."""
@@ -155,8 +153,10 @@ class Script:
             return repr(number(value))
         if isinstance(value, torch.Tensor):
             return fill(value, value, None)
-        if isinstance(value, torch.device) or (isinstance(value, float) and not math.isfinite(value)):
-            return f'{"torch.device" if isinstance(value, torch.device) else "float"}("{value}")'
+        if isinstance(value, torch.device):
+            return f'torch.device("{value}")'
+        if isinstance(value, float):
+            return repr(value) if math.isfinite(value) else f'float("{value}")'
         if value is Ellipsis or isinstance(value, PRINTED_AS_IS):
             return "..." if value is Ellipsis else repr(value)
         called = "" if callable(value) else "()"
@@ -165,15 +165,17 @@ class Script:
     def _name_of(self, value: Any) -> str | None:
         """The full name of a function or a class, whose module is imported; None where it has none."""
         try:
-            name = _get_qualified_name(value).removeprefix("_")  # "_operator.add"
+            name = _get_qualified_name(value).replace("_operator.", "operator.")
             found = resolve_name(name if "." in name else f"builtins.{name}")
         except (AttributeError, ImportError, RuntimeError, ValueError):
             return None
         if found is not value:
             return None
-        for module in (name.rpartition(".")[0], *_registering_module(value)):
-            if module in sys.modules and not IMPORTED_BY_TORCH.match(module):
-                self.imports.add(module)
+        modules = {name.rpartition(".")[0]}
+        packet = getattr(value, "_overloadpacket", value)
+        if isinstance(packet, OpOverloadPacket) and (definition := OPDEFS.get(packet._qualified_op_name)):
+            modules.add(definition._init_fn.__module__)
+        self.imports |= {module for module in modules & sys.modules.keys() if not IMPORTED_BY_TORCH.match(module)}
         return name
 
 
@@ -192,30 +194,29 @@ class _CodeGen(CodeGen):
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         super().__init__()
-        self.placeholders = [n for n in nodes if n.op == "placeholder"]
+        self.nodes = nodes
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
-        parameters = [f"    {name},{_comment(node)}\n" for name, node in zip(free_vars, self.placeholders, strict=True)]
-        return f"def forward(\n    self,\n{''.join(parameters)}):"
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        return "\n".join(["def forward(", "    self,", *(f"    {n.target},{_comment(n)}" for n in placeholders), "):"])
 
+    def annotated(self, body: Sequence[str]) -> list[str]:
+        """Puts a comment after each statement, where PyTorch deletes what is not used any more.
 
-def _annotate(body: Sequence[str], nodes: Sequence[Node]) -> list[str]:
-    """Puts a comment after each node's statement, where PyTorch's code generation deletes what is used no more.
-
-    body: what that makes: for each node "# COUNTER: <its place>", the statement, and "\\n" or ";  x = None\\n".
-    """
-    lines, node = [], None
-    for text in body:
-        if text.startswith("# COUNTER: "):
-            node = nodes[int(text.removeprefix("# COUNTER: "))]
-        elif node is not None and node.op not in ("placeholder", "output") and re.fullmatch(r"(;  .* = None)?\n", text):
-            text = f"{_comment(node)}\n"
-        lines.append(text)
-    return lines
+        body: for each node "# COUNTER: <its place>", its statement, and a line end after nothing or after ";  x = None".
+        """
+        lines, node = [], None
+        for text in body:
+            if text.startswith("# COUNTER: "):
+                node = self.nodes[int(text.removeprefix("# COUNTER: "))]
+            elif node is not None and re.fullmatch(r"(;  .* = None)?\n", text):
+                text = ("" if node.op == "output" else _comment(node)) + "\n"
+            lines.append(text)
+        return lines
 
 
 def _subscript(index: Any) -> str:
-    """`x[:, 1]` instead of `x[(slice(None, None, None), 1)]`."""
+    """`:, 1` instead of `(slice(None, None, None), 1)`."""
     if isinstance(index, slice):
         start, stop, step = ("" if i is None else repr(i) for i in (index.start, index.stop, index.step))
         return f"{start}:{stop}" + (f":{step}" if step else "")
@@ -230,47 +231,27 @@ def _parameter_name(name: str) -> str:
     return re.sub(r"_(?:modules|parameters|buffers)_", "_", name).strip("_")
 
 
-def _registering_module(target: Any) -> list[str]:
-    """The module that registers a custom operator, where that was defined with `torch.library.custom_op`."""
-    packet = target._overloadpacket if isinstance(target, OpOverload) else target
-    if not isinstance(packet, OpOverloadPacket):
-        return []
-    definition = torch._library.custom_ops.OPDEFS.get(packet._qualified_op_name)
-    return [] if definition is None else [definition._init_fn.__module__]
+def _comment(node: Node) -> str:
+    """A node's value, its place in the model, and what is planned for it."""
+    site = node.meta.get("te_site")
+    path = site.path if isinstance(site, Site) else "" if node.op == "placeholder" else module_path(node)
+    text = " | ".join(note for note in [_described(example(node)), path, *_planned(node)] if note)
+    return f"  # {text}" if text else ""
 
 
-# ---- comments
-
-
-def describe(value: Any) -> str:
+def _described(value: Any) -> str:
     """A fake value in short: `bf16[2, s77, 64]`."""
     if isinstance(value, torch.Tensor):
-        return f"{dtype_abbrs.get(value.dtype, str(value.dtype))}[{', '.join(str(s) for s in value.shape)}]"
-    if isinstance(value, torch.Size):
-        return f"size {tuple(value)}"
+        return f"{dtype_abbrs.get(value.dtype, value.dtype)}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(describe(v) for v in value)})"
-    return str(value) if isinstance(value, SYMBOLIC) else ""
-
-
-def _comment(node: Node, source: bool = False) -> str:
-    """A node's value, its place in the model, and what is planned for it. source: it is one of the file's inputs."""
-    site, value = node.meta.get("te_site"), example(node)
-    notes = [describe(value), site.path if isinstance(site, Site) else "" if node.op == "placeholder" else module_path(node)]
-    if source and isinstance(value, SYMBOLIC):
-        notes.append("symbolic, its hint")
-    elif source and isinstance(value, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in value.shape):
-        notes.append("symbolic sizes are their hints")
-    text = " | ".join(note for note in [*notes, *_planned(node)] if note)
-    return f"  # {text}" if text else ""
+        return f"({', '.join(map(_described, value))})"
+    return str(value) if isinstance(value, (int, *SYMBOLIC)) else ""
 
 
 def _planned(node: Node) -> list[str]:
     """What the later stages have noted on a node."""
     plan, layout, slots = (node.meta.get(f"te_{key}") for key in ("plan", "layout", "slots"))
     recipe = getattr(plan, "recipe", None)
-    return [
-        "" if plan is None else f"{getattr(plan, 'provider', plan)}, {f'{recipe.name} scaling' if recipe else 'high precision'}",
-        "" if layout is None else f"layout {getattr(layout, 'name', layout)}",
-        "" if slots is None else str(slots),
-    ]
+    precision = f"{recipe.name} scaling" if recipe else "high precision"
+    notes = [plan and f"{getattr(plan, 'provider', plan)}, {precision}", layout and f"layout {getattr(layout, 'name', layout)}", slots]
+    return [str(note) for note in notes if note is not None]
