@@ -127,7 +127,9 @@ class Script:
         elif node.op in ("get_attr", "call_module"):
             value = attrgetter(str(node.target))(gm)
             node.target = str(node.target).replace(".", "_")
-            members[node.target] = f"{self._add_class(node.target, value)}()" if isinstance(value, GraphModule) else self._text(value)
+            if node.target not in members:
+                is_graph = isinstance(value, GraphModule)
+                members[node.target] = f"{self._add_class(node.target, value)}()" if is_graph else self._text(value)
         elif is_call(node, torch.ops.higher_order.tag_activation_checkpoint):  # in eager mode it takes GraphModules only
             node.target, node.kwargs = torch.utils.checkpoint.checkpoint, {**node.kwargs, "use_reentrant": False}
         elif is_call(node, torch.ops.higher_order.invoke_subgraph):
