@@ -1,4 +1,4 @@
-"""`te_dynamo.explain`: what te_fp8 does with a model, told by compiling and running it once."""
+"""`te_dynamo.explain`: compiles and runs a model once, and reports what te_fp8 does with it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -26,30 +27,30 @@ from te_dynamo.report.isolation import Memory, detached, discard_code, graph_bre
 from te_dynamo.report.report import Report
 from te_dynamo.sites import WRAPPERS, Site, Sites, clean_path
 
-LOGITS = "the logits"  # how the reason begins for which logits are left
+LOGITS = "the logits"  # the reason for which logits are left begins with this
 UNRECOGNIZED = "no rule takes this product with a parameter"
 OUTSIDE = "ran outside of every compiled graph"
-# Recompile limits of a compile of one's own, where torch has them (2.13); ours are discarded afterwards in any case.
+# Where torch has it (2.13), our compiles do not count towards the user's recompile limits even while they exist.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 def explain(
     model: nn.Module, /, *args: Any, options: Mapping[str, Any] | Options | None = None, backward: bool = False, **kwargs: Any
 ) -> Report:
-    """Compiles `model` with te_fp8, runs `model(*args, **kwargs)` once, and tells what was taken, and what was not and why.
+    """Compiles `model` with te_fp8, runs `model(*args, **kwargs)` once, and reports what was taken, and why the rest was not.
 
-    What is compiled is the whole model; or, where the user has compiled it or modules in it (`module.compile()`,
-    `torch.compile(module)`), what he has compiled, with these `options` instead of his.
+    The whole model is compiled, or, where it contains compiled modules (`module.compile()`, `torch.compile(module)`), those
+    modules, with these `options` instead of their own.
 
     options: as `torch.compile(model, backend="te_fp8", options=...)` takes them. backward: also run backward, from the
     output's `loss` where there is one, else from the sum of all outputs that require grad.
 
-    Everything is afterwards as it was: parameters, gradients, buffers and attributes of the model, tensors among the
-    arguments, scale state, random states, and what the user has compiled. Other objects that the model writes to (a KV
-    cache among the arguments, a list) keep what was written.
+    Afterwards all is as before: the model's parameters, gradients, buffers and attributes, tensors among the arguments,
+    scale state, random states, and the user's compiled code. Other objects that the model writes to (a KV cache among the
+    arguments, a list) keep what was written.
 
-    Raises ValueError for options that are not allowed, or where backward has nothing to start from; what the model
-    itself raises goes on to the caller.
+    Raises TypeError where `model` is no module, ValueError for invalid options or where no output requires grad, and
+    whatever the model raises.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"te_dynamo.explain takes an nn.Module, not {type(model).__name__}")
@@ -73,8 +74,8 @@ def explain(
 
 
 def _compiled(model: nn.Module, recorder: Recorder) -> Callable[..., Any]:
-    """What to call. The model's own attributes may be changed here."""
-    # One context for all, or with `isolate_recompiles` modules of one class would not share their graphs.
+    """What to call instead of `model`, whose attributes may be changed."""
+    # One context for all: with one each, `isolate_recompiles` would keep modules of one class from sharing their graphs.
     compiled = torch._dynamo.optimize(recorder.backend, **ISOLATED)
     inside = [m for m in model.modules() if isinstance(m, OptimizedModule) or m._compiled_call_impl is not None]
     for module in inside:
@@ -86,7 +87,7 @@ def _compiled(model: nn.Module, recorder: Recorder) -> Callable[..., Any]:
 
 
 def _skipped(model: nn.Module, recorder: Recorder) -> Iterator[str]:
-    """Notes on modules of torch.nn that were compiled in place, to no effect (before torch 2.14)."""
+    """Notes on modules of torch.nn whose `.compile()` had no effect (before torch 2.14)."""
     outside = {seen.path for seen in recorder.observer.seen}
     for name, module in model.named_modules():
         own = type(module).forward.__module__.startswith("torch.nn.") and module._compiled_call_impl is not None
@@ -103,7 +104,7 @@ def _scalar(outputs: Any) -> Tensor:
         return loss.sum()
     differentiable = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
     if not differentiable:
-        raise ValueError("te_dynamo.explain(backward=True): no output of the model requires grad")
+        raise ValueError("te_dynamo.explain(backward=True): no output of the model requires grad, so there is nothing to run backward")
     return torch.stack([t.sum(dtype=torch.float32) for t in differentiable]).sum()
 
 
@@ -117,7 +118,8 @@ class Names:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.append(name)
             self.weights.setdefault(id(parameter), []).append(clean_path(name).removesuffix("weight").removesuffix("."))
-        self.known = {clean_path(name): _without_wrappers(name) for name in names}
+        # By a path without wrappers: the name as `named_modules` has it, but for the wrappers that torch puts around modules.
+        self.known = {clean_path(n): ".".join(p for p in n.split(".") if p == "module" or p not in WRAPPERS) for n in names}
 
     def of_parameters(self) -> Iterator[tuple[Tensor, str]]:
         for parameter in self.model.parameters():
@@ -125,30 +127,24 @@ class Names:
             yield parameter, self.known.get(path, path)
 
 
-def _without_wrappers(name: str) -> str:
-    """A name as `named_modules` has it, without the wrappers that torch puts around modules."""
-    return ".".join(part for part in name.split(".") if part == "module" or part not in WRAPPERS)
-
-
 class Renaming:
-    """From the paths in a graph, which begin at the module that was compiled, or are those of another instance for which the
-    graph was first made, to those in the model; learnt from parameters whose path in both is known."""
+    """From the paths in a graph to those in the model, learned from parameters whose path in both is known.
+
+    A graph's paths begin at the compiled module, and may be those of another instance, for which it was first compiled.
+    """
 
     def __init__(self, names: Names, pairs: Iterator[tuple[str, int]]) -> None:
-        self.names = names
-        found = Counter(moved for path, parameter in pairs if (moved := self._moved(path, names.weights.get(parameter, []))) is not None)
+        self.known = names.known
+        found = Counter(moved for path, parameter in pairs if (moved := self._moved(path, names.weights.get(parameter, []))))
         self.prefixes = [moved for moved, _ in found.most_common()]
 
     @staticmethod
     def _moved(path: str, candidates: Sequence[str]) -> tuple[str, str] | None:
-        """(the beginning of `path`, what stands for it in the model), from the candidate that agrees with most of its end."""
-        best = None
-        parts = path.split(".") if path else []
-        for candidate in candidates:
-            other = candidate.split(".") if candidate else []
-            same = 0
-            while same < min(len(parts), len(other)) and parts[-1 - same] == other[-1 - same]:
-                same += 1
+        """(the beginning of `path`, what the model has instead), by the candidate that has the longest end in common with it."""
+        best: tuple[int, str, str] | None = None
+        parts = _parts(path)
+        for other in map(_parts, candidates):
+            same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(parts), reversed(other), strict=False))))
             if (same or not parts) and (best is None or same > best[0]):
                 best = same, ".".join(parts[: len(parts) - same]), ".".join(other[: len(other) - same])
         return best and best[1:]
@@ -157,14 +153,18 @@ class Renaming:
         for old, new in self.prefixes:
             if not old or path == old or path.startswith(f"{old}."):
                 name = f"{new}.{path[len(old) :].removeprefix('.')}".strip(".")
-                if name in self.names.known:
-                    return self.names.known[name]
+                if name in self.known:
+                    return self.known[name]
         return None
+
+
+def _parts(path: str) -> list[str]:
+    return path.split(".") if path else []
 
 
 @dataclass
 class Graph:
-    """A compiled graph. weights: the positions and paths of its parameters; calls: how often it ran, by their identities."""
+    """A compiled graph. weights: the positions and paths of its parameters; calls: how often it ran, by its parameters' ids."""
 
     visits: list[Visit]
     sites: list[Site]
@@ -175,7 +175,7 @@ class Graph:
         self.calls[tuple(id(args[i]) for i, _ in self.weights)] += 1
 
     def sites_of(self, unit: GraphModule) -> list[Site]:
-        """The sites that stand in a sub-graph, or in the graph itself."""
+        """The sites in a sub-graph, or in the graph itself; a site in several sub-graphs belongs to the first."""
         claimed: set[int] = set()
         for visit in {id(v.unit): v for v in self.visits}.values():
             here: dict[tuple[str, str], Site] = {}
@@ -189,7 +189,7 @@ class Graph:
 
 
 class Recorder:
-    """The backend te_fp8, with notes of what it compiles and of what runs."""
+    """The backend te_fp8, which also records what it compiles and what runs."""
 
     def __init__(self, options: Options, names: Names, observer: GemmObserver, memory: Memory) -> None:
         self.options, self.names, self.observer, self.memory = options, names, observer, memory
@@ -202,10 +202,11 @@ class Recorder:
                 compiled = te_fp8(gm, example_inputs, options=self.options)
             ((planned_graph, sites),) = planned
             visits = visits_of(planned_graph, torch.is_grad_enabled())
-        parameters = [(i, path_of(p)) for i, p in enumerate(_placeholders(gm)) if is_owned(p)]
-        graph = Graph(visits, list(sites), parameters)
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        graph = Graph(visits, list(sites), [(i, path_of(p)) for i, p in enumerate(placeholders) if is_owned(p)])
         self.graphs.append(graph)
-        written = _written(gm)
+        memory = {storage(target) for node in gm.graph.nodes for target in writes(node)} - {None}
+        written = [i for i, p in enumerate(placeholders) if storage(p) in memory]
 
         def run(*args: Any) -> Any:
             graph.ran(args)
@@ -217,7 +218,7 @@ class Recorder:
         return run
 
     def sites(self) -> list[Site]:
-        """The sites of every module that ran. What ran several times is told once, with the FLOPs of all times."""
+        """The sites of every module that ran, each once, with the FLOPs of all its calls."""
         found: dict[tuple[Any, ...], Site] = {}
         for number, graph in enumerate(self.graphs):
             for parameters, count in graph.calls.items():
@@ -246,7 +247,7 @@ class Recorder:
             yield replace(site, path=path, flops=flops[site.node, site.kind != "attention"])
 
     def flops(self, backward: bool) -> tuple[int, int]:
-        """(in FP8, all) of what counts, over all that ran."""
+        """(in FP8, all) FLOPs that count, over all calls."""
         attention = self.options.attention == "fp8"
         fp8 = total = 0
         for graph in self.graphs:
@@ -264,7 +265,7 @@ class Recorder:
 
 
 def _untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
-    """Sites for the weight GEMMs of which no rule told, or whose graph was left without a look."""
+    """Sites for the weight GEMMs that no rule reported, or whose whole graph was left."""
     told = {site.node for site in sites if site.kind != "attention"}
     whole = next((site.reason for site in sites if site.kind == "graph"), None)
     for name, path in {gemm.node: gemm.path for gemm in visit.gemms if gemm.weight and gemm.node not in told}.items():
@@ -272,31 +273,12 @@ def _untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
         yield Site("linear", path, name, reason=whole or f"{UNRECOGNIZED} ({operation})")
 
 
-def _placeholders(gm: GraphModule) -> list[Node]:
-    return [node for node in gm.graph.nodes if node.op == "placeholder"]
-
-
-def _written(gm: GraphModule) -> list[int]:
-    """The positions of the inputs that a graph writes to."""
-    memory = {storage(target) for node in gm.graph.nodes for target in writes(node)} - {None}
-    return [i for i, placeholder in enumerate(_placeholders(gm)) if storage(placeholder) in memory]
-
-
 def _report(recorder: Recorder, backward: bool, notes: Sequence[str]) -> Report:
     fp8, total = recorder.flops(backward)
     if not recorder.graphs and not notes:
         notes = [
             "Dynamo gave te_fp8 no graph, so nothing was compiled: it skips what is disabled, and what breaks inside a loop. "
-            "TORCH_LOGS=graph_breaks,dynamo tells more."
+            "TORCH_LOGS=graph_breaks,dynamo shows which of the two."
         ]
     breaks = graph_breaks()
-    return Report(
-        graph_count=len(recorder.graphs),
-        graph_break_count=breaks.total(),
-        sites=tuple(recorder.sites()),
-        fp8_flops=fp8,
-        counted_flops=total,
-        backward=backward,
-        graph_breaks=dict(breaks),
-        notes=tuple(notes),
-    )
+    return Report(len(recorder.graphs), breaks.total(), tuple(recorder.sites()), fp8, total, backward, dict(breaks), tuple(notes))

@@ -1,4 +1,4 @@
-"""Running a model once without a trace: afterwards it, and this process, are as they were before."""
+"""Runs a model once without a trace: afterwards the model and this process are as they were before."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class Memory:
-    """Copies of tensors that are about to be written, made only then."""
+    """Keeps copies of tensors, made only when they are about to be written."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.originals = {_storage(t): t for t in tensors}
+        self.originals = {_storage(tensor): tensor for tensor in tensors}
         self.copies: dict[int, Tensor] = {}
 
     def about_to_write(self, tensor: Tensor) -> None:
@@ -53,12 +53,12 @@ def detached(inputs: Any) -> Any:
 
 @contextmanager
 def untouched(model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[Memory]:
-    """While open, `model` may be compiled and run, forward and backward; on leaving, all is as it was on entering.
+    """Inside, `model` may be compiled and run, forward and backward; on exit all is as it was on entry.
 
     That is: parameters and their gradients, buffers, attributes of modules; `inputs`; the random states of torch, Python
-    and NumPy; the scale state; what Dynamo knows of this process. The modules hold other tensors meanwhile: parameters
-    over the same memory, with gradients of their own, and copies of buffers. What writes to memory of a parameter or input
-    must tell the `Memory` that it is given before.
+    and NumPy; the scale state; Dynamo's records. Inside, the modules hold other tensors: parameters over the same memory
+    with gradients of their own, and copies of the buffers. Whoever writes to a parameter or an input must first call
+    `about_to_write` of the `Memory` that is yielded.
     """
     with ExitStack() as stack:
         stack.enter_context(_random_states())
@@ -88,17 +88,16 @@ def _random_states() -> Iterator[None]:
 def _own_tensors(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     before = [(vars(m), dict(vars(m)), {name: dict(vars(m)[name]) for name in TABLES}) for m in modules]
-    # Gradients are put aside too, for parameters that are also reached another way, as an RNN's list of weights is.
+    # Gradients are set aside too: parameters can be reached another way, such as an RNN's list of weights.
     gradients = [(p, p.grad) for p in model.parameters()]
     made: dict[int, Tensor] = {}  # tied tensors stay tied
     for attributes, _, _ in before:
         for table, make in (("_parameters", _alias), ("_buffers", _copy)):
             for name, tensor in attributes[table].items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    made[id(tensor)] = make(tensor)
-                attributes[table][name] = made[id(tensor)]
+                if tensor is not None:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = make(tensor)
+                    attributes[table][name] = made[id(tensor)]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -132,13 +131,13 @@ def _restore(current: dict[str, Any], before: dict[str, Any]) -> None:
 
 @contextmanager
 def _own_dynamo_records() -> Iterator[None]:
-    """While open, Dynamo counts from zero and knows no shapes from earlier calls; the user's stance on recompiles is off."""
+    """Inside, Dynamo counts from zero and knows no shapes of earlier calls, and the user's stance on recompiles is off."""
     counted = {kind: Counter(values) for kind, values in counters.items()}
     metrics = get_compilation_metrics()
     shapes = (pgo._CODE_STATE, pgo._INIT_CODE_STATE)
     counters.clear()
     clear_compilation_metrics()
-    pgo._CODE_STATE = pgo._INIT_CODE_STATE = defaultdict(pgo.CodeState)  # equal, so that it is not written to a cache
+    pgo._CODE_STATE = pgo._INIT_CODE_STATE = defaultdict(pgo.CodeState)  # equal objects: Dynamo then writes none to its cache
     try:
         with torch.compiler.set_stance("default"), dynamo_config.patch(error_on_recompile=False):
             yield
@@ -151,8 +150,7 @@ def _own_dynamo_records() -> Iterator[None]:
 
 
 def graph_breaks() -> Counter[str]:
-    """Why Dynamo ended a graph before the end of its function, or gave the function up, since the records were opened; how
-    often each."""
+    """Why, and how often, Dynamo broke a graph or gave up a function, since its records were set aside."""
     breaks = Counter({reason: count for reason, count in counters["graph_break"].items() if count > 0})
     for metrics in get_compilation_metrics():
         if metrics.fail_type == "Unsupported":
@@ -163,7 +161,7 @@ def graph_breaks() -> Counter[str]:
 def discard_code(backend: Callable[..., Any]) -> None:
     """Frees the code that Dynamo compiled with `backend`, and keeps it from counting towards the recompile limit."""
     discarded = DeletedGuardManagerWrapper("te_dynamo.explain is done with it")
-    discarded.id_matched_objs = {"": lambda: True}  # type: ignore[dict-item]  # so it is an entry of other objects than any frame's
+    discarded.id_matched_objs = {"": lambda: True}  # type: ignore[dict-item]  # no frame's, or Dynamo would count it as one of theirs
     for reference in list(convert_frame.input_codes.seen):
         code = reference()
         for entry in eval_frame._debug_get_cache_entry_list(code) if code is not None else ():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,13 +21,13 @@ class Report:
         sites: Every place that was considered, once for each module that runs it. `kind` is "linear", "norm_linear" or
             "attention" ("graph" where a whole graph was left); `path` is the module's name in `model.named_modules()`,
             or the parameter's where no module has it; `provider` is None where it was left, for `reason`; `flops` are
-            the forward's, of all calls; `layout` is the attention's.
-        fp8_flops, counted_flops: FLOPs in FP8, and FLOPs that could be: of the weight GEMMs that ran (see
-            `te_dynamo.report.flops` for what that is), in forward and, with backward=True, in backward. Without the
-            logits, unless include_logits. With attention="fp8" the products of attention count too. GEMMs outside of
-            every graph and in no site count as not in FP8.
+            those of forward, over all calls; `layout` is the attention's.
+        fp8_flops, counted_flops: FLOPs in FP8, and all that could be: those of the weight GEMMs that ran (defined in
+            `te_dynamo.report.flops`), in forward and, with backward=True, in backward. Logits count only with
+            include_logits, the GEMMs of attention only with attention="fp8". GEMMs outside of all graphs count as not
+            in FP8.
         backward: Whether backward was run, and is counted.
-        notes: What else there is to know, as sentences.
+        notes: What else the user should know, as sentences.
     """
 
     graph_count: int
@@ -56,15 +54,14 @@ class Report:
 
     def to_markdown(self) -> str:
         """The same as `print` shows, in Markdown."""
-        rows = [COLUMNS, *self._rows()]
-        table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        table.insert(1, "|" + " --- |" * len(COLUMNS))
-        parts = ["\n".join(f"- {line}" for line in self._summary()), *(["\n".join(table)] if self.sites else [])]
-        return "\n\n".join(parts) + "\n"
+        summary = "".join(f"- {line}\n" for line in self._summary())
+        rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in self._rows()]
+        rows.insert(1, "|" + " --- |" * len(COLUMNS) + "\n")
+        return summary + ("\n" + "".join(rows) if self.sites else "")
 
     def __str__(self) -> str:
-        rows = [COLUMNS, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*self._summary(), *(["", *table] if self.sites else [])])
 
@@ -81,21 +78,17 @@ class Report:
         return lines + [f"note: {note}" for note in self.notes]
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """A row for sites that differ only in the numbers within their paths, as the layers of a model do."""
+        """The head, and a row for all sites that differ only in the numbers in their paths, as the layers of a model do."""
         groups: dict[tuple[str, ...], list[Site]] = {}
         for site in self.sites:
             path = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.path)
             key = (site.kind, path, site.provider or "-", site.recipe or "-", site.layout or "-", site.reason or "")
             groups.setdefault(key, []).append(site)
-        return [self._row(key, sites) for key, sites in groups.items()]
-
-    @staticmethod
-    def _row(key: tuple[str, ...], sites: Sequence[Site]) -> tuple[str, ...]:
-        kind, path, provider, recipe, layout, reason = key
-        paths = Counter(site.path for site in sites)
-        name = (next(iter(paths)) if len(paths) == 1 else path) or "(the model)"
-        gigaflops = f"{sum(site.flops for site in sites) / 1e9:.3g}"
-        return kind, name, str(len(sites)), provider, recipe, layout, gigaflops, reason
+        rows: list[tuple[str, ...]] = [COLUMNS]
+        for (kind, path, *choice, reason), sites in groups.items():
+            name = path if len({site.path for site in sites}) > 1 else sites[0].path
+            rows.append((kind, name or "(the model)", str(len(sites)), *choice, f"{sum(s.flops for s in sites) / 1e9:.3g}", reason))
+        return rows
 
 
 def _plain(value: Any) -> Any:
