@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 EXAMPLE = "example_value"  # Dynamo's name for a node's fake value
@@ -50,6 +51,23 @@ def is_method(node: Any, *names: str) -> bool:
     return isinstance(node, Node) and node.op == "call_method" and node.target in names
 
 
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, without a guard on it."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal, without a guard on it."""
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def operands(node: Any, *targets: Callable[..., Any]) -> tuple[tuple[Any, Any], ...]:
+    """The operands of a plain binary call of `targets`, in both orders; () where `node` is none, or has keywords (alpha, ...)."""
+    if not is_call(node, *targets) or len(node.args) != 2 or node.kwargs:
+        return ()
+    return (node.args[0], node.args[1]), (node.args[1], node.args[0])
+
+
 def fake_mode_of(graph: Graph) -> Any:
     """The FakeTensorMode of the graph's values (a null context where there is none, as in hand-made graphs)."""
     for node in graph.nodes:
@@ -60,18 +78,35 @@ def fake_mode_of(graph: Graph) -> Any:
 
 
 def emit(
-    graph: Graph, target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, like: Node, value: Any = None
+    graph: Graph,
+    target: Callable[..., Any] | str,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    like: Node,
+    value: Any = None,
 ) -> Node:
-    """A new call of `target` at the graph's insertion point, with its fake value, and placed in the model as `like` is.
+    """A new call of `target` (a function, or the name of a method of the first argument) at the graph's insertion point, with
+    its fake value, and placed in the model as `like` is.
 
     value: the fake value, where the caller knows it: else `target` is run on those of its arguments.
     """
-    node = graph.call_function(target, tuple(args), kwargs or {})
+    node = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, tuple(args), kwargs or {})
     for key in INHERITED_META:
         if key in like.meta:
             node.meta[key] = like.meta[key]
     node.meta[EXAMPLE] = infer(node, fake_mode_of(graph)) if value is None else value
     return node
+
+
+def emit_permuted(graph: Graph, x: Any, order: Sequence[int], like: Node) -> Any:
+    """`x` with its dimensions in `order`: itself where they are already."""
+    return x if tuple(order) == tuple(range(len(order))) else emit(graph, torch.permute, (x, tuple(order)), like=like)
+
+
+def emit_contiguous(graph: Graph, x: Any, like: Node) -> Node:
+    """A contiguous copy of `x`."""
+    return emit(graph, torch.clone, (x,), {"memory_format": torch.contiguous_format}, like=like)
 
 
 def infer(node: Node, fake_mode: Any) -> Any:
@@ -80,19 +115,24 @@ def infer(node: Node, fake_mode: Any) -> Any:
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
         return args[0][args[1]]
     with fake_mode, torch.no_grad(), torch.amp.autocast("cpu", enabled=False):
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return FAKES.get(node.target, node.target)(*args, **kwargs)
 
 
-def upstream(*nodes: Any) -> Iterator[Node]:
-    """`nodes` and all that they are computed from, each once, nearest first. What is no node is passed over."""
+def upstream(*nodes: Any, inputs: Callable[[Node], Iterable[Any]] = operator.attrgetter("all_input_nodes")) -> Iterator[Node]:
+    """`nodes` and what they are computed from, each node once, depth first.
+
+    inputs: what to follow from a node, where that is not all of its inputs.
+    """
     seen: set[Node] = set()
-    stack = [n for n in nodes if isinstance(n, Node)]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Node) and node not in seen:
             seen.add(node)
             yield node
-            stack.extend(node.all_input_nodes)
+            waiting += inputs(node)
 
 
 def submodules(gm: GraphModule) -> Iterator[tuple[Node, str, GraphModule]]:

@@ -11,7 +11,7 @@ from te_dynamo.sites import module_path
 ORIGIN = "te_origin"  # raise: the name of the node, in Dynamo's graph, that a semantic op stands for
 PATH = "te_path"  # raise: the path of the module that owns its weight
 PARAMETER = "te_parameter"  # raise: whether a sub-graph's placeholder is a parameter
-UNIFORM_ROWS = "te_uniform_rows"  # raise: rows of an attention's mask that see nothing are uniform, not zero
+UNIFORM_ROWS = "te_uniform_rows"  # raise: its mask sets scores to a finite number: a row masked altogether is uniform, not 0
 MASK = "te_mask"  # raise: what an attention's mask was proved to be
 RECIPE = "te_recipe"  # select: the recipe that the options give a site
 LAYOUT = "te_layout"  # fuse: the memory layout that is wanted for an attention

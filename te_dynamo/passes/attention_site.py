@@ -1,5 +1,5 @@
-"""What the rules of attention share: its operands and masks by the names of their dimensions, looked through back to where
-they are made, and the building of the `ops.attention` node with the views around it.
+"""What the rules of attention share: operands and masks whose dimensions have names, looked through to where they are made,
+and the building of `ops.attention` with the views around it.
 
 Names: b batch, h heads, g batch and heads in one dimension, i query rows, j key rows, d head size of q and k, e of v.
 """
@@ -7,7 +7,6 @@ Names: b batch, h heads, g batch and heads in one dimension, i query rows, j key
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from te_dynamo import ops
-from te_dynamo.ir.graph import EXAMPLE, INHERITED_META, emit, fake, fake_mode_of, is_call, is_method, tensor
+from te_dynamo.ir.graph import emit, emit_contiguous, emit_permuted, fake, is_call, is_method, operands, same_shape, same_size, tensor
+from te_dynamo.ir.meta import PATH, UNIFORM_ROWS
 from te_dynamo.passes.effects import storage
 
 Names = tuple[str, ...]
@@ -27,8 +26,8 @@ ORDER = "gbhijde"
 
 @dataclass(frozen=True)
 class Operand:
-    """A value, the names of its dimensions, and what was between it and the operand that was asked about: a scalar factor,
-    how often each head was repeated, the number of heads where a split of `g` told it, and the nodes of all that."""
+    """A value, the names of its dimensions, and what was looked through to reach it: the product of the scalar factors, how
+    often each head was repeated, the number of heads where `g` was split, and the nodes."""
 
     node: Any
     names: Names
@@ -38,17 +37,8 @@ class Operand:
     nodes: tuple[Node, ...] = ()
 
 
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are known to be equal; no guard is set."""
-    return statically_known_true(a == b)
-
-
-def same_shape(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
-
-
 def number(value: Any) -> float | None:
-    """The number that `value` is, or that a constant node of it has in all its elements; None where it is no constant."""
+    """The number that `value` is, or that fills the constant tensor `value`; None where it is no constant."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if is_call(value, torch.full, torch.full_like) and len(value.args) > 1:
@@ -60,7 +50,7 @@ def number(value: Any) -> float | None:
 
 def scaled(node: Any) -> tuple[Any, float] | None:
     """(x, factor) where `node` is x times or divided by a constant."""
-    if not is_call(node, torch.mul, torch.div) or node.kwargs or len(node.args) != 2:
+    if not operands(node, torch.mul, torch.div):
         return None
     x, by = node.args
     constant = number(by)
@@ -72,14 +62,14 @@ def scaled(node: Any) -> tuple[Any, float] | None:
 
 
 def cast(node: Any) -> Any:
-    """What `node` casts from one floating-point dtype to another; None where it is no such cast."""
+    """The argument of a cast from one floating-point dtype to another; None where `node` is no such cast."""
     if not is_method(node, "to", "type") or len(node.args) != 2 or not isinstance(node.args[1], torch.dtype):
         return None
     return node.args[0] if fake(node.args[0]).is_floating_point() and fake(node).is_floating_point() else None
 
 
 def merged(node: Any) -> bool:
-    """Whether `node` makes one dimension of the first two of four."""
+    """Whether `node` merges the first two of four dimensions."""
     if not is_call(node, torch.reshape, torch.flatten):
         return False
     before, after = fake(node.args[0]).shape, fake(node).shape
@@ -87,27 +77,24 @@ def merged(node: Any) -> bool:
 
 
 def split(node: Any) -> bool:
-    """Whether `node` makes two dimensions of the first of three."""
-    if not (is_call(node, torch.reshape, torch.unflatten) or is_method(node, "unflatten")):
+    """Whether `node` splits the first of three dimensions in two."""
+    if not is_call(node, torch.reshape, torch.unflatten):
         return False
     before, after = fake(node.args[0]).shape, fake(node).shape
     return len(before) == 3 and len(after) == 4 and same_shape(before[1:], after[2:]) and isinstance(after[1], int)
 
 
 def repeated(node: Any) -> tuple[Node, int, int, tuple[Node, ...]] | None:
-    """(x, dim, n, the nodes) where `node` is x with each entry of a dimension repeated n times, one after the other."""
-    direct = _repeat_interleave(node)
-    if direct is not None:
-        return direct
-    # x[:, :, None].expand(..., n, ...).reshape(...), where the last makes one dimension of the repeated one and the new one.
-    if not is_call(node, torch.reshape):
-        return None
-    expand = node.args[0]
-    if not (is_method(expand, "expand") or is_call(expand, torch.broadcast_to)):
-        return None
-    inserted = expand.args[0]
-    dim = _inserted_dimension(inserted)
-    if dim is None or dim == 0:
+    """(x, dim, n, the nodes) where `node` is x with each entry of a dimension repeated n times, as `repeat_interleave` or
+    `x[:, :, None].expand(..., n, ...).reshape(...)` does it."""
+    if is_call(node, torch.repeat_interleave):
+        x, *by = node.args
+        repeats = len(by) == 2 and all(isinstance(n, int) for n in by)
+        return (x, by[1] % fake(node).dim(), by[0], (node,)) if repeats else None
+    expand = node.args[0] if is_call(node, torch.reshape) else None
+    inserted = expand.args[0] if is_method(expand, "expand") or is_call(expand, torch.broadcast_to) else None
+    dim = int(inserted.args[1]) % fake(inserted).dim() if is_call(inserted, torch.unsqueeze) else 0
+    if expand is None or inserted is None or dim == 0:
         return None
     x, wide, out = fake(inserted.args[0]).shape, fake(expand).shape, fake(node).shape
     n = wide[dim]
@@ -118,36 +105,12 @@ def repeated(node: Any) -> tuple[Node, int, int, tuple[Node, ...]] | None:
     return inserted.args[0], dim - 1, n, (inserted, expand, node)
 
 
-def _repeat_interleave(node: Any) -> tuple[Node, int, int, tuple[Node, ...]] | None:
-    if not (is_call(node, torch.repeat_interleave) or is_method(node, "repeat_interleave")):
-        return None
-    given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
-    n, dim = given.get("repeats"), given.get("dim")
-    if not isinstance(n, int) or not isinstance(dim, int):
-        return None
-    return given["input"], dim % fake(node).dim(), n, (node,)
-
-
-def _inserted_dimension(node: Any) -> int | None:
-    """Where `node` inserts one dimension into its argument, and does nothing else."""
-    if is_call(node, torch.unsqueeze) and len(node.args) == 2:
-        return int(node.args[1]) % fake(node).dim()
-    if not is_call(node, operator.getitem) or not isinstance(node.args[1], tuple) or tensor(node.args[0]) is None:
-        return None
-    index = list(node.args[1])
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index[at : at + 1] = [slice(None)] * (fake(node).dim() - len(index) + 1)
-    if index.count(None) != 1 or any(part is not None and part != slice(None) for part in index):
-        return None
-    return index.index(None)
-
-
 def look_through(operand: Operand, dtype: torch.dtype, steps: Collection[str]) -> Operand:
-    """The operand without what stands before it and can be said otherwise, in the order of `ORDER` if it is found in it.
+    """The operand before `steps`, which `ops.attention` expresses by itself; of several nodes that are the same but for
+    transposes, the one whose dimensions are in the order of `ORDER`.
 
-    steps: what may be taken away: "factor" (times a constant), "cast" (a widening from `dtype`), "merge" (of batch and
-    heads into one), "repeat" (of each head for a group of queries). Transposes in between are looked through.
+    steps: which to look through: "factor" (times a constant), "cast" (a widening from `dtype`), "merge" (of batch and heads
+    into one), "repeat" (of each head for a group of queries). Transposes in between are looked through too.
     """
     reached = [operand]
     significant = 0
@@ -160,7 +123,7 @@ def look_through(operand: Operand, dtype: torch.dtype, steps: Collection[str]) -
 
 
 def _before(o: Operand, dtype: torch.dtype, steps: Collection[str]) -> tuple[Operand, bool] | None:
-    """One node further back, and whether that took something away. None at the end."""
+    """The operand one node further back, and whether that node is one of `steps`; None where none can be looked through."""
     node, names = o.node, o.names
     if not isinstance(node, Node) or tensor(node) is None:
         return None
@@ -207,18 +170,11 @@ def size_of(operand: Operand, *names: str) -> Any:
 
 def emit_cast(graph: Graph, x: Any, dtype: torch.dtype, like: Node) -> Any:
     """`x` in `dtype`, as the canonical form spells it."""
-    if fake(x).dtype == dtype:
-        return x
-    node = graph.call_method("to", (x, dtype))
-    node.meta.update({key: like.meta[key] for key in INHERITED_META if key in like.meta})
-    with fake_mode_of(graph):
-        node.meta[EXAMPLE] = fake(x).to(dtype)
-    return node
+    return x if fake(x).dtype == dtype else emit(graph, "to", (x, dtype), like=like)
 
 
 def arrange(graph: Graph, x: Any, names: Names, wanted: Names, heads: int | None, like: Node) -> Any:
-    """`x` with its dimensions in the order `wanted`: `g` split into `b` and `h` (one head where `heads` is None), those that
-    it lacks inserted with size 1."""
+    """`x` with the dimensions `wanted`: `g` split into `b` and `h` (one head where `heads` is None), missing ones of size 1."""
     if "g" in names:
         at = names.index("g")
         is_one = same_size(fake(x).shape[at], 1)  # a mask that is the same for all
@@ -230,24 +186,19 @@ def arrange(graph: Graph, x: Any, names: Names, wanted: Names, heads: int | None
     for name in wanted:
         if name not in names:
             x, names = emit(graph, torch.unsqueeze, (x, 0), like=like), (name, *names)
-    order = tuple(names.index(name) for name in wanted)
-    return x if order == tuple(range(len(order))) else emit(graph, torch.permute, (x, order), like=like)
+    return emit_permuted(graph, x, [names.index(name) for name in wanted], like)
 
 
 def arrange_mask(graph: Graph, mask: Any, names: Names, heads: int | None, like: Node) -> Any:
-    """A mask of scores that have the dimensions `names`, as one of [b, h, i, j]: of four dimensions, or of two."""
-    rank = fake(mask).dim()
-    own = names[len(names) - rank :]
-    if set(own) <= {"i", "j"}:
-        return arrange(graph, mask, own, ("i", "j"), heads, like)
-    return arrange(graph, mask, own, ("b", "h", "i", "j"), heads, like)
+    """A mask of scores that have the dimensions `names`, as one of [i, j] or [b, h, i, j]."""
+    own = names[len(names) - fake(mask).dim() :]
+    return arrange(graph, mask, own, ("i", "j") if set(own) <= {"i", "j"} else ("b", "h", "i", "j"), heads, like)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What an attention's pattern was read as. q, k, v: with the dimensions of a subset of bhgide or bhgjde; out: those of
-    the result; dtype: of the result; heads: into which `g` is split; path: of the module, where it is not the one in whose
-    forward the pattern stands."""
+    """What an attention was read as. out, dtype: the names of the result's dimensions, and its dtype; heads: how many `g` is
+    split into; path: the module's, where it is not the one in whose forward the pattern is."""
 
     q: Operand
     k: Operand
@@ -263,17 +214,17 @@ class Attention:
 
 
 def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node, uniform_rows: bool = False) -> Node:
-    """The attention node, and the views around it that give what `like` gives."""
-    operands = []
+    """The attention node, and the views around it that give what `like` gives. uniform_rows: see `UNIFORM_ROWS`."""
+    qkv = []
     for operand, wanted in ((site.q, ("b", "h", "i", "d")), (site.k, ("b", "h", "j", "d")), (site.v, ("b", "h", "j", "e"))):
         x = arrange(graph, operand.node, operand.names, wanted, site.heads, like)
-        operands.append(emit_cast(graph, x, site.dtype, like))  # autocast does so too: what is computed is said here
+        qkv.append(emit_cast(graph, x, site.dtype, like))  # explicit, as autocast would do it
     attributes = {"causal": site.causal, "scale": site.scale, "dropout_p": site.dropout_p, "enable_gqa": site.enable_gqa}
-    node = emit(graph, ops.attention, (*operands, mask), attributes, like=like)
+    node = emit(graph, ops.attention, (*qkv, mask), attributes, like=like)
     if uniform_rows:
         node.meta[UNIFORM_ROWS] = True
     if site.path:
-        node.meta["te_path"] = site.path
+        node.meta[PATH] = site.path
     if site.out == ("b", "h", "i", "e"):
         return as_contiguous(graph, node, like)
     names: Names = ("b", "h", "i", "e")
@@ -281,30 +232,25 @@ def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node, uniform
         merging = 2 if "g" not in site.out else 1
         node = emit(graph, torch.flatten, (node, 0, merging), like=like)
         names = ("g", "i", "e") if merging == 1 else ("i", "e")
-    order = tuple(names.index(name) for name in site.out)
-    if order != tuple(range(len(order))):
-        node = emit(graph, torch.permute, (node, order), like=like)
-    return as_contiguous(graph, node, like)
+    return as_contiguous(graph, emit_permuted(graph, node, [names.index(name) for name in site.out], like), like)
 
 
 def as_contiguous(graph: Graph, node: Node, like: Node) -> Node:
-    """Where the graph returns the memory itself, and it was contiguous, the caller may rely on it."""
+    """`node`, made contiguous where the graph returns what `like` gave and that was contiguous: the caller may rely on it."""
     (output,) = (n for n in graph.nodes if n.op == "output")
     returned = {storage(n) for n in output.all_input_nodes}
     if storage(like) not in returned or not is_contiguous_or_false(fake(like)):
         return node
-    return emit(graph, torch.clone, (node,), {"memory_format": torch.contiguous_format}, like=like)
+    return emit_contiguous(graph, node, like)
 
 
 # --- Building the mask
 
-UNIFORM_ROWS = "te_uniform_rows"  # on an attention: a row that sees nothing is uniform (its mask says never by a finite number)
-
 
 @dataclass(frozen=True)
 class Mask:
-    """One step of masking. node: the tensor; names: the dimensions of the scores it is applied to; factor: times what it is
-    added; fill: what the scores are set to where it says so, None where it is added; keeps: whether it says where not."""
+    """One masking of the scores. node: the mask; names: the dimensions of the scores; fill: what scores are set to where the
+    mask is True (with keeps: where it is False), None where the mask is added to the scores, times factor."""
 
     node: Any
     names: Names
@@ -314,7 +260,7 @@ class Mask:
 
 
 def emit_mask(graph: Graph, masks: tuple[Mask, ...], site: Attention, like: Node) -> Node | None:
-    """One mask that does what all of them do: bool where all of them say never by -inf, else float."""
+    """One mask that does what all of them do: bool where all of them set scores to -inf, else float."""
     result: Any = None
     for mask in masks:
         if mask.fill is None:
@@ -325,7 +271,7 @@ def emit_mask(graph: Graph, masks: tuple[Mask, ...], site: Attention, like: Node
 
 
 def _term(graph: Graph, mask: Mask, site: Attention, like: Node) -> Any:
-    """A mask that is added, in a dtype that attention takes: float32, or that of q."""
+    """A mask to add, in a dtype that attention takes: float32, or q's."""
     term = arrange_mask(graph, mask.node, mask.names, site.heads, like)
     if mask.factor != 1:
         term = emit(graph, torch.mul, (term, mask.factor), like=like)
@@ -333,7 +279,7 @@ def _term(graph: Graph, mask: Mask, site: Attention, like: Node) -> Any:
 
 
 def _kept(graph: Graph, mask: Mask, site: Attention, like: Node) -> Any:
-    """Where scores are not filled."""
+    """A bool mask, True where scores are not filled."""
     node, kept = mask.node, mask.keeps
     if not kept and is_call(node, torch.bitwise_not, torch.logical_not):
         node, kept = node.args[0], True
@@ -350,8 +296,9 @@ def _added(graph: Graph, before: Any, term: Any, like: Node) -> Any:
 
 
 def _filled(graph: Graph, before: Any, kept: Any, fill: float, dtype: torch.dtype, like: Node) -> Any:
-    """Never by -inf is a bool mask. A finite fill is what absorbs any score added to it, so that a row that is filled
-    altogether stays uniform; in float16 there is no such number."""
+    """A mask that also sets scores to `fill` where `kept` is False. -inf needs only a bool mask. A finite fill becomes the
+    lowest number of the dtype, which absorbs any score added to it, so that a fully masked row stays uniform; float16 has
+    no such number, so its mask is float32."""
     if fill == -math.inf:
         if before is None:
             return kept

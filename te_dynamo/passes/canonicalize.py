@@ -1,8 +1,12 @@
 """Stage 1: one spelling for each operation, so that a rule needs to know only one.
 
 Methods become functions, operators become torch functions, keyword arguments go where the signature has them, casts
-are one method, and in-place arithmetic on a value that nothing else reads is out of place. Nothing is computed
-differently: the graph gives bit-identical results.
+are one method, reductions name their dimensions from the left, and in-place arithmetic on a value that nothing else
+reads is out of place. Nothing is computed differently: the graph gives bit-identical results and gradients. So `x * x`,
+`sqrt(x)` and `x ** 0.5`, or a mean and a sum divided by its length, stay apart: they round differently somewhere.
+
+Each node goes through three tables: what else its target is called (`BINARY`, `UNARY`, `METHODS`, ...), where its
+arguments go (`SIGNATURES`), and other forms of the same call (`FORMS`).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +23,7 @@ from torch._dynamo.source import AttrSource
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from te_dynamo.ir.graph import EXAMPLE, example, fake_mode_of, infer, is_call, is_method, tensor
+from te_dynamo.ir.graph import EXAMPLE, example, fake, fake_mode_of, infer, is_call, is_method, tensor
 from te_dynamo.passes.effects import storage, writes
 
 LINEAR = torch._C._nn.linear
@@ -42,6 +47,8 @@ BINARY: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.xor: torch.bitwise_xor,
 }
 SWAPPED: dict[Callable[..., Any], Callable[..., Any]] = {  # `scalar op tensor`, spelled tensor first
+    torch.add: torch.add,
+    torch.mul: torch.mul,
     operator.add: torch.add,
     operator.mul: torch.mul,
     operator.sub: torch.rsub,
@@ -54,63 +61,13 @@ SWAPPED: dict[Callable[..., Any], Callable[..., Any]] = {  # `scalar op tensor`,
 }
 UNARY: dict[Callable[..., Any], Callable[..., Any]] = {operator.neg: torch.neg, operator.invert: torch.bitwise_not, operator.abs: torch.abs}
 # Tensor methods that are spelled as the torch function of the same name.
-METHODS = frozenset(
-    {
-        "abs",
-        "add",
-        "addmm",
-        "amax",
-        "baddbmm",
-        "bitwise_and",
-        "bitwise_not",
-        "bitwise_or",
-        "bmm",
-        "chunk",
-        "clamp",
-        "cos",
-        "cumsum",
-        "div",
-        "eq",
-        "exp",
-        "flatten",
-        "ge",
-        "gt",
-        "le",
-        "log_softmax",
-        "logical_and",
-        "logical_not",
-        "logical_or",
-        "lt",
-        "masked_fill",
-        "matmul",
-        "mean",
-        "mm",
-        "mul",
-        "ne",
-        "neg",
-        "permute",
-        "pow",
-        "reciprocal",
-        "rsqrt",
-        "sigmoid",
-        "sin",
-        "softmax",
-        "split",
-        "sqrt",
-        "square",
-        "squeeze",
-        "std",
-        "sub",
-        "sum",
-        "t",
-        "tanh",
-        "transpose",
-        "tril",
-        "triu",
-        "unsqueeze",
-        "var",
-    }
-)
+METHODS = frozenset({
+    "abs", "add", "addmm", "amax", "baddbmm", "bitwise_and", "bitwise_not", "bitwise_or", "bmm", "chunk", "clamp",
+    "cos", "cumsum", "div", "eq", "exp", "flatten", "ge", "gt", "le", "log_softmax", "logical_and", "logical_not",
+    "logical_or", "lt", "masked_fill", "matmul", "mean", "mm", "mul", "narrow", "ne", "neg", "permute", "pow",
+    "reciprocal", "repeat_interleave", "rsqrt", "select", "sigmoid", "sin", "softmax", "split", "sqrt", "square", "squeeze", "std", "sub",
+    "sum", "t", "tanh", "transpose", "tril", "triu", "unbind", "unflatten", "unsqueeze", "var",
+})  # fmt: skip
 ALIASES: dict[Any, Callable[..., Any]] = {
     F.linear: LINEAR,
     F.scaled_dot_product_attention: SDPA,
@@ -120,6 +77,7 @@ ALIASES: dict[Any, Callable[..., Any]] = {
     torch.subtract: torch.sub,
     torch.swapaxes: torch.transpose,
     torch.swapdims: torch.transpose,
+    torch.layer_norm: F.layer_norm,
     torch.rms_norm: F.rms_norm,
 }
 # Where keyword arguments go; what is not named here stays a keyword. A default of `...` ends what must be present.
@@ -147,7 +105,13 @@ PARTIAL_SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.transpose: ("input", "dim0", "dim1"),
     torch.masked_fill: ("input", "mask", "value"),
     torch.where: ("condition", "input", "other"),
+    torch.reshape: ("input", "shape"),
+    torch.permute: ("input", "dims"),
+    torch.t: ("input",),
+    torch.square: ("input",),
+    torch.repeat_interleave: ("input", "repeats", "dim"),
 }
+IGNORED = ("cudnn_enable",)  # keywords that say nothing about the result
 KEYWORD_DEFAULTS = {SDPA: {"scale": None, "enable_gqa": False}}
 CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
 OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
@@ -163,18 +127,30 @@ OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a node calls; a target that is a string is a method's name."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
 def canonicalize(gm: GraphModule) -> None:
     """Rewrites `gm` (a copy of Dynamo's graph), in place."""
     graph = gm.graph
     for node in list(graph.nodes):
-        if node.op in ("call_function", "call_method"):
-            if _module_number(graph, node):
-                continue
-            _out_of_place(graph, node)
-            _operator(node)
-            _method(node)
-            _arguments(node)
-            _remove_identity(graph, node)
+        if node.op not in ("call_function", "call_method") or _module_number(graph, node):
+            continue
+        _out_of_place(graph, node)
+        for spelling in (_named, _positional, _formed):
+            call = spelling(node)
+            if call is not None:
+                node.op = "call_method" if isinstance(call.target, str) else "call_function"
+                node.target, node.args, node.kwargs = call.target, call.args, call.kwargs
+        if _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     gm.recompile()
 
 
@@ -196,122 +172,171 @@ def _module_number(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _operator(node: Node) -> None:
-    if node.op != "call_function":
-        return
-    node.target = ALIASES.get(node.target, node.target)
-    tensors = [tensor(a) is not None for a in node.args]
-    if node.target in BINARY and len(tensors) == 2 and tensors[0]:
-        node.target = BINARY[node.target]
-    elif node.target in SWAPPED and len(tensors) == 2 and tensors[1]:
-        node.target, node.args = SWAPPED[node.target], (node.args[1], node.args[0])
-    elif node.target in UNARY and tensors == [True]:
-        node.target = UNARY[node.target]
-    elif node.target is torch.layer_norm:  # F.layer_norm, and a flag that says nothing about the result
-        node.target, node.args = F.layer_norm, node.args[:5]
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "cudnn_enable"}
-    elif (attribute := _transposing_attribute(node)) and tensors[0] and (attribute == "mT" or tensor(node.args[0]).dim() == 2):
-        node.target, node.args = torch.transpose, (node.args[0], -2, -1)
-    elif node.target is F.softmax:
-        names = ("input", "dim", "_stacklevel", "dtype")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        if given.get("dim") is not None:
-            node.target, node.args = torch.softmax, (given["input"], given["dim"])
-            node.kwargs = {"dtype": given["dtype"]} if given.get("dtype") is not None else {}
+def _named(node: Node) -> Call | None:
+    """The same arguments to the function that this one is another name of."""
+    is_tensor = [tensor(a) is not None for a in node.args]
+    if node.op == "call_method":
+        return Call(getattr(torch, str(node.target)), node.args, node.kwargs) if is_tensor[0] and node.target in METHODS else None
+    target, args = ALIASES.get(node.target, node.target), node.args
+    if target in BINARY and len(args) == 2 and is_tensor[0]:
+        target = BINARY[target]
+    elif target in SWAPPED and is_tensor == [False, True] and not node.kwargs:
+        target, args = SWAPPED[target], args[::-1]
+    elif target in UNARY and is_tensor == [True]:
+        target = UNARY[target]
+    return None if target is node.target and args is node.args else Call(target, args, node.kwargs)
 
 
-def _transposing_attribute(node: Node) -> str | None:
-    """Which of `x.T` and `x.mT` a node is; torch 2.15 makes operators of them."""
-    if node.target is builtins.getattr and node.args[1] in ("T", "mT"):
-        return str(node.args[1])
-    attributes: dict[Any, str] = {torch.ops.aten.numpy_T: "T", torch.ops.aten.mT: "mT"}
-    return attributes.get(node.target)
+def _positional(node: Node) -> Call | None:
+    """The keyword arguments at their positions."""
+    target: Any = node.target
+    args, kwargs = list(node.args), dict(node.kwargs)
+    if target in SIGNATURES:
+        kwargs = KEYWORD_DEFAULTS.get(target, {}) | {k: v for k, v in kwargs.items() if k not in IGNORED}
+        args = args[: len(SIGNATURES[target])]
+        for name, default in SIGNATURES[target][len(args) :]:
+            args.append(kwargs.pop(name) if default is ... else kwargs.pop(name, default))
+        return Call(target, tuple(args), kwargs)
+    for name in PARTIAL_SIGNATURES.get(target, ())[len(args) :] if kwargs else ():
+        if name not in kwargs:
+            break
+        args.append(kwargs.pop(name))
+    return Call(target, tuple(args), kwargs) if len(args) > len(node.args) else None
 
 
-def _method(node: Node) -> None:
-    if node.op != "call_method" or tensor(node.args[0]) is None:
-        return
-    name, x, rest = node.target, node.args[0], node.args[1:]
-    if name in ("view", "reshape", "permute", "view_as", "reshape_as"):
-        if name.endswith("_as"):
-            shape: Any = tuple(tensor(rest[0]).shape) if all(isinstance(s, int) for s in tensor(rest[0]).shape) else None
-        else:
-            shape = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list, torch.Size)) else rest
-            shape = node.kwargs.get("dims", node.kwargs.get("shape", shape))
-            if len(rest) == 1 and isinstance(rest[0], Node) and isinstance(example(rest[0]), tuple):  # another tensor's size
-                return
-        if shape is None or any(isinstance(s, torch.dtype) for s in shape):  # view(dtype) reinterprets bits
-            return
-        _become(node, torch.permute if name == "permute" else torch.reshape, (x, tuple(shape)))
-    elif name in CASTS and not rest:
-        _cast(node, CASTS[name])
-    elif name in ("to", "type_as"):
-        _canonical_to(node)
-    elif name in METHODS:
-        node.op, node.target = "call_function", getattr(torch, name)
-        if node.target is torch.softmax and node.kwargs.get("dtype", 0) is None:
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
+def _formed(node: Node) -> Call | None:
+    if node.op == "call_method" and tensor(node.args[0]) is None:
+        return None
+    form = FORMS.get(node.target)
+    return None if form is None else form(node)
 
 
-def _canonical_to(node: Node) -> None:
+def _given(node: Node, *names: str) -> dict[str, Any]:
+    """The arguments by name."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _softmax(node: Node) -> Call | None:
+    given = _given(node, "input", "dim", *(("_stacklevel",) if node.target is F.softmax else ()), "dtype")
+    if given.get("dim") is None:
+        return None
+    return Call(torch.softmax, (given["input"], given["dim"]), {"dtype": given["dtype"]} if given.get("dtype") is not None else {})
+
+
+def _transposing_attribute(node: Node) -> Call | None:
+    """`x.T` and `x.mT`; torch 2.15 makes operators of them."""
+    x = node.args[0]
+    attribute = node.args[1] if node.target is builtins.getattr else "mT" if node.target is torch.ops.aten.mT else "T"
+    if attribute not in ("T", "mT") or _rank(x) < 2 or (attribute == "T" and _rank(x) != 2):
+        return None
+    return Call(torch.transpose, (x, -2, -1))
+
+
+def _transpose(node: Node) -> Call | None:
+    return Call(torch.transpose, (node.args[0], 0, 1)) if _rank(node.args[0]) == 2 else None
+
+
+def _reshape(node: Node) -> Call | None:
+    """`view`, `reshape` and `permute`, with the sizes in one tuple."""
+    x, *rest = node.args
+    shape: Any = rest[0] if len(rest) == 1 else node.kwargs.get("shape", rest)
+    if node.target in ("view_as", "reshape_as"):
+        shape = () if tensor(shape) is None else fake(shape).shape
+        if not shape or not all(isinstance(s, int) for s in shape):
+            return None
+    elif node.kwargs.keys() - {"shape"} or (isinstance(shape, Node) and isinstance(example(shape), tuple)):  # another tensor's size
+        return None
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    if any(isinstance(s, torch.dtype) for s in shape):  # view(dtype) reinterprets bits
+        return None
+    return Call(torch.permute if node.target is torch.permute else torch.reshape, (x, shape))
+
+
+def _cast(node: Node) -> Call | None:
     """`to` in all its forms: where the device stays, it is a cast to the dtype of the result."""
     before, after = tensor(node.args[0]), tensor(node)
     rest = {"copy", "memory_format"} & {k for k, v in node.kwargs.items() if v}
     if after is None or before is None or rest or before.device != after.device or any(a is True for a in node.args[1:]):
-        return
-    _cast(node, after.dtype)
+        return None
+    return Call("to", (node.args[0], after.dtype))
 
 
-def _cast(node: Node, dtype: torch.dtype) -> None:
-    node.op, node.target, node.args, node.kwargs = "call_method", "to", (node.args[0], dtype), {}
+def _square(node: Node) -> Call:
+    return Call(torch.pow, (node.args[0], 2))
 
 
-def _become(node: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
+def _reciprocal(node: Node) -> Call | None:
+    """`1 / x`, which Python computes as `x.reciprocal() * 1`."""
+    return Call(torch.reciprocal, node.args[1:]) if node.args[0] == 1 and tensor(node.args[1]) is not None else None
 
 
-def _arguments(node: Node) -> None:
-    """Keyword arguments go to their positions."""
-    if node.op != "call_function":
-        return
-    kwargs = dict(node.kwargs)
-    if node.target in SIGNATURES:
-        args = list(node.args)
-        for name, default in SIGNATURES[node.target][len(args) :]:
-            args.append(kwargs.pop(name) if default is ... else kwargs.pop(name, default))
-        node.args, node.kwargs = tuple(args), KEYWORD_DEFAULTS.get(node.target, {}) | kwargs
-    elif node.target in PARTIAL_SIGNATURES and kwargs:
-        args = list(node.args)
-        for name in PARTIAL_SIGNATURES[node.target][len(args) :]:
-            if name not in kwargs:
-                break
-            args.append(kwargs.pop(name))
-        node.args, node.kwargs = tuple(args), kwargs
-    if node.target is torch.permute and len(node.args) > 2:
-        node.args = (node.args[0], tuple(node.args[1:]))
-    elif node.target is torch.reshape and len(node.args) == 2:
-        node.args = (node.args[0], tuple(node.args[1]) if isinstance(node.args[1], (list, tuple)) else node.args[1])
-    elif node.target is torch.t:
-        node.target, node.args = torch.transpose, (node.args[0], 0, 1) if _rank(node.args[0]) == 2 else node.args
-        if len(node.args) == 1:
-            node.target = torch.t
+def _reduction(node: Node) -> Call | None:
+    """`mean` and `sum` over some dimensions: (x, dims, keepdim)."""
+    given = _given(node, "input", "dim", "keepdim")
+    x, keepdim = given.pop("input"), given.pop("keepdim", False)
+    dims = _dims(given.pop("dim", None), x)
+    return None if dims is None else Call(node.target, (x, dims, keepdim), given)
+
+
+def _variance(node: Node) -> Call | None:
+    """`var`, `std` and `var_mean` over some dimensions: (x, dims, correction=..., keepdim=...)."""
+    given = _given(node, "input", "dim", "unbiased", "keepdim")
+    dims, correction = _dims(given.get("dim"), given["input"]), given.get("correction")
+    if dims is None or "out" in given:
+        return None
+    if correction is None:
+        correction = int(given.get("unbiased", True))
+    return Call(node.target, (given["input"], dims), {"correction": correction, "keepdim": given.get("keepdim", False)})
+
+
+def _dims(given: Any, x: Any) -> tuple[int, ...] | None:
+    """The dimensions that a reduction goes over, from the left; None where it does not say, or there are none."""
+    dims, rank = (given,) if type(given) is int else given, _rank(x)
+    if rank <= 0 or not isinstance(dims, (tuple, list)) or not dims or not all(type(d) is int for d in dims):
+        return None
+    return tuple(sorted(d % rank for d in dims))
+
+
+def _new_dimension(node: Node) -> Call | None:
+    """`x[:, None]`: one dimension more, and nothing else."""
+    x, given = node.args
+    index: list[Any] = list(given) if isinstance(given, tuple) else [given]
+    if tensor(x) is None or sum(part is None for part in index) != 1:
+        return None
+    if any(part is Ellipsis for part in index):
+        at = next(i for i, part in enumerate(index) if part is Ellipsis)
+        index[at : at + 1] = [slice(None)] * (_rank(x) + 2 - len(index))
+    if any(part is not None and not (isinstance(part, slice) and part == slice(None)) for part in index):
+        return None
+    return Call(torch.unsqueeze, (x, index.index(None)))
 
 
 def _rank(value: Any) -> int:
-    fake = tensor(value)
-    return -1 if fake is None else fake.dim()
+    found = tensor(value)
+    return -1 if found is None else found.dim()
 
 
-def _remove_identity(graph: Graph, node: Node) -> None:
-    """Casts to the dtype at hand and inactive dropout give back their input itself."""
-    if node.op == "call_method" and node.target == "to" and len(node.args) == 2:
+# Other forms of a call, by its target; a form that does not apply gives None.
+FORMS: dict[Any, Callable[[Node], Call | None]] = {
+    **dict.fromkeys((F.softmax, torch.softmax), _softmax),
+    **dict.fromkeys((builtins.getattr, torch.ops.aten.numpy_T, torch.ops.aten.mT), _transposing_attribute),
+    torch.t: _transpose,
+    **dict.fromkeys(("view", "reshape", "view_as", "reshape_as", torch.reshape, torch.permute), _reshape),
+    **dict.fromkeys(("to", "type_as", *CASTS), _cast),
+    torch.square: _square,
+    operator.truediv: _reciprocal,
+    **dict.fromkeys((torch.mean, torch.sum), _reduction),
+    **dict.fromkeys((torch.var, torch.std, torch.var_mean), _variance),
+    operator.getitem: _new_dimension,
+}
+
+
+def _is_identity(node: Node) -> bool:
+    """Whether a node gives back its first argument: a cast to the dtype at hand, or inactive dropout."""
+    if is_method(node, "to") and len(node.args) == 2:
         x, after = tensor(node.args[0]), tensor(node)
-        same = bool(x is not None and after is not None and x.dtype == after.dtype == node.args[1] and x.device == after.device)
-    else:
-        same = is_call(node, F.dropout) and (node.args[2] is False or bool(node.args[1] == 0))
-    if same:
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+        return x is not None and after is not None and x.dtype == after.dtype == node.args[1] and x.device == after.device
+    return is_call(node, F.dropout) and (node.args[2] is False or bool(node.args[1] == 0))
 
 
 def _out_of_place(graph: Graph, node: Node) -> None:
@@ -346,9 +371,4 @@ def _refresh_views(graph: Graph, node: Node, memory: int, order: dict[Node, int]
     fake_mode = fake_mode_of(graph)
     for other in graph.nodes:
         if order[other] > order[node] and storage(other) == memory and other.op in ("call_function", "call_method"):
-            if other.op == "call_method":
-                args, kwargs = torch.fx.node.map_arg((other.args, other.kwargs), lambda n: n.meta.get(EXAMPLE))
-                with fake_mode, torch.no_grad():
-                    other.meta[EXAMPLE] = getattr(args[0], other.target)(*args[1:], **kwargs)
-            else:
-                other.meta[EXAMPLE] = infer(other, fake_mode)
+            other.meta[EXAMPLE] = infer(other, fake_mode)

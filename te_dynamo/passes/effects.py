@@ -33,16 +33,14 @@ def writes(node: Node) -> list[Node]:
     """The argument nodes whose memory `node` writes."""
     if node.op not in ("call_function", "call_method"):
         return []
-    out = node.kwargs.get("out")
-    written = [n for n in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(n, Node)]
+    written = _nodes(node.kwargs.get("out"))
     first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
     target = node.target
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         overload = target if isinstance(target, torch._ops.OpOverload) else getattr(target, target.overloads()[0])
         for i, argument in enumerate(overload._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-                written += [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)]
+                written += _nodes(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
         return written
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not target  # operator.and_
@@ -55,6 +53,11 @@ def writes(node: Node) -> list[Node]:
     return written
 
 
+def _nodes(argument: Any) -> list[Node]:
+    """The nodes of an argument: itself, or those in a list."""
+    return [n for n in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(n, Node)]
+
+
 def storage(node: Any) -> int | None:
     """An identity of the memory behind a node's fake value: equal for a tensor and its views."""
     value = tensor(node)
@@ -65,8 +68,8 @@ def storage(node: Any) -> int | None:
 
 
 def written_between(nodes: Iterable[Node]) -> Node | None:
-    """The first node that writes memory which `nodes` (a pattern, anywhere in the graph) read or make, while it is in use:
-    after the first and before the last of them. None where there is no such write."""
+    """The first node that writes memory of a pattern's values or inputs after the pattern's first node and before its last.
+    None where there is no such write."""
     members = set(nodes)
     memory = {storage(n) for m in members for n in (m, *m.all_input_nodes)} - {None}
     node, last = min(members), max(members)

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from te_dynamo.ir.graph import submodules
+from te_dynamo.ir.meta import PARAMETER
 from te_dynamo.passes.weights import is_parameter, source_of
 
 # Where the operands of the sub-graph begin among the operator's arguments.
@@ -57,7 +58,7 @@ def mark_parameters(gm: GraphModule) -> None:
         for i, placeholder in enumerate(placeholders):
             fed = [c.operands[i] if i < len(c.operands) else None for c in group]
             if all(isinstance(n, Node) and n.op == "placeholder" and is_parameter(n) for n in fed):
-                placeholder.meta["te_parameter"] = True
+                placeholder.meta[PARAMETER] = True
                 if len({source_of(n) for n in fed}) == 1:
                     placeholder._dynamo_source = getattr(fed[0], "_dynamo_source", None)
         mark_parameters(group[0].body)

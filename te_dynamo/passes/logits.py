@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from te_dynamo.ir import op_of
-from te_dynamo.ir.graph import is_call, is_method, submodules, tensor
+from te_dynamo.ir.graph import is_call, is_method, submodules, tensor, upstream
 from te_dynamo.passes.effects import writes
-from te_dynamo.passes.weights import is_parameter, source_of, weight_of
+from te_dynamo.passes.weights import is_buffer, is_parameter, weight_of
 
 EMBEDDINGS = (F.embedding, F.embedding_bag)
-# What an index may go through and still be the integers that the model was given: nothing here computes new ones.
+# Operations that move or select an index's integers, and compute no new ones.
 INDEX_MOVES: tuple[Callable[..., Any], ...] = (
     operator.getitem,
     torch.cat,
@@ -41,10 +41,11 @@ INDEX_MOVES: tuple[Callable[..., Any], ...] = (
     torch.unsqueeze,
     torch.where,
 )
-INDEX_MOVE_METHODS = ("clamp_min", "clamp_max", "clone", "contiguous", "expand", "int", "long", "masked_fill_") + (
-    "new_full", "new_zeros", "repeat", "roll", "to", "type", "unfold",
+INDEX_MOVE_METHODS = (
+    "clamp_min", "clamp_max", "clone", "contiguous", "expand", "int", "long", "masked_fill_", "new_full", "new_zeros",
+    "repeat", "roll", "to", "type", "unfold",
 )  # fmt: skip
-# Where a hidden state goes on through the model; logits reach none of these.
+# What a hidden state goes through, beside semantic ops; nothing that is computed from logits does.
 HIDDEN_STATE_OPS: frozenset[Any] = frozenset(
     {
         torch._C._nn.linear,
@@ -109,23 +110,22 @@ def _vocabulary(embeddings: list[Node]) -> int | None:
 
 def _is_given(index: Any) -> bool:
     """Whether an index holds integers that are inputs of the graph, moved, selected, clamped or filled but not computed."""
-    seen, stack = set(), [index]
-    while stack:
-        node = stack.pop()
-        if not isinstance(node, Node) or node in seen:
-            continue
-        seen.add(node)
-        value = tensor(node)
-        if node.op == "placeholder" and value is not None and not value.is_floating_point() and value.dtype != torch.bool:
-            if not is_parameter(node) and "._buffers['" not in source_of(node):
-                return True
-        elif is_call(node, *INDEX_MOVES) or is_method(node, *INDEX_MOVE_METHODS):
-            stack.extend(node.all_input_nodes)
-            # `shifted = ids.new_zeros(...); shifted[:, 1:] = ids[:, :-1]`: what is written into the index counts.
-            for user in node.users:
-                if node in writes(user):
-                    stack.extend(n for n in user.all_input_nodes if n is not node)
-    return False
+    return any(_is_integer_input(node) for node in upstream(index, inputs=_moved))
+
+
+def _is_integer_input(node: Node) -> bool:
+    value = tensor(node)
+    if node.op != "placeholder" or value is None or value.is_floating_point() or value.dtype == torch.bool:
+        return False
+    return not is_parameter(node) and not is_buffer(node)
+
+
+def _moved(node: Node) -> list[Node]:
+    """The values that `node` moves, or that are written into it: `ids = x.new_zeros(...); ids[:, 1:] = x[:, :-1]`."""
+    if not is_call(node, *INDEX_MOVES) and not is_method(node, *INDEX_MOVE_METHODS):
+        return []
+    written = [n for user in node.users if node in writes(user) for n in user.all_input_nodes if n is not node]
+    return node.all_input_nodes + written
 
 
 def _reaches_hidden_state(linear: Node, subgraphs: dict[Node, GraphModule]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from te_dynamo.ir.graph import fake
+from te_dynamo.ir.graph import fake, same_size
 from te_dynamo.passes.attention_site import (
     Attention,
     Names,
@@ -17,7 +17,6 @@ from te_dynamo.passes.attention_site import (
     arrange_mask,
     emit_attention,
     look_through,
-    same_size,
     size_of,
 )
 from te_dynamo.passes.raise_attention_by_hand import ByHand
@@ -29,7 +28,7 @@ LEADING: dict[int, Names] = {0: (), 1: ("g",), 2: ("b", "h")}
 
 
 class ScaledDotProductAttention(Rule):
-    """`scaled_dot_product_attention`, with the heads of k and v not repeated where the graph repeats them."""
+    """`scaled_dot_product_attention`; heads of k and v that the graph repeats are left to `enable_gqa`."""
 
     kind = "attention"
     ends_at = frozenset({torch._C._nn.scaled_dot_product_attention})
@@ -67,7 +66,7 @@ class ScaledDotProductAttention(Rule):
 
 
 def _ungrouped(q: Operand, k: Operand, v: Operand) -> tuple[Operand, Operand] | None:
-    """k and v with their heads not repeated; None where they are not repeated, or not in equal measure."""
+    """k and v before their heads were repeated; None where they were not, or not equally often."""
     k, v = (look_through(o, fake(o.node).dtype, {"repeat"}) for o in (k, v))
     if k.repeats == 1 or k.repeats != v.repeats:
         return None

@@ -10,11 +10,13 @@ A product is any of `matmul`, `bmm`, `mm`, `einsum`, ...: read as a contraction,
 so that the order in which q, k and v are stored does not matter. q and k may be scaled, cast up or have batch and heads
 in one dimension before their product; the heads of k and v may be repeated for groups of queries.
 
-What is rounded differently: scores and probabilities are no longer rounded to the dtype of the model, and a constant
-before the product is applied after it. A row that may see no key at all: where the mask says never by -inf, PyTorch's
-fused attention gives 0, and the softmax by hand gave NaN; where scores are set to a very negative number, the row is
-uniform, and PyTorch's fused backward, which makes it again from the logarithm of its sum, has lost that beside 3e38: such a
-site is put back (see `select.blind`) unless its mask is proved to leave something in every row, or it is computed in FP8.
+Rounding: scores and probabilities are no longer rounded to the dtype of the model, and a constant before the product is
+applied after it.
+
+Fully masked rows: where the mask sets scores to -inf, PyTorch's fused attention gives 0, and the softmax by hand gave NaN.
+Where it sets them to a very negative number, the row's softmax is uniform. PyTorch's fused backward recomputes it from the
+logarithm of the row's sum, which is lost beside 3e38, so its gradients are wrong: such a site stays as written (see
+`select.blind`) unless its mask is proved to leave a key in every row, or it is computed in FP8.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from te_dynamo.ir import masked
-from te_dynamo.ir.graph import fake, is_call, is_method, tensor
+from te_dynamo.ir.graph import fake, is_call, is_method, operands, same_shape, same_size, tensor
 from te_dynamo.passes.attention_site import (
     Attention,
     Mask,
@@ -41,8 +43,6 @@ from te_dynamo.passes.attention_site import (
     look_through,
     merged,
     number,
-    same_shape,
-    same_size,
     scaled,
     size_of,
     split,
@@ -56,8 +56,8 @@ BATCH: dict[int, Names] = {0: (), 1: ("g",), 2: ("b", "h")}
 STEPS = frozenset({"factor", "cast", "merge", "repeat"})
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 MAX_DEPTH = 12  # nodes from the softmax back to the product
-# What attention does not have between its product and its softmax (a product with a constant is not meant).
-FOREIGN = {
+# What fused attention cannot do between its product and its softmax (a product with a constant it can).
+UNSUPPORTED = {
     torch.tanh: "the scores are soft-capped (tanh)",
     torch.mul: "the scores are multiplied by a tensor",
     torch.div: "the scores are divided by a tensor",
@@ -102,8 +102,8 @@ class ByHand(Rule):
             names, v, out = named
             probabilities = _probabilities(contraction.operands[side], names)
             if probabilities is not None:
-                return _attention(node, probabilities, v, out) or _strangers(contraction.operands[side])
-        return _strangers(node.args[0])
+                return _attention(node, probabilities, v, out) or _between_products(contraction.operands[side])
+        return _between_products(node.args[0])
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         site, masks = match.values["site"], match.values["masks"]
@@ -122,8 +122,7 @@ def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | 
         return None
     dtype = fake(node).dtype
     q, k, v = _looked_through(*operands, v, dtype)
-    parameter = weight_of(k.node)
-    if parameter is not None and is_owned(parameter.root):
+    if _is_weight(k.node):
         return None  # a linear
     heads = {o.heads for o in (q, k, v, scores, p) if o.heads is not None}
     output = node
@@ -133,8 +132,8 @@ def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | 
     fault = (
         _shared({*interior, node}, output, {p.softmax, *p.nodes})
         or _softmax_fault(p)
-        or _narrowed(interior, dtype)
-        or _dtype_fault(scores.product, (q, k, v), dtype)
+        or _low_precision(interior, dtype)
+        or _dtype_fault(scores.product, q, k, dtype)
         or next(filter(None, map(_mask_fault, scores.masks)), None)
         or ("batch and heads are split in different ways" if len(heads) > 1 else None)
         or _broadcast(scores, q, k, v)
@@ -154,6 +153,11 @@ def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | 
     )
     nodes = [*q.nodes, *k.nodes, *v.nodes, *interior, node, output]
     return Match(output, nodes, {"site": site, "masks": scores.masks})
+
+
+def _is_weight(node: Any) -> bool:
+    ref = weight_of(node)
+    return ref is not None and is_owned(ref.root)
 
 
 def _split_afterwards(node: Node, heads: set[int]) -> Node | None:
@@ -209,12 +213,12 @@ def _name_first_product(scores: Scores) -> tuple[Operand, Operand] | None:
     if len(summed) != 1:
         return None
     name[summed.pop()] = "d"
-    operands = []
+    read = []
     for node, labels in zip(c.operands, c.labels, strict=True):
         if any(x not in name for x in labels) or len(set(labels)) != len(labels):
             return None
-        operands.append(Operand(node, tuple(name[x] for x in labels)))
-    q, k = operands if "i" in operands[0].names else reversed(operands)
+        read.append(Operand(node, tuple(name[x] for x in labels)))
+    q, k = read if "i" in read[0].names else reversed(read)
     if not ({"i", "d"} <= set(q.names) and {"j", "d"} <= set(k.names)) or "j" in q.names or "i" in k.names:
         return None
     return q, k
@@ -236,36 +240,37 @@ def _looked_through(q: Operand, k: Operand, v: Operand, dtype: torch.dtype) -> t
 def _probabilities(node: Any, names: Names) -> Probabilities | None:
     dropout_p, heads = 0.0, None
     nodes: list[Node] = []
-    while isinstance(node, Node) and tensor(node) is not None:
+    while tensor(node) is not None:
         if is_call(node, torch.softmax):
             return Probabilities(node, names, dropout_p, heads, tuple(nodes))
         nodes.append(node)
         if is_call(node, F.dropout) and not dropout_p and isinstance(node.args[1], (int, float)) and not node.args[3]:
             dropout_p = float(node.args[1])
-        elif (viewed := _viewed(node, names)) is not None:
-            names, heads = viewed[0], viewed[1] or heads
-        elif (swapped := transposed(node, names)) is not None:
-            names = swapped
-        elif not is_method(node, "contiguous") and cast(node) is None:
+        elif (moved := _moved(node, names)) is not None:
+            names, heads = moved[0], moved[1] or heads
+        else:
             return None
         node = node.args[0]
     return None
 
 
-def _viewed(node: Node, names: Names) -> tuple[Names, int | None] | None:
-    """The names of the argument of a reshape of scores, and how many heads it tells of."""
+def _moved(node: Node, names: Names) -> tuple[Names, int | None] | None:
+    """The names of the dimensions before a cast or view of scores, and the number of heads where it tells."""
+    if cast(node) is not None or is_method(node, "contiguous"):
+        return names, None
     if names == ("g", "i", "j") and merged(node):
         return ("b", "h", "i", "j"), fake(node.args[0]).shape[1]
     if names == ("b", "h", "i", "j") and split(node):
         return ("g", "i", "j"), fake(node).shape[1]
     if is_call(node, torch.reshape) and same_shape(fake(node).shape, fake(node.args[0]).shape):
         return names, None
-    return None
+    swapped = transposed(node, names)
+    return None if swapped is None else (swapped, None)
 
 
 def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | Declined | None:
-    """The scores that `node` is, times `factor`."""
-    if not isinstance(node, Node) or tensor(node) is None or depth > MAX_DEPTH:
+    """`node`, times `factor`, as scores with the dimensions `names`."""
+    if tensor(node) is None or depth > MAX_DEPTH:
         return None
     if is_call(node, torch.baddbmm):
         return _baddbmm(node, names, factor)
@@ -279,15 +284,11 @@ def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | 
         return _and_node(before(node.args[0]), node)
     if (found := scaled(node)) is not None:
         return _and_node(before(found[0], factor=factor * found[1]), node)
-    if cast(node) is not None or is_method(node, "contiguous"):
-        return _and_node(before(node.args[0]), node)
-    if (viewed := _viewed(node, names)) is not None:
-        return _and_node(before(node.args[0], names=viewed[0]), node, **({"heads": viewed[1]} if viewed[1] else {}))
-    if (swapped := transposed(node, names)) is not None:
-        return _and_node(before(node.args[0], names=swapped), node)
-    if is_call(node, *FOREIGN):
+    if (moved := _moved(node, names)) is not None:
+        return _and_node(before(node.args[0], names=moved[0]), node, **({"heads": moved[1]} if moved[1] else {}))
+    if is_call(node, *UNSUPPORTED):
         constant = is_call(node, torch.mul, torch.div) and tensor(node.args[1]) is None
-        reason = "the scale of the scores is computed in the graph" if constant else FOREIGN[node.target]
+        reason = "the scale of the scores is computed in the graph" if constant else UNSUPPORTED[node.target]
         return Declined(reason) if any(map(before, node.args)) else None
     declined = None
     for x, mask in _maskings(node, names, factor):
@@ -301,7 +302,7 @@ def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | 
 
 
 def _is_shift(value: Any) -> bool:
-    """Whether `value` is a number that changes nothing where it is added to all scores."""
+    """Whether `value` is a number, which the softmax cancels where it is added to all scores."""
     return isinstance(value, (int, float)) and abs(value) < 1e3
 
 
@@ -318,12 +319,11 @@ def _and_node(scores: Scores | Declined | None, node: Node, **changes: Any) -> S
 
 
 def _maskings(node: Node, names: Names, factor: float) -> Iterator[tuple[Any, Mask]]:
-    """What `node` may mask, and with what."""
+    """What `node` may mask, and the mask."""
     args: Any = node.args
-    if is_call(node, torch.add, torch.sub) and not node.kwargs and len(args) == 2:
-        yield args[0], Mask(args[1], names, factor if node.target is torch.add else -factor)
-        if node.target is torch.add:
-            yield args[1], Mask(args[0], names, factor)
+    if pairs := operands(node, torch.add) or operands(node, torch.sub)[:1]:
+        for x, mask in pairs:
+            yield x, Mask(mask, names, factor if node.target is torch.add else -factor)
     elif is_call(node, torch.masked_fill) and len(args) == 3:
         yield args[0], Mask(args[1], names, fill=_times(args[2], factor))
     elif is_call(node, torch.where) and len(args) == 3:
@@ -336,19 +336,19 @@ def _times(value: Any, factor: float) -> float:
     return math.nan if constant is None else constant * factor
 
 
-def _strangers(node: Any) -> Declined | None:
-    """Why nothing could be read where there is a softmax, and a product behind it, all the same: what stands between."""
-    strange: list[str] = []
+def _between_products(node: Any) -> Declined | None:
+    """Why `node` was not read as probabilities although it is made of a softmax of a product: what is between them."""
+    between: list[str] = []
     softmax = False
     for _ in range(2 * MAX_DEPTH):
         if not isinstance(node, Node) or tensor(node) is None or not node.args:
             return None
         if softmax and (product := _contraction(node)) is not None:
-            if any((ref := weight_of(x)) is not None and is_owned(ref.root) for x in product.operands):
+            if any(map(_is_weight, product.operands)):
                 return None
-            return Declined(f"fused attention does not have what is between its products ({', '.join(reversed(strange))})")
+            return Declined(f"fused attention cannot do what is between its products ({', '.join(reversed(between))})")
         softmax = softmax or is_call(node, torch.softmax)
-        strange.append(str(getattr(node.target, "__name__", node.target)))
+        between.append(str(getattr(node.target, "__name__", node.target)))
         node = node.args[0][0] if isinstance(node.args[0], (list, tuple)) and node.args[0] else node.args[0]
     return None
 
@@ -371,7 +371,7 @@ def _softmax_fault(p: Probabilities) -> str | None:
     return None if dim % len(p.names) == p.names.index("j") else f"the softmax is over dimension {dim}, not over the keys"
 
 
-def _narrowed(interior: tuple[Node, ...], dtype: torch.dtype) -> str | None:
+def _low_precision(interior: tuple[Node, ...], dtype: torch.dtype) -> str | None:
     for node in interior:
         if torch.promote_types(fake(node).dtype, dtype) != fake(node).dtype:
             what = "softmax is" if is_call(node, torch.softmax) else "scores are"
@@ -379,14 +379,14 @@ def _narrowed(interior: tuple[Node, ...], dtype: torch.dtype) -> str | None:
     return None
 
 
-def _dtype_fault(product: Node, operands: tuple[Operand, Operand, Operand], dtype: torch.dtype) -> str | None:
+def _dtype_fault(product: Node, q: Operand, k: Operand, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the dtype {_spelled(dtype)} has no fused attention"
     # The last product has v's dtype, and the first has q's and k's, unless autocast gives them its own.
-    if any(fake(x.node).dtype != dtype for x in operands[:2]) and fake(product).dtype != dtype:
-        q, k, _ = (_spelled(fake(x.node).dtype) for x in operands)
-        return f"q and k are multiplied in another dtype ({q}, {k}) than that of the result ({_spelled(dtype)})"
-    return None
+    made = [fake(x.node).dtype for x in (q, k)]
+    if made == [dtype, dtype] or fake(product).dtype == dtype:
+        return None
+    return f"q and k are multiplied in another dtype ({', '.join(map(_spelled, made))}) than that of the result ({_spelled(dtype)})"
 
 
 def _mask_fault(mask: Mask) -> str | None:

@@ -19,9 +19,10 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 from te_dynamo import ops
-from te_dynamo.ir.graph import emit, fake, is_call, tensor
+from te_dynamo.ir.graph import emit, emit_contiguous, emit_permuted, fake, is_call, operands, tensor
+from te_dynamo.ir.meta import PATH
 from te_dynamo.passes.rules import Declined, Match, Rule
-from te_dynamo.passes.weights import WeightRef, depends_on_weights_only, is_owned, origin, path_of, source_of, weight_of
+from te_dynamo.passes.weights import WeightRef, depends_on_weights_only, is_buffer, is_owned, origin, path_of, weight_of
 from te_dynamo.sites import module_path
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -30,22 +31,21 @@ Labels = tuple[Hashable, ...]
 
 
 def _not_a_weight(operand: Any) -> Declined | None:
-    """Why an operand that stands where a weight would is none that can be taken; None where it is an activation."""
+    """Why a matrix at the weight's place cannot be a weight; None where it is an activation."""
     root, _ = origin(operand)
     value = tensor(operand)
     if root is None or value is None or value.dim() != 2:
         return None
     if root.op == "get_attr":
         return Declined("the weight is a constant, frozen in the graph")
-    if root.op == "placeholder" and "._buffers['" in source_of(root):
+    if root.op == "placeholder" and is_buffer(root):
         return Declined("the weight is a buffer, not a parameter")
     return Declined("the weight is computed in the graph") if depends_on_weights_only(operand) else None
 
 
 def _unusable(node: Node, x: Any, weight: Any) -> Declined | None:
     """Why a linear of `x` by `weight`, whose result is `node`, may not be taken."""
-    for operand in (node, x, weight):
-        value = tensor(operand)
+    for value in map(tensor, (node, x, weight)):
         if value is None:
             return Declined("an operand is not a tensor")
         if type(value) not in PLAIN:
@@ -60,8 +60,8 @@ def _unusable(node: Node, x: Any, weight: Any) -> Declined | None:
 
 
 def _site_path(node: Node, root: Node) -> str:
-    """Where the user finds a linear: the `nn.Linear` that is called (its weight may be tied to another module's), else the
-    module that owns the weight, else the module that uses it."""
+    """The path of a linear: that of the `nn.Linear` called (its weight may be tied to another module's), else of the module
+    that owns the weight, else of the module that uses it."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     called = stack[-1][1] if stack else None
     if isinstance(called, type) and issubclass(called, torch.nn.Linear):
@@ -71,7 +71,7 @@ def _site_path(node: Node, root: Node) -> str:
 
 def _emit_linear(graph: Graph, like: Node, x: Any, weight: Any, bias: Any, path: str) -> Node:
     node = emit(graph, ops.linear, (x, weight, bias), {"out_dtype": fake(like).dtype}, like=like)
-    node.meta["te_path"] = path
+    node.meta[PATH] = path
     return node
 
 
@@ -93,17 +93,14 @@ class Linear(Rule):
         x, weight, bias = node.args
         ref = weight_of(weight)
         if ref is None:
-            return _not_a_weight(weight) or self._argument(weight)
+            root, _ = origin(weight)
+            argument = root is not None and root.op == "placeholder"
+            return _not_a_weight(weight) or (Declined("the weight is an argument, not a parameter") if argument else None)
         if fake(weight).dim() != 2:
             return None
         return _unusable(node, x, weight) or Match(
             node, [node], {"x": x, "weight": weight, "bias": bias, "path": _site_path(node, ref.root)}
         )
-
-    @staticmethod
-    def _argument(weight: Any) -> Declined | None:
-        root, _ = origin(weight)
-        return Declined("the weight is an argument, not a parameter") if root is not None and root.op == "placeholder" else None
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         return _emit_linear(graph, match.output, **match.values)
@@ -142,11 +139,8 @@ class AddBias(Rule):
     ends_at = frozenset({torch.add})
 
     def match(self, node: Node) -> Match | None:
-        if node.kwargs or len(node.args) != 2:
-            return None
-        left, right = node.args
-        for linear, bias in ((left, right), (right, left)):
-            if not isinstance(linear, Node) or linear.target is not ops.linear or linear.args[2] is not None or len(linear.users) != 1:
+        for linear, bias in operands(node, torch.add):
+            if not is_call(linear, ops.linear) or linear.args[2] is not None or len(linear.users) != 1:
                 continue
             same_dtype = fake(node).dtype == linear.kwargs["out_dtype"]
             if same_dtype and weight_of(bias) is not None and tuple(fake(bias).shape) == (fake(linear.args[1]).shape[0],):
@@ -156,7 +150,7 @@ class AddBias(Rule):
     def rewrite(self, graph: Graph, match: Match) -> Node:
         linear = match.values["linear"]
         x, weight, _ = linear.args
-        return _emit_linear(graph, match.output, x, weight, match.values["bias"], linear.meta["te_path"])
+        return _emit_linear(graph, match.output, x, weight, match.values["bias"], linear.meta[PATH])
 
 
 @dataclass(frozen=True)
@@ -247,8 +241,8 @@ SPELLINGS: dict[Callable[..., Any], Callable[[Node], Contraction | None]] = {
 class Product(Rule):
     """A product of an activation and a weight in any other spelling, the weight on either side.
 
-    The weight's dimensions are those that are summed over with the activation's (K) and those that it gives to the result
-    (N). Both may be several: they are brought together by views of the weight.
+    The weight's dimensions are summed over with the activation's (K) or go to the result (N). Where K or N is several
+    dimensions, views of the weight merge them.
     """
 
     kind = "linear"
@@ -305,7 +299,7 @@ class Product(Rule):
             out = emit(graph, torch.unflatten, (out, -1, rows), like=node)
         permuted = _permuted(graph, node, out, v["out_order"])
         if permuted is not out and is_contiguous_or_false(fake(node)):  # einsum's own result may be permuted too
-            permuted = emit(graph, torch.clone, (permuted,), {"memory_format": torch.contiguous_format}, like=node)
+            permuted = emit_contiguous(graph, permuted, node)
         return permuted
 
 
@@ -336,9 +330,7 @@ def _split(labels: Labels, weight_labels: Labels, out: Labels) -> tuple[Labels, 
 
 
 def _permuted(graph: Graph, like: Node, x: Any, order: tuple[int, ...]) -> Any:
-    if order == tuple(range(len(order))):
-        return x
-    return emit(graph, torch.t, (x,), like=like) if order == (1, 0) else emit(graph, torch.permute, (x, order), like=like)
+    return emit(graph, torch.t, (x,), like=like) if order == (1, 0) else emit_permuted(graph, x, order, like)
 
 
 LINEAR_RULES: tuple[Rule, ...] = (Linear(), Addmm(), Product(), AddBias())

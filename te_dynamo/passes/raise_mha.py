@@ -63,7 +63,7 @@ class Projections:
 
 
 class MultiheadAttention(Rule):
-    """`F.multi_head_attention_forward`, whose weights nobody reads."""
+    """`F.multi_head_attention_forward`, where its attention weights are not used."""
 
     kind = "attention"
     ends_at = frozenset({F.multi_head_attention_forward})
@@ -75,13 +75,13 @@ class MultiheadAttention(Rule):
         results = [user for user in node.users if is_call(user, operator.getitem)]
         outputs = [user for user in results if user.args[1] == 0]
         if len(results) != len(node.users) or len(outputs) != 1:
-            return Declined("the results of the multi-head attention are not taken apart in a way that is known")
+            return Declined("the results of the multi-head attention are not taken as `output, weights = ...`")
         if any(user.users for user in results if user.args[1] == 1):
             return Declined("the attention weights are used (need_weights=True): fused attention does not have them")
         fault = _fault(a)
         if fault is not None:
             return Declined(fault)
-        # Batch-first modules transpose what goes in and what comes out: both are left out.
+        # Batch-first modules transpose their inputs and their output: both transposes are dropped.
         output = outputs[0]
         inputs = tuple(_swapped(a[name]) for name in ("query", "key", "value"))
         batch_first = all(x is not None for x in inputs)
@@ -142,16 +142,16 @@ def _masks(a: dict[str, Any], batched: bool) -> tuple[tuple[Mask, ...], bool]:
 
 
 def _mask(node: Any, names: Names) -> Mask:
-    """A mask of `nn.MultiheadAttention`: bool (True: never) or added. The module makes the first into the second; back again."""
+    """A mask of `nn.MultiheadAttention`: bool (True is masked), also where the module has made it float, or one that is added."""
+    excluded = _excluded(node)
+    return Mask(node, names) if excluded is None else Mask(excluded, names, fill=-math.inf)
+
+
+def _excluded(node: Any) -> Any:
+    """A bool mask: `node`, or that behind `zeros_like(mask).masked_fill(mask, -inf)`."""
     if fake(node).dtype == torch.bool:
-        return Mask(node, names, fill=-math.inf)
-    never = _never(node)
-    return Mask(node, names) if never is None else Mask(never, names, fill=-math.inf)
-
-
-def _never(node: Any) -> Any:
-    """The bool mask behind `zeros_like(mask).masked_fill(mask, -inf)`."""
-    if not (is_call(node, torch.masked_fill) or is_method(node, "masked_fill", "masked_fill_")) or node.args[2] != -math.inf:
+        return node
+    if not (is_call(node, torch.masked_fill) or is_method(node, "masked_fill_")) or node.args[2] != -math.inf:
         return None
     zeros, mask = node.args[:2]
     same = is_call(zeros, torch.zeros_like) and zeros.args[0] is mask and fake(mask).dtype == torch.bool
@@ -177,7 +177,7 @@ class EncoderLayer(Rule):
     def match(self, node: Node) -> Match | Declined | None:
         a = dict.fromkeys(ENCODER_LAYER) | dict(zip(ENCODER_LAYER, node.args, strict=False))
         if node.kwargs:
-            return Declined("arguments of the encoder layer that are not known")
+            return Declined(f"unknown arguments of the encoder layer: {', '.join(node.kwargs)}")
         if getattr(fake(a["x"]), "is_nested", False) or fake(a["x"]).dim() != 3:
             return Declined("a nested or unbatched input")
         if a["mask"] is not None and a["mask_type"] not in range(len(ENCODER_MASKS)):
@@ -212,14 +212,13 @@ class EncoderLayer(Rule):
 
 
 def _encoder_masks(graph: Graph, a: dict[str, Any], like: Node) -> tuple[Mask, ...]:
-    """The native call takes whatever is not 0 for "never"."""
+    """The mask of the native call, which masks whatever is not 0."""
     node = a["mask"]
     if node is None:
         return ()
     names = ENCODER_MASKS[a["mask_type"]]
-    never = node if fake(node).dtype == torch.bool else _never(node)
-    if never is not None:
-        return (Mask(never, names, fill=-math.inf),)
+    if (excluded := _excluded(node)) is not None:
+        return (Mask(excluded, names, fill=-math.inf),)
     return (Mask(emit(graph, torch.eq, (node, 0), like=like), names, fill=-math.inf, keeps=True),)
 
 
@@ -282,7 +281,7 @@ def _rows(graph: Graph, like: Node, packed: Any, first: int, count: int, embed: 
 
 
 def _emit_linear(graph: Graph, like: Node, x: Any, weight: Any, bias: Any, dtype: torch.dtype) -> Node:
-    """A linear that gives `dtype`, as it does under autocast, which `emit` does not know of."""
+    """A linear that gives `dtype`, as under autocast, which `emit` turns off."""
     node = emit(graph, torch._C._nn.linear, (x, weight, bias), like=like)
     with fake_mode_of(graph):
         node.meta[EXAMPLE] = fake(node).to(dtype)

@@ -3,21 +3,23 @@
 A norm is read backwards from where it ends, by a small grammar:
 
     shifted    = scaled | scaled + bias
-    scaled     = normalized | weight * normalized              (a weight of `1 + w` is zero-centered)
-    normalized = F.layer_norm(x) | F.rms_norm(x) | x / deviation | (x - mean(x)) / deviation
-    deviation  = sqrt(moment + eps), or std
-    moment     = mean(x * x) | var(x)
+    scaled     = normalized | normalized * weight              (a weight of `1 + w` is zero-centered)
+    normalized = F.layer_norm(x) | F.rms_norm(x) | value / deviation | value * deviation ^ -1
+    value      = x | x - mean(x)
+    deviation  = sqrt(moment + eps) | std(x)
+    moment     = mean(value ^ 2) | var(x) | mean(x ^ 2) - mean(x) ^ 2
 
-with casts, `contiguous` and views that keep the order of the elements in between. Where a norm is rounded before its
-weight is applied, so is what it becomes. Roundings inside of the statistics are not kept: these are computed in float32,
-as Inductor computes them.
+with casts, `contiguous` and views that keep the order of the elements in between, and the weight also inside of the
+quotient. Powers and means are read in every spelling that rounds differently (`canonicalize` has unified the others):
+`x * x`, `pow`, `sqrt`, `rsqrt`, `reciprocal`; `mean`, a sum divided by its length, `var_mean`.
+
+Where a norm is rounded before its weight is applied, so is what it becomes. Roundings inside of the statistics are not
+kept: these are computed in float32, as Inductor computes them.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,17 +27,24 @@ import torch
 import torch.nn.functional as F
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from te_dynamo import ops
-from te_dynamo.ir.graph import emit, example, fake, is_call, is_method, tensor
+from te_dynamo.ir.graph import emit, emit_contiguous, example, fake, is_call, is_method, operands, same_shape, same_size, tensor, upstream
+from te_dynamo.passes.raise_norm_moment import (
+    EPS_NOT_CONSTANT,
+    VIEWS,
+    Moment,
+    centered_value,
+    is_cast,
+    is_contiguous,
+    is_float,
+    keeps_rows,
+    root_of,
+    same_value,
+    source,
+)
 from te_dynamo.passes.regions import SET_GRAD, regions
 from te_dynamo.passes.rules import Declined, Match, Rule
-
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-VIEWS: frozenset[Callable[..., Any]] = frozenset(
-    {torch.reshape, torch.unsqueeze, torch.squeeze, torch.flatten}
-)  # they keep the order of the elements
 
 
 @dataclass(frozen=True)
@@ -68,322 +77,93 @@ class Norm:
         return tuple(fake(self.x).shape[-self.dims :])
 
 
-@dataclass(frozen=True)
-class Deviation:
-    """sqrt(mean((of - mean(of))^2) + eps), or without the mean where it is not centered. fault: why it is not quite that."""
-
-    of: Node
-    dims: tuple[int, ...]
-    centered: bool
-    eps: float = 0.0
-    fault: str | None = None
-
-
 Reading = Norm | Declined | None
-NO_CONSTANT = "its eps is not a constant"
-
-
-# Helpers: what to look through, and what is equal.
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two shapes are known to be equal, without a guard on it."""
-    return len(a) == len(b) and statically_known_true(sym_eq(tuple(a), tuple(b)))
-
-
-def _is_float(node: Any) -> bool:
-    value = tensor(node)
-    return value is not None and value.dtype in DTYPES
-
-
-def _is_cast(node: Any) -> bool:
-    return is_method(node, "to") and len(node.args) == 2 and node.args[1] in DTYPES and _is_float(node.args[0])
-
-
-def _is_widening(node: Any) -> bool:
-    """A cast that loses nothing, to the dtype that a norm is computed in anyway."""
-    return _is_cast(node) and node.args[1] == torch.float32 and fake(node.args[0]).dtype.itemsize < 4
-
-
-def _is_contiguous(node: Any) -> bool:
-    return is_method(node, "contiguous") and len(node.args) == 1 and not node.kwargs
-
-
-def _is_view(node: Any) -> bool:
-    return is_call(node, *VIEWS)
-
-
-def _source(node: Any) -> Any:
-    """The value itself, before lossless casts."""
-    while _is_widening(node) or _is_contiguous(node):
-        node = node.args[0]
-    return node
-
-
-def _inner(node: Any) -> Any:
-    """An intermediate of the statistics, whose dtype and unit dimensions do not matter."""
-    while _is_cast(node) or _is_contiguous(node) or _is_view(node):
-        node = node.args[0]
-    return node
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two nodes are one value: one node, or the same view of one value taken twice."""
-    a, b = _source(a), _source(b)
-    if a is b or not (_is_view(a) and _is_view(b)):
-        return a is b
-    return a.target is b.target and _equal(fake(a).shape, fake(b).shape) and _same(a.args[0], b.args[0])
-
-
-def _operands(node: Node) -> tuple[tuple[Any, Any], ...]:
-    """The operands of a plain binary operation, in both orders."""
-    if len(node.args) != 2 or node.kwargs:
-        return ()
-    return ((node.args[0], node.args[1]), (node.args[1], node.args[0]))
-
-
-def _power(node: Any) -> tuple[Any, float] | None:
-    """(base, exponent) of a power in any of its spellings."""
-    if is_call(node, torch.pow) and len(node.args) == 2 and isinstance(node.args[1], (int, float)):
-        return node.args[0], node.args[1]
-    if is_call(node, torch.mul) and _operands(node) and _same(*node.args):
-        return node.args[0], 2
-    if is_call(node, operator.truediv) and node.args[0] == 1:
-        return node.args[1], -1
-    for function, exponent in ((torch.square, 2), (torch.sqrt, 0.5), (torch.rsqrt, -0.5), (torch.reciprocal, -1)):
-        if is_call(node, function):
-            return node.args[0], exponent
-    return None
-
-
-def _base(node: Any, exponent: float) -> Any:
-    """What `node` is that power of; None where it is not one."""
-    power = _power(node)
-    return power[0] if power is not None and power[1] == exponent else None
-
-
-# The statistics.
-
-
-def _dims(node: Node) -> tuple[int, ...] | None:
-    """The dimensions that a reduction goes over, from the left; None where it does not say, or there are none."""
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    given = (given,) if isinstance(given, int) and not isinstance(given, bool) else given
-    rank = fake(node.args[0]).dim()
-    if rank == 0 or not isinstance(given, (tuple, list)) or not given or not all(isinstance(d, int) for d in given):
-        return None
-    return tuple(sorted(d % rank for d in given))
-
-
-def _mean(node: Any) -> tuple[Any, tuple[int, ...]] | None:
-    """(x, dims) where `node` is a mean: `mean`, a sum divided by its length, or the mean that came with a variance."""
-    node, length = _inner(node), None
-    if is_call(node, torch.div) and _operands(node):
-        node, length = _inner(node.args[0]), example(node.args[1])
-    elif is_call(node, operator.getitem) and is_call(node.args[0], torch.var_mean) and node.args[1] == 1:
-        node = node.args[0]
-    if not is_call(node, torch.sum if length is not None else torch.mean, torch.var_mean):
-        return None
-    dims = _dims(node)
-    if dims is None or (length is not None and not _is_length(length, [fake(node.args[0]).shape[d] for d in dims])):
-        return None
-    return node.args[0], dims
-
-
-def _is_length(length: Any, sizes: list[Any]) -> bool:
-    length = int(length) if isinstance(length, float) and length.is_integer() else length
-    return isinstance(length, (int, torch.SymInt)) and _equal((length,), (math.prod(sizes),))
-
-
-def _keeps(reduced: Any, x: Any, dims: tuple[int, ...]) -> bool:
-    """Whether what was reduced over `dims` stands beside `x` as one number for each of its rows."""
-    value = tensor(reduced)
-    return value is not None and _equal(value.shape, [1 if d in dims else size for d, size in enumerate(fake(x).shape)])
-
-
-def _centered(node: Any) -> tuple[Node, tuple[int, ...]] | None:
-    """(x, dims) where `node` is `x - mean(x, dims)`."""
-    node = _source(node)
-    if not is_call(node, torch.sub) or not _operands(node):
-        return None
-    x, mean = _source(node.args[0]), _mean(node.args[1])
-    return (x, mean[1]) if mean is not None and _same(mean[0], x) and _keeps(node.args[1], x, mean[1]) else None
-
-
-def _variance(node: Any) -> Deviation | None:
-    """`var(x)` or `std(x)`: which of them, the caller knows."""
-    dims = _dims(node)
-    if dims is None:
-        return None
-    unbiased = node.args[2] if len(node.args) > 2 else node.kwargs.get("unbiased", True)
-    correction = node.kwargs.get("correction", int(bool(unbiased)))
-    centered = _centered(node.args[0])
-    x = centered[0] if centered is not None and centered[1] == dims else _source(node.args[0])
-    return Deviation(x, dims, True, fault=None if correction == 0 else "its variance is the unbiased one")
-
-
-def _moment(node: Any) -> Deviation | None:
-    """`mean(x^2)`, `mean((x - mean(x))^2)`, `var(x)` or `mean(x^2) - mean(x)^2`."""
-    node = _inner(node)
-    if is_call(node, torch.var):
-        return _variance(node)
-    if is_call(node, operator.getitem) and is_call(node.args[0], torch.var_mean) and node.args[1] == 0:
-        return _variance(node.args[0])
-    if is_call(node, torch.sub) and _operands(node):
-        square, mean = _moment(node.args[0]), _mean(_base(_inner(node.args[1]), 2))
-        if square is None or square.centered or mean is None or mean[1] != square.dims or not _same(mean[0], square.of):
-            return None
-        return replace(square, centered=True)
-    mean = _mean(node)
-    x: Any = None if mean is None else _source(_base(_source(mean[0]), 2))
-    if mean is None or not _is_float(x):
-        return None
-    centered = _centered(x)
-    return Deviation(x, mean[1], False) if centered is None or centered[1] != mean[1] else Deviation(centered[0], mean[1], True)
-
-
-def _with_eps(node: Any) -> Deviation | None:
-    """A moment, plus eps or not."""
-    node = _inner(node)
-    if not is_call(node, torch.add):
-        return _moment(node)
-    for moment, eps in _operands(node):
-        found = _moment(moment)
-        if found is not None and isinstance(eps, (int, float)):
-            return replace(found, eps=float(eps))
-        if found is not None and _is_scalar(eps):
-            return replace(found, fault=NO_CONSTANT)
-    return None
-
-
-def _is_scalar(node: Any) -> bool:
-    value = tensor(node)
-    return value is None or _equal(value.shape, (1,) * value.dim())
-
-
-def _deviation(node: Any) -> Deviation | None:
-    """A value that a norm divides by."""
-    node = _inner(node)
-    if is_call(node, torch.std):
-        return _variance(node)
-    if is_call(node, torch.add) and _operands(node) and not is_call(_inner(node.args[0]), torch.add):
-        found = _deviation(node.args[0])
-        return found and replace(found, fault=found.fault or "its eps is added outside of the square root")
-    squared = _base(node, 0.5)
-    return None if squared is None else _with_eps(squared)
-
-
-def _inverse_deviation(node: Any) -> Deviation | None:
-    """A value that a norm multiplies by."""
-    node = _inner(node)
-    squared = _base(node, -0.5)
-    return _with_eps(squared) if squared is not None else _deviation(_base(node, -1))
 
 
 # The grammar.
 
 
-def _quotients(node: Node) -> Iterator[tuple[Any, Any, Any, Deviation]]:
+def _quotients(node: Node) -> Iterator[tuple[Any, Any, Any, Moment]]:
     """Each way to read `node` as value / deviation or weight * value / deviation, in any order of the factors: (the value,
-    the weight or None, the node that stands for the deviation or its inverse, it)."""
-    if not _operands(node) or not is_call(node, torch.mul, torch.div):
-        return
+    the weight or None, the node that stands for the deviation or its inverse, its moment)."""
     divides = is_call(node, torch.div)
-    for value, factor in _operands(node)[: 1 if divides else 2]:
-        deviation = _deviation(factor) if divides else _inverse_deviation(factor)
-        if deviation is not None:
-            yield value, None, factor, deviation
-            for weight, weighted in _operands(value) if is_call(value, torch.mul) else ():
-                yield weighted, weight, factor, deviation
-        elif not divides and is_call(factor, torch.mul):
-            for weight, inverse in _operands(factor):
-                deviation = _inverse_deviation(inverse)
-                if deviation is not None:
-                    yield value, weight, inverse, deviation
+    for value, factor in operands(node, torch.div)[:1] if divides else operands(node, torch.mul):
+        readings = [(value, None, factor), *((v, weight, factor) for weight, v in operands(value, torch.mul))]
+        if not divides:
+            readings += [(value, weight, inverse) for weight, inverse in operands(factor, torch.mul)]
+        for v, weight, root in readings:
+            moment = root_of(root, 0.5 if divides else -0.5)
+            if moment is not None:
+                yield v, weight, root, moment
 
 
 def _normalized(node: Node) -> Reading:
-    if is_call(node, F.layer_norm):
-        x, shape, weight, bias, eps = node.args
-        return _called(node, "layer", x, shape, eps, weight, bias)
-    if is_call(node, F.rms_norm):
-        x, shape, weight, eps = node.args
-        eps = torch.finfo(torch.promote_types(fake(x).dtype, torch.float32)).eps if eps is None else eps
-        return _called(node, "rms", x, shape, eps, weight, None)
-    for value, weight, factor, deviation in _quotients(node):
-        if _is_over(value, deviation):
-            norm = _by_hand(node, factor, deviation)
+    if is_call(node, F.layer_norm, F.rms_norm):
+        return _called(node)
+    for value, weight, root, moment in _quotients(node):
+        x, centered = centered_value(value, moment.dims)
+        if centered == moment.centered and same_value(x, moment.of):
+            norm = _by_hand(node, root, moment)
             if weight is None or not isinstance(norm, Norm):
                 return norm
             return _weighted(replace(norm, rounded=norm.computed_in), weight, norm.dtype)
     return None
 
 
-def _called(node: Node, kind: ops.NormKind, x: Any, shape: Any, eps: Any, weight: Any, bias: Any) -> Reading:
-    if not isinstance(eps, (int, float)):
-        return Declined(NO_CONSTANT)
+def _called(node: Node) -> Reading:
+    x, shape, weight, *bias, eps = node.args
     dtype = fake(node).dtype
-    norm = Norm(x, kind, float(eps), len(shape), dtype, dtype, bias=bias)
-    if weight is None:
-        return norm
-    centered = _zero_centered(norm, weight)
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(fake(x).dtype, torch.float32)).eps
+    if not isinstance(eps, (int, float)):
+        return Declined(EPS_NOT_CONSTANT)
+    norm = Norm(x, "layer" if bias else "rms", float(eps), len(shape), dtype, dtype, bias=bias[0] if bias else None)
+    centered = None if weight is None else _zero_centered(norm, weight)
     return replace(norm, weight=weight if centered is None else centered, zero_centered=centered is not None)
 
 
-def _is_over(value: Any, deviation: Deviation) -> bool:
-    """Whether a value is what its deviation was taken of."""
-    if deviation.centered:
-        centered = _centered(value)
-        return centered is not None and centered[1] == deviation.dims and _same(centered[0], deviation.of)
-    return _same(value, deviation.of)
-
-
-def _by_hand(node: Node, factor: Any, deviation: Deviation) -> Reading:
-    x, dtype, rank = deviation.of, fake(node).dtype, fake(deviation.of).dim()
-    if not _keeps(factor, x, deviation.dims) or not _equal(fake(node).shape, fake(x).shape) or not (_is_float(x) and _is_float(node)):
+def _by_hand(node: Node, root: Any, moment: Moment) -> Reading:
+    x, dtype, rank = moment.of, fake(node).dtype, fake(moment.of).dim()
+    if not keeps_rows(root, x, moment.dims) or not same_shape(fake(node).shape, fake(x).shape) or not (is_float(x) and is_float(node)):
         return None
-    if dtype.itemsize > torch.promote_types(fake(x).dtype, torch.float32).itemsize:
+    norm = Norm(x, "layer" if moment.centered else "rms", moment.eps, len(moment.dims), dtype, dtype)
+    if dtype.itemsize > norm.computed_in.itemsize:
         return None
-    if deviation.dims != tuple(range(rank - len(deviation.dims), rank)):
+    if moment.dims != tuple(range(rank - norm.dims, rank)):
         return Declined("it normalizes dimensions that are not the last ones")
-    if deviation.fault is not None:
-        return Declined(deviation.fault)
-    return Norm(x, "layer" if deviation.centered else "rms", deviation.eps, len(deviation.dims), dtype, dtype)
+    return norm if moment.fault is None else Declined(moment.fault)
 
 
 def _scaled(node: Node) -> Reading:
-    norm = _normalized(node)
-    if norm is not None or not is_call(node, torch.mul):
-        return norm
-    for operand, weight in _operands(node):
-        inner = _through_casts(operand, _normalized)
-        if inner is not None and inner.weight is None and inner.bias is None and _equal(fake(node).shape, fake(inner.x).shape):
-            return _weighted(inner, weight, fake(node).dtype)
-    return None
+    return _normalized(node) or _extended(node, torch.mul, _normalized, _weighted)
 
 
 def _shifted(node: Node) -> Reading:
-    norm = _scaled(node)
-    if norm is not None or not is_call(node, torch.add):
-        return norm
-    for operand, bias in _operands(node):
-        inner = _through_casts(operand, _scaled)
-        if inner is not None and inner.kind == "layer" and inner.bias is None and _equal(fake(node).shape, fake(inner.x).shape):
-            return _biased(inner, bias, fake(node).dtype)
+    return _scaled(node) or _extended(node, torch.add, _scaled, _biased)
+
+
+def _extended(
+    node: Node, by: Callable[..., Any], read: Callable[[Node], Reading], extend: Callable[[Norm, Any, torch.dtype], Norm | None]
+) -> Norm | None:
+    """A norm, cast or not, times a weight or plus a bias."""
+    for operand, vector in operands(node, by):
+        norm = _through_casts(operand, read)
+        if norm is not None and same_shape(fake(node).shape, fake(norm.x).shape) and is_float(vector):
+            return extend(norm, vector, fake(node).dtype)
     return None
 
 
 def _through_casts(node: Any, read: Callable[[Node], Reading]) -> Norm | None:
     """The norm behind casts of its result."""
-    if not isinstance(node, Node) or tensor(node) is None:
+    if tensor(node) is None:
         return None
-    if _is_contiguous(node):
+    if is_contiguous(node):
         return _through_casts(node.args[0], read)
-    if not _is_cast(node):
-        norm = read(node)
-        return norm if isinstance(norm, Norm) else None
-    norm = _through_casts(node.args[0], read)
-    return None if norm is None else _cast(norm, node)
+    if is_cast(node):
+        inner = _through_casts(node.args[0], read)
+        return inner and _cast(inner, node)
+    norm = read(node)
+    return norm if isinstance(norm, Norm) else None
 
 
 def _cast(norm: Norm, cast: Node) -> Norm | None:
@@ -398,14 +178,14 @@ def _cast(norm: Norm, cast: Node) -> Norm | None:
 
 def _weighted(norm: Norm, weight: Any, dtype: torch.dtype) -> Norm | None:
     """The norm times a weight, which gives a value of `dtype`."""
-    if not _is_float(weight):
+    if norm.weight is not None or norm.bias is not None or not is_float(weight):
         return None
     centered = _zero_centered(norm, weight)
     weight = _vector(weight if centered is None else centered, norm)
     if weight is None:
         return None
     if norm.rounds is None:
-        weight = _source(weight)
+        weight = source(weight)
     product = torch.promote_types(norm.rounds or norm.computed_in, fake(weight).dtype)
     if product.itemsize > norm.computed_in.itemsize or (product != dtype and norm.rounds is not None):
         return None
@@ -414,21 +194,19 @@ def _weighted(norm: Norm, weight: Any, dtype: torch.dtype) -> Norm | None:
 
 def _zero_centered(norm: Norm, weight: Any) -> Any:
     """`w` where the weight is `1 + w`, added in the dtype in which `ops.norm` adds it; None otherwise."""
-    added = _source(weight) if norm.rounds is None else weight
+    added = source(weight) if norm.rounds is None else weight
     if not is_call(added, torch.add) or added.kwargs or added.args[1] != 1:
         return None
     w = added.args[0]
     if norm.rounds is None:
-        return _source(w) if fake(added).dtype == norm.computed_in else None
+        return source(w) if fake(added).dtype == norm.computed_in else None
     return w if fake(added).dtype == fake(w).dtype else None
 
 
 def _biased(norm: Norm, bias: Any, dtype: torch.dtype) -> Norm | None:
     """The norm plus a bias, which gives a value of `dtype`."""
-    if not _is_float(bias) or dtype != norm.dtype:
-        return None
     bias = _vector(bias, norm)
-    if bias is None:
+    if norm.kind != "layer" or norm.bias is not None or bias is None or dtype != norm.dtype:
         return None
     rounds = norm.round_before_weight if norm.weight is not None else norm.rounds
     added_in = rounds or norm.computed_in
@@ -442,36 +220,32 @@ def _biased(norm: Norm, bias: Any, dtype: torch.dtype) -> Norm | None:
 def _vector(node: Any, norm: Norm) -> Any:
     """A weight or bias of the normalized shape, before it was made to broadcast; there may be dimensions of one more in
     front. None where it is not one."""
-    shape = norm.normalized_shape
-    while not _equal(fake(node).shape, shape):
-        if not (_is_view(node) or _is_contiguous(node) or is_method(node, "expand")):
-            extra = fake(node).dim() - norm.dims
-            return node if extra > 0 and _equal(fake(node).shape, (1,) * extra + shape) else None
+    found = None
+    while same_shape(fake(node).shape[-norm.dims :], norm.normalized_shape):  # each row of what is viewed or expanded is the vector
+        extra = fake(node).dim() - norm.dims
+        if all(same_size(size, 1) for size in fake(node).shape[:extra]):
+            found = node
+        if not extra or not (is_call(node, *VIEWS) or is_contiguous(node) or is_method(node, "expand")):
+            break
         node = node.args[0]
-    return node
+    return found
 
 
 # The rule.
 
 
-def _between(output: Node, leaves: Iterable[Any]) -> list[Node]:
-    """The nodes that make `output` of `leaves`; sizes are left out."""
-    found: dict[Node, None] = {}
-    stack = [output]
-    while stack:
-        node = stack.pop()
-        if node in found or node in leaves or isinstance(example(node), (int, torch.SymInt)):
-            continue
-        found[node] = None
-        stack += node.all_input_nodes
-    return list(found)
-
-
 def _nodes(output: Node, norm: Norm) -> list[Node]:
-    return _between(output, {n for n in (norm.x, norm.weight, norm.bias) if n is not None})
+    """The nodes that make `output` of the norm's tensors; sizes are left out."""
+    leaves = {norm.x, norm.weight, norm.bias}
+
+    def inputs(node: Node) -> list[Node]:
+        return [n for n in node.all_input_nodes if n not in leaves and not isinstance(example(n), (int, torch.SymInt))]
+
+    return list(upstream(output, inputs=inputs))
 
 
 def _in_one_grad_mode(nodes: list[Node]) -> bool:
+    """Whether gradients are enabled for all of `nodes` or for none."""
     graph = nodes[0].graph
     if not graph.find_nodes(op="call_function", target=SET_GRAD):
         return True
@@ -480,10 +254,10 @@ def _in_one_grad_mode(nodes: list[Node]) -> bool:
 
 
 def _goes_on(node: Node) -> bool:
-    """Whether a larger pattern, with the weight or the bias, holds this one."""
+    """Whether a larger pattern, with the weight or the bias, contains the one that ends at `node`."""
     users = list(node.users)
     for user in users:  # grows
-        if _is_cast(user) or _is_contiguous(user):
+        if is_cast(user) or is_contiguous(user):
             users += user.users
         elif is_call(user, torch.mul, torch.div, torch.add):
             norm = _shifted(user)
@@ -505,7 +279,7 @@ class RaiseNorm(Rule):
         if _goes_on(node):
             return None
         output, last = node, next(iter(node.users)) if len(node.users) == 1 else None
-        if last is not None and _is_cast(last) and _in_one_grad_mode([node, last]):
+        if last is not None and is_cast(last) and _in_one_grad_mode([node, last]):
             rounded = _cast(norm, last)
             if rounded is not None and rounded.dtype.itemsize < norm.dtype.itemsize:
                 output, norm = last, rounded
@@ -518,7 +292,7 @@ class RaiseNorm(Rule):
         norm: Norm = match.values["norm"]
         x, like = norm.x, match.output
         if is_contiguous_or_false(fake(like)) and not is_contiguous_or_false(fake(x)):
-            x = emit(graph, torch.clone, (x,), {"memory_format": torch.contiguous_format}, like=like)
+            x = emit_contiguous(graph, x, like)
         weight, bias = (_flat(graph, vector, norm, like) for vector in (norm.weight, norm.bias))
         attributes = {
             "kind": norm.kind,

@@ -1,8 +1,8 @@
 """How a rewrite rule is declared, and the engine that applies a family of them.
 
-A rule names the operations at which its pattern ends, matches backwards from there, and builds the replacement. "Not
-this pattern" (None), "this pattern, but it may not be rewritten, because ..." (`Declined`) and a match are told apart.
-A rule that raises is undone and reported; with the option `strict` the exception goes on to the user.
+A rule names the operations at which its pattern ends, matches backwards from there, and builds the replacement. It
+gives None where the pattern is not there, `Declined` with a reason where it may not be rewritten, and else a `Match`.
+A rule that raises is undone and reported; with the option `strict` the exception is raised to the user.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Declined:
-    """A pattern was found, and may not be rewritten."""
+    """A pattern was found that may not be rewritten, and why."""
 
     reason: str
 
@@ -76,7 +76,7 @@ def apply(rules: Sequence[Rule], gm: GraphModule, sites: Sites, done: Rewrites |
 
 
 def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, done: Rewrites | None) -> bool:
-    last: Node | None = None  # before what the rule adds
+    last: Node | None = None  # the node before those that the rule adds
     try:
         match = rule.match(node)
         if match is None:
@@ -86,7 +86,7 @@ def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, done: Rewrites | No
             return False
         writer = written_between(match.nodes)
         if writer is not None:
-            sites.declined(node, rule.kind, f"{writer.name} ({writer.target}) writes in place to memory that the pattern is using")
+            sites.declined(node, rule.kind, f"{writer.name} ({writer.target}) writes in place to memory that the pattern uses")
             return False
         last = match.output.prev
         with graph.inserting_before(match.output):

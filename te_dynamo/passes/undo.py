@@ -1,4 +1,4 @@
-"""Putting patterns back: a site that turns out not to be taken stays as the user wrote it."""
+"""Undoing rewrites: a site that is not taken after all becomes again what the user wrote."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from te_dynamo.sites import Sites
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One pattern and what it became: the node whose value was replaced, its name, the node that replaced it, and all that
-    was added with it."""
+    """A pattern and what it became. output: the node that was replaced, called name; new: what replaced it; added: all new nodes."""
 
     kind: str
     output: Node
@@ -55,7 +54,10 @@ class Rewrites:
             self.snapshots[n] = _Snapshot(n.op, n.target, n.args, dict(n.kwargs), n.name, dict(n.meta))
 
     def restore(self, graph: Graph, reasons: Mapping[str, str], sites: Sites) -> None:
-        """Puts back the patterns whose outputs are called as `reasons` says, and records these as sites that were declined."""
+        """Puts back the patterns whose outputs have the names in `reasons`, and records them as declined sites.
+
+        reasons: why each is not taken. Raises AssertionError for a name that is no site's.
+        """
         chosen = sorted((r for r in self.log if r.name in reasons and not r.new._erased), key=lambda r: r.new)
         if unknown := reasons.keys() - {r.name for r in chosen}:
             raise AssertionError(f"sites were declined that no rule had raised: {', '.join(sorted(unknown))}")
@@ -87,7 +89,7 @@ class Rewrites:
             sites.declined(copy, rewrite.kind, reasons[rewrite.name])
         for rewrite in chosen:
             erase_if_dead(graph, [*rewrite.added, rewrite.new])
-        # Sites that stood inside what was put back, as the linears of an attention that was written out.
+        # Sites inside what was put back, such as the linears of a multi-head attention.
         erase_if_dead(graph, [n for n in graph.nodes if op_of(n) is not None])
         for rewrite in chosen:
             erase_if_dead(graph, rewrite.added)

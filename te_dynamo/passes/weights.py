@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from te_dynamo.ir.graph import is_call, is_method, tensor
+from te_dynamo.ir.graph import is_call, is_method, tensor, upstream
+from te_dynamo.ir.meta import PARAMETER
 from te_dynamo.sites import clean_path
 
 VIEWS: tuple[Callable[..., Any], ...] = (
@@ -20,13 +21,16 @@ VIEWS: tuple[Callable[..., Any], ...] = (
     torch.narrow,
     torch.permute,
     torch.reshape,
+    torch.select,
     torch.split,
     torch.squeeze,
     torch.t,
     torch.transpose,
+    torch.unbind,
+    torch.unflatten,
     torch.unsqueeze,
 )
-METHOD_VIEWS = ("to", "type", "contiguous", "detach", "narrow", "select", "unbind", "unflatten")
+METHOD_VIEWS = ("to", "type", "contiguous", "detach")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def is_view(node: Any) -> bool:
 def is_parameter(node: Node) -> bool:
     """Whether a placeholder is a parameter: of a module, closed over, or an argument that is trained as one (a 2-D leaf).
 
-    In the sub-graph of a higher-order operator no placeholder says where it comes from: `meta["te_parameter"]` does.
+    In the sub-graph of a higher-order operator no placeholder says where it comes from: `meta[PARAMETER]` does.
     """
     value = tensor(node)
     if node.op != "placeholder" or value is None:
@@ -73,25 +77,24 @@ def is_parameter(node: Node) -> bool:
 
 def is_owned(node: Node) -> bool:
     """Whether a placeholder is a parameter for certain, and not an argument that happens to require grad."""
-    declared = bool(node.meta.get("te_parameter")) or "._parameters['" in source_of(node)
+    declared = bool(node.meta.get(PARAMETER)) or "._parameters['" in source_of(node)
     return node.op == "placeholder" and (declared or isinstance(tensor(node), torch.nn.Parameter))
 
 
 def depends_on_weights_only(node: Any) -> bool:
     """Whether `node` is computed from at least one parameter and from nothing that changes with the model's inputs."""
-    found, seen, stack = False, set(), [node]
-    while stack:
-        current = stack.pop()
-        if not isinstance(current, Node) or current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder":
-            if is_owned(current):
-                found = True
-            elif "._buffers['" not in source_of(current):
+    found = False
+    for source in upstream(node):
+        if source.op == "placeholder" and not is_buffer(source):
+            if not is_owned(source):
                 return False
-        stack.extend(current.all_input_nodes)
+            found = True
     return found
+
+
+def is_buffer(node: Node) -> bool:
+    """Whether a placeholder is a module's buffer."""
+    return "._buffers['" in source_of(node)
 
 
 def source_of(node: Node) -> str:

@@ -71,7 +71,7 @@ def simplified(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Graph
     gm.graph.lint()
     assert guards(gm) == before
     torch.testing.assert_close(run(gm), expected)
-    return gm, [n.meta.get("mask") for n in attentions(gm)]
+    return gm, [n.meta.get("te_mask") for n in attentions(gm)]
 
 
 def attend(make: Callable[[int, Tensor], Tensor], size: int = S, **kwargs: Any) -> tuple[GraphModule, Proof, Node]:

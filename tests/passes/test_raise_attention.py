@@ -597,7 +597,7 @@ def test_scores_that_attention_does_not_have() -> None:
     none(lambda q, k, v: (q @ k.mT).masked_fill(~KEEP, -3.0).softmax(-1) @ v, *qkv(), reason="scores are set to -3.0")
     none(lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, *qkv(), reason="between its products (relu, softmax)")
     none(lambda q, k, v: ((q @ k.mT).softmax(-1) * gate) @ v, *qkv(), reason="between its products (softmax, mul)")
-    none(lambda q, k, v: (q @ k.mT).softmax(-1).square() @ v, *qkv(), reason="between its products (softmax, square)")
+    none(lambda q, k, v: (q @ k.mT).softmax(-1).square() @ v, *qkv(), reason="between its products (softmax, pow)")
     none(lambda q, k, v: (q @ k.mT).sigmoid() @ v, *qkv(), reason=None)
 
 

@@ -142,6 +142,7 @@ RMS: dict[str, Spelling] = {
     "times 1 / sqrt": lambda x, w, b: w * (x.float() * (1.0 / (x.float().pow(2).mean(-1, keepdim=True) + EPS).sqrt())).to(x.dtype),
     "reciprocal": lambda x, w, b: w * (x.float() * (x.float().square().mean(-1, keepdim=True) + EPS).sqrt().reciprocal()).to(x.dtype),
     "unsqueeze": lambda x, w, b: w * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1) + EPS).unsqueeze(-1)).to(x.dtype),
+    "indexed by None": lambda x, w, b: w * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1) + EPS)[..., None]).to(x.dtype),
     "sum": lambda x, w, b: w * (x.float() * torch.rsqrt(x.float().pow(2).sum(-1, keepdim=True) / D + EPS)).to(x.dtype),
     "mean with dtype": lambda x, w, b: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True, dtype=torch.float32) + EPS)).to(x.dtype),
     "weight first": lambda x, w, b: (w.float() * x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype),
@@ -252,6 +253,8 @@ def test_not_a_norm(name: str):
 
 NOT_ITS_WEIGHT: dict[str, Spelling] = {
     "one a row": lambda x, w, b: rms(x) * w[:, None],
+    "one a row, unsqueezed": lambda x, w, b: rms(x) * w.unsqueeze(1),
+    "one a row, expanded": lambda x, w, b: rms(x) * w.view(D, 1).expand(S, D),
     "one a batch entry": lambda x, w, b: rms(x) * x[:, :1],
     "broadcasts the norm": lambda x, w, b: rms(x) * w.view(1, 1, 1, -1),
     "a number": lambda x, w, b: rms(x) * 2.0,

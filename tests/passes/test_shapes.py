@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from te_dynamo.ir import all_ops
-from te_dynamo.ir.graph import FAKES as SHAPES
 from torch._subclasses import FakeTensorMode
 
 from te_dynamo import ops
+from te_dynamo.ir import all_ops
+from te_dynamo.ir.graph import FAKES as SHAPES
 
 
 def arguments(dtype: torch.dtype):
