@@ -235,6 +235,12 @@ def read_too_early(s: int, q: Tensor) -> Tensor:
     return kept.add_(1.0)
 
 
+def written_in_a_part_of_its_source(s: int, q: Tensor) -> Tensor:
+    source = torch.ones(s, s, dtype=torch.bool).tril()
+    source[:, 2:3].fill_(True)
+    return source & (column(s) < s)
+
+
 REASON: dict[str, tuple[Callable[[int, Tensor], Tensor], str]] = {
     "bidirectional": (lambda s, q: column(s) >= row(s), "not proved to hide what comes later"),
     "one later": (lambda s, q: column(s) <= row(s) + 1, "not proved to hide what comes later"),
@@ -251,6 +257,7 @@ REASON: dict[str, tuple[Callable[[int, Tensor], Tensor], str]] = {
     "random": (lambda s, q: torch.rand(s, s) > 0.5, "rand"),
     "a buffer": (buffer, "depends on the buffer"),
     "written in part": (halfway, "writes in place"),
+    "its source written in part": (written_in_a_part_of_its_source, "writes in place"),
     "written behind a view": (behind_a_view, "writes in place"),
     "a view read after a write": (read_too_early, "writes in place"),
 }

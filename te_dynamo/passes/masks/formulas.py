@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
@@ -13,32 +12,20 @@ import torch
 
 UNBOUNDED = 2**40  # no size is larger: what rules out overflow where a size is symbolic
 MAX_INEQUALITIES = 400
-MAX_BRANCHES = 500
-MAX_FORMULA = 1000
+MAX_ALTERNATIVES = 300
 
 Expr: TypeAlias = Any  # an int, or an expanded sympy polynomial over integer symbols
 Row: TypeAlias = dict[Any, int]  # monomial -> coefficient, the constant under 1: their sum is at most 0
+Inequality: TypeAlias = frozenset[tuple[Any, int]]  # the items of a Row
+Formula: TypeAlias = frozenset[frozenset[Inequality]]  # in one of its alternatives, all inequalities hold
+
+ONE = sympy.S.One
+TRUE: Formula = frozenset([frozenset()])
+FALSE: Formula = frozenset()
 
 
 class Unproven(Exception):
     """The proof stops here, for the reason given."""
-
-
-@dataclass(frozen=True)
-class AtMostZero:
-    expr: Expr  # not a constant
-
-
-@dataclass(frozen=True)
-class Junction:
-    """All of its parts (a conjunction), or any of them."""
-
-    conjunction: bool
-    parts: tuple[Formula, ...]
-    size: int
-
-
-Formula: TypeAlias = bool | AtMostZero | Junction
 
 
 def expand(expr: Any) -> Expr:
@@ -50,51 +37,45 @@ def expand(expr: Any) -> Expr:
 
 def at_most(a: Expr, b: Expr) -> Formula:
     expr = expand(a - b)
-    return expr <= 0 if isinstance(expr, int) else AtMostZero(expr)
+    if isinstance(expr, int):
+        return TRUE if expr <= 0 else FALSE
+    return frozenset([frozenset([frozenset(_row(expr).items())])])
 
 
 def equal(a: Expr, b: Expr) -> Formula:
     return both(at_most(a, b), at_most(b, a))
 
 
-def both(*parts: Formula) -> Formula:
-    return _junction(True, parts)
+def both(*formulas: Formula) -> Formula:
+    result = TRUE
+    for formula in formulas:
+        if TRUE in (result, formula):
+            result = formula if result == TRUE else result
+            continue
+        result = either(frozenset(a | b for a in result for b in formula if not any(_negated(i) in a for i in b)))
+    return result
 
 
-def either(*parts: Formula) -> Formula:
-    return _junction(False, parts)
-
-
-def _junction(conjunction: bool, parts: Iterable[Formula]) -> Formula:
-    kept = tuple(dict.fromkeys(p for p in parts if p is not conjunction))
-    if (not conjunction) in kept:
-        return not conjunction
-    if len(kept) < 2:
-        return kept[0] if kept else conjunction
-    size = sum(p.size if isinstance(p, Junction) else 1 for p in kept)
-    if size > MAX_FORMULA:
+def either(*formulas: Formula) -> Formula:
+    alternatives: Formula = frozenset().union(*formulas)
+    if len(alternatives) < 2:
+        return alternatives
+    if len(alternatives) > MAX_ALTERNATIVES:
         raise Unproven("the mask is too complicated")
-    return Junction(conjunction, kept, size)
+    return frozenset(a for a in alternatives if not any(b < a for b in alternatives))
+
+
+def negated(formula: Formula) -> Formula:
+    return both(*(frozenset(frozenset([_negated(i)]) for i in alternative) for alternative in formula))
 
 
 def differ(a: Formula, b: Formula) -> Formula:
     return either(both(a, negated(b)), both(negated(a), b))
 
 
-def negated(formula: Formula) -> Formula:
-    if isinstance(formula, bool):
-        return not formula
-    if isinstance(formula, AtMostZero):
-        return AtMostZero(expand(1 - formula.expr))
-    return _junction(not formula.conjunction, map(negated, formula.parts))
-
-
-def inequalities(formula: Formula) -> Iterator[Expr]:
-    """What the formula says is at most 0, in any of its parts."""
-    if isinstance(formula, AtMostZero):
-        yield formula.expr
-    elif isinstance(formula, Junction):
-        yield from itertools.chain.from_iterable(map(inequalities, formula.parts))
+def _negated(inequality: Inequality) -> Inequality:
+    row = {ONE: 0} | dict(inequality)
+    return frozenset((m, c) for m, c in ((m, (m == 1) - c) for m, c in row.items()) if c)  # 1 - expr <= 0
 
 
 class Integers:
@@ -136,76 +117,54 @@ class Integers:
         high = int(known.upper) if known and known.upper.is_Integer else math.inf
         return low, high if low < 0 else min(high, UNBOUNDED)
 
-    def _facts(self, exprs: Iterable[Expr]) -> list[Expr]:
-        """Expressions known to be at most 0, about the symbols of `exprs` and of those facts."""
-        facts: list[Expr] = []
-        known: set[Expr] = set()
-        waiting = {s for e in exprs for s in e.free_symbols}
-        while waiting:
-            symbol = waiting.pop()
-            known.add(symbol)
-            low, high = self._range(symbol)
-            if symbol in self.sizes:
-                about = [-symbol, expand(symbol + 1 - self.sizes[symbol])]
-            else:
-                about = [*([low - symbol] if low > -math.inf else []), *([symbol - high] if high < UNBOUNDED else [])]
-            facts += about
-            waiting |= {s for e in about for s in e.free_symbols} - known
-        return facts
-
     def holds(self, formula: Formula) -> bool:
         """Whether the formula is true of all integers in range. False where that is not known."""
-        return self.impossible(negated(formula))
+        return formula == TRUE or self.impossible(negated(formula))
 
     def impossible(self, formula: Formula) -> bool:
         """Whether the formula is true of no integers in range. False where that is not known."""
-        branches = itertools.count()
+        return all(_contradictory(map(dict, self._with_facts(alternative))) for alternative in formula)
 
-        def satisfiable(waiting: tuple[Formula, ...], chosen: tuple[Expr, ...]) -> bool:
-            while waiting:
-                first, *rest = waiting
-                waiting = tuple(rest)
-                if first is False:
-                    return False
-                if isinstance(first, AtMostZero):
-                    chosen = (*chosen, first.expr)
-                elif isinstance(first, Junction) and first.conjunction:
-                    waiting = (*first.parts, *waiting)
-                elif isinstance(first, Junction):
-                    return any(satisfiable((part, *waiting), chosen) for part in first.parts)
-            return next(branches) > MAX_BRANCHES or not _contradictory((*chosen, *self._facts(chosen)))
-
-        return not satisfiable((formula,), ())
+    def _with_facts(self, inequalities: frozenset[Inequality]) -> list[Inequality]:
+        """The inequalities, and those known of their symbols and of the symbols in what is known."""
+        found, known = list(inequalities), set[Expr]()
+        for inequality in found:  # which grows
+            for symbol in {s for monomial, _ in inequality for s in monomial.free_symbols} - known:
+                known.add(symbol)
+                if symbol in self.sizes:
+                    facts = [at_most(0, symbol), at_most(symbol + 1, self.sizes[symbol])]
+                else:
+                    low, high = self._range(symbol)
+                    facts = [at_most(low, symbol) if low > -math.inf else FALSE, at_most(symbol, high) if high < UNBOUNDED else FALSE]
+                found += [i for fact in facts for alternative in fact for i in alternative]
+        return found
 
 
 def _row(expr: Expr) -> Row:
-    coefficients = sympy.sympify(expr).as_coefficients_dict()
-    if not all(c.is_Integer for c in coefficients.values()):
+    coefficients = {ONE: expr} if isinstance(expr, int) else expr.as_coefficients_dict()
+    if not all(isinstance(c, int) or c.is_Integer for c in coefficients.values()):
         raise Unproven(f"the size {expr} is not a sum of whole multiples")
     return {monomial: int(c) for monomial, c in coefficients.items()}
 
 
-def _contradictory(exprs: Iterable[Expr]) -> bool:
-    """Whether no integers make all of `exprs` at most 0, by Fourier-Motzkin elimination. False where it is not known.
+def _contradictory(rows: Iterable[Row]) -> bool:
+    """Whether no integers satisfy all rows, by Fourier-Motzkin elimination. False where it is not known.
 
     A product of symbols counts as one more unknown integer, which can only make it harder to find a contradiction.
     """
-    rows = [_row(e) for e in exprs]
     while True:
         rows = list({frozenset(r.items()): r for r in map(_tightened, rows)}.values())
-        if any(r.keys() <= {sympy.S.One} and r.get(sympy.S.One, 0) > 0 for r in rows):
+        if any(r.keys() <= {ONE} and r.get(ONE, 0) > 0 for r in rows):
             return True
-        split = {
-            unknown: ([r for r in rows if r.get(unknown, 0) > 0], [r for r in rows if r.get(unknown, 0) < 0])
-            for unknown in {m: None for r in rows for m in r if m != 1}
-        }
-        if not split:
+        unknowns = {m: None for r in rows for m in r if m != 1}
+        signs = {u: ([r for r in rows if r.get(u, 0) > 0], [r for r in rows if r.get(u, 0) < 0]) for u in unknowns}
+        if not signs:
             return False
-        unknown, (above, below) = min(split.items(), key=lambda item: len(item[1][0]) * len(item[1][1]))
+        unknown, (above, below) = min(signs.items(), key=lambda item: len(item[1][0]) * len(item[1][1]))
         rows = [r for r in rows if unknown not in r]
         if len(rows) + len(above) * len(below) > MAX_INEQUALITIES:
             return False
-        rows += [_eliminated(unknown, a, b) for a in above for b in below]
+        rows += [_eliminated(unknown, a, b) for a, b in itertools.product(above, below)]
 
 
 def _eliminated(unknown: Any, above: Row, below: Row) -> Row:

@@ -16,7 +16,7 @@ from te_dynamo import ops
 from te_dynamo.ir import masked
 from te_dynamo.ir.graph import erase_if_dead, is_call
 from te_dynamo.passes.masks.compute import compute
-from te_dynamo.passes.masks.formulas import Expr, Formula, Unproven, at_most, both, differ, either, expand, inequalities, negated
+from te_dynamo.passes.masks.formulas import Expr, Formula, Unproven, at_most, both, differ, either, expand, negated
 from te_dynamo.passes.masks.reader import Reader, upstream
 from te_dynamo.passes.masks.tensors import HANDLERS, Place, Tensor, is_constant
 from te_dynamo.sites import Sites
@@ -129,8 +129,8 @@ class _Prover:
             return Proof("unknown", "the mask is not proved to hide what comes later")
         if integers.impossible(both(causal, negated(attends))):
             return Proof("causal")
-        for inequality in inequalities(attends):
-            width = expand(inequality - (i - j))  # i - j <= -width
+        for inequality in {i for alternative in attends for i in alternative}:
+            width = expand(sum(c * m for m, c in inequality) - (i - j))  # i - j <= -width
             if isinstance(width, int) and width <= 0 and integers.impossible(differ(attends, both(causal, at_most(i - j, -width)))):
                 return Proof("window", window=-width)
         return Proof("unknown", "the mask hides more than what comes later")

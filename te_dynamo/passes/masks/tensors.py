@@ -11,13 +11,28 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
 import torch
 
-from te_dynamo.passes.masks.formulas import Expr, Formula, Integers, Unproven, at_most, both, differ, either, equal, expand, negated
+from te_dynamo.passes.masks.formulas import (
+    FALSE,
+    TRUE,
+    Expr,
+    Formula,
+    Integers,
+    Unproven,
+    at_most,
+    both,
+    differ,
+    either,
+    equal,
+    expand,
+    negated,
+)
 
 MAX_CASES = 64
 
@@ -38,10 +53,10 @@ class Tensor:
     _values: dict[Index, Value] = field(default_factory=dict)
 
     def at(self, index: Index) -> Value:
-        """The value at an index. Raises Unproven where it is not known."""
+        """The value at an index: a formula or cases. Raises Unproven where it is not known."""
         if index not in self._values:
-            value = self.meaning(Place(self.shape, self.dtype, self.integers, index))
-            self._values[index] = _cast(self.integers, value, self.dtype)
+            place = Place(self.shape, self.dtype, self.integers, index)
+            self._values[index] = place.cast(self.meaning(place), self.dtype)
         return self._values[index]
 
 
@@ -65,11 +80,34 @@ class Place:
         return x.at(tuple(0 if s == 1 else i for s, i in zip(x.shape, self.index[offset:], strict=True)))
 
     def truth(self, x: Any) -> Formula:
-        return _cast(self.integers, self.read(x), torch.bool)
+        return self.cast(self.read(x), torch.bool)
 
+    def moved(self, dim: int, by: Expr) -> Place:
+        return replace(self, index=(*self.index[:dim], expand(self.index[dim] + by), *self.index[dim + 1 :]))
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, sympy.Expr)) and not isinstance(value, bool)
+    def fits(self, number: Number, dtype: torch.dtype) -> bool:
+        """Whether a number is exact in `dtype` whatever its indices and sizes."""
+        if isinstance(number, float) or dtype.is_complex or dtype == torch.bool:
+            return False
+        limit = int(2 / torch.finfo(dtype).eps) if dtype.is_floating_point else torch.iinfo(dtype).max
+        lowest = -limit if dtype.is_floating_point else torch.iinfo(dtype).min
+        return lowest <= number <= limit if isinstance(number, int) else self.integers.bound(number) <= min(-lowest, limit)
+
+    def cast(self, value: Value, dtype: torch.dtype) -> Value:
+        """A value in another dtype."""
+        if dtype == torch.bool:
+            return value if isinstance(value, frozenset) else either(*(both(c, _nonzero(n)) for c, n in as_cases(value)))
+
+        def converted(number: Number) -> Number:
+            if number in (0, 1):
+                return number
+            if is_constant(number) and dtype.is_floating_point:
+                return scalar(torch.tensor(float(number), dtype=torch.float64, device="cpu").to(dtype).item())
+            if not self.fits(number, dtype):
+                raise Unproven(f"the mask's values, such as {number}, may not be exact in {dtype}")
+            return number
+
+        return _merged((c, converted(n)) for c, n in as_cases(value))
 
 
 def is_constant(number: Number) -> bool:
@@ -86,63 +124,34 @@ def scalar(value: Any) -> Number:
 
 
 def as_cases(value: Value) -> Cases:
-    if isinstance(value, tuple):
-        return value
-    return ((True, value),) if _is_number(value) else _merged([(value, 1), (negated(value), 0)])
+    if isinstance(value, frozenset):
+        return _merged([(value, 1), (negated(value), 0)])
+    return value if isinstance(value, tuple) else ((TRUE, value),)
 
 
 def _merged(cases: Iterable[tuple[Formula, Number]]) -> Cases:
     """The cases, one for each number."""
     conditions: dict[Number, list[Formula]] = {}
     for condition, number in cases:
-        if condition is not False:
-            conditions.setdefault("nan" if number != number else number, []).append(condition)
+        if condition:
+            conditions.setdefault(math.nan if number != number else number, []).append(condition)
     if len(conditions) > MAX_CASES:
         raise Unproven("the mask has too many different cases")
-    return tuple((either(*c), math.nan if n == "nan" else n) for n, c in conditions.items())
+    return tuple((either(*c), n) for n, c in conditions.items())
 
 
 def _select(choices: Iterable[tuple[Formula, Value]]) -> Value:
     """The value whose condition is true: that of exactly one is."""
-    choices = [(c, v) for c, v in choices if c is not False]
+    choices = [(c, v) for c, v in choices if c]
     if len(choices) == 1:
         return choices[0][1]
-    if any(isinstance(v, tuple) or _is_number(v) for _, v in choices):
-        return _merged((both(c, inner), n) for c, v in choices for inner, n in as_cases(v))
-    return either(*(both(c, v) for c, v in choices))
-
-
-def _fits(integers: Integers, number: Number, dtype: torch.dtype) -> bool:
-    """Whether a number is exact in `dtype` whatever its indices and sizes."""
-    if isinstance(number, float) or dtype.is_complex or dtype == torch.bool:
-        return False
-    if dtype.is_floating_point:
-        lowest, highest = -int(2 / torch.finfo(dtype).eps), int(2 / torch.finfo(dtype).eps)
-    else:
-        lowest, highest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
-    return lowest <= number <= highest if is_constant(number) else integers.bound(number) <= min(-lowest, highest)
-
-
-def _cast(integers: Integers, value: Value, dtype: torch.dtype) -> Value:
-    """The value in another dtype."""
-    if dtype == torch.bool:
-        formula = not (isinstance(value, tuple) or _is_number(value))
-        return value if formula else either(*(both(c, _nonzero(n)) for c, n in as_cases(value)))
-
-    def converted(number: Number) -> Number:
-        if number in (0, 1):
-            return number
-        if is_constant(number) and dtype.is_floating_point:
-            return scalar(torch.tensor(float(number), dtype=torch.float64, device="cpu").to(dtype).item())
-        if not _fits(integers, number, dtype):
-            raise Unproven(f"the mask's values, such as {number}, may not be exact in {dtype}")
-        return number
-
-    return _merged((c, converted(n)) for c, n in as_cases(value))
+    if all(isinstance(v, frozenset) for _, v in choices):
+        return either(*(both(c, v) for c, v in choices))
+    return _merged((both(c, inner), n) for c, v in choices for inner, n in as_cases(v))
 
 
 def _nonzero(number: Number) -> Formula:
-    return bool(number != 0) if is_constant(number) else negated(equal(number, 0))
+    return negated(equal(number, 0)) if isinstance(number, sympy.Expr) else TRUE if number != 0 else FALSE
 
 
 # --- What torch's functions mean -------------------------------------------------------------------------------------
@@ -243,8 +252,9 @@ def _getitem(p: Place, x: Tensor, items: Any) -> Value:
 
     # Index tensors are broadcast together; what they make stands where they stand side by side, otherwise first.
     rank = max((len(item.shape) for item in items if isinstance(item, Tensor)), default=0)
-    runs = [(key, len(list(run))) for key, run in itertools.groupby(isinstance(i, Tensor) for i in items if i is None or not _is_number(i))]
-    first = runs[0][1] if [key for key, _ in runs].count(True) == 1 and not runs[0][0] else 0
+    kept = [isinstance(item, Tensor) for item in items if not isinstance(item, (int, sympy.Expr))]
+    together = [key for key, _ in itertools.groupby(kept)].count(True) == 1
+    first = kept.index(True) if together else 0
     gathered = Place(p.shape[first : first + rank], torch.int64, p.integers, p.index[first : first + rank])
     rest = iter(p.index[:first] + p.index[first + rank :])
     positions: list[Cases] = []  # where each dimension of x is read
@@ -257,14 +267,14 @@ def _getitem(p: Place, x: Tensor, items: Any) -> Value:
             start, step = _from_start(p.integers, scalar(item.start or 0), size), item.step or 1
             if not isinstance(step, int):
                 raise Unproven("the mask is sliced with a symbolic step")
-            positions.append(((True, expand(start + step * next(rest))),))
+            positions.append(((TRUE, expand(start + step * next(rest))),))
         else:
             positions.append(tuple((c, _from_start(p.integers, n, size, c)) for c, n in as_cases(gathered.read(item))))
     cases = [(both(*(c for c, _ in case)), tuple(n for _, n in case)) for case in itertools.product(*positions)]
-    return _select((condition, x.at(position)) for condition, position in cases if condition is not False)
+    return _select((condition, x.at(position)) for condition, position in cases if condition)
 
 
-def _from_start(integers: Integers, number: Number, size: Expr, condition: Formula = True) -> Expr:
+def _from_start(integers: Integers, number: Number, size: Expr, condition: Formula = TRUE) -> Expr:
     """A position as torch takes it: a negative one counts from the end."""
     if isinstance(number, float):
         raise Unproven("the mask is indexed by a float")
@@ -283,9 +293,8 @@ def _cat(p: Place, tensors: Sequence[Tensor], dim: int = 0) -> Value:
     here = first.at(p.index)
     if not others:
         return here
-    later = Place(p.shape, p.dtype, p.integers, (*p.index[:dim], expand(p.index[dim] - first.shape[dim]), *p.index[dim + 1 :]))
     inside = at_most(p.index[dim] + 1, first.shape[dim])
-    return _select([(inside, here), (negated(inside), _cat(later, others, dim))])
+    return _select([(inside, here), (negated(inside), _cat(p.moved(dim, -first.shape[dim]), others, dim))])
 
 
 @handles("diff")
@@ -294,10 +303,9 @@ def _diff(p: Place, x: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None
         raise Unproven("a difference of higher order, or of booleans")
     dim = dim % len(x.shape)
     parts = [t for t in (prepend, x, append) if t is not None]
-    joined = Tensor(p.shape, p.dtype, p.integers, lambda place: _cat(place, parts, dim))
-    after = joined.at((*p.index[:dim], p.index[dim] + 1, *p.index[dim + 1 :]))
-    later = Tensor(p.shape, p.dtype, p.integers, lambda place: after)
-    return HANDLERS["sub"](p, later, joined)
+    before = Tensor(p.shape, p.dtype, p.integers, lambda place: _cat(place, parts, dim))
+    after = Tensor(p.shape, p.dtype, p.integers, lambda place: _cat(place.moved(dim, 1), parts, dim))
+    return HANDLERS["sub"](p, after, before)
 
 
 @handles("cumsum")
@@ -311,22 +319,22 @@ def _cumsum(p: Place, x: Tensor, dim: int) -> Value:
     return expand(term * (p.index[dim] + 1))
 
 
-@elementwise("tril")
-def _tril(p: Place, x: Tensor, diagonal: Any = 0) -> Value:
-    kept = at_most(p.index[-1] - p.index[-2], scalar(diagonal))
-    return _select([(kept, p.read(x)), (negated(kept), False if p.dtype == torch.bool else 0)])
+def _triangle(kept: Callable[[Expr, Expr], Formula]) -> Callable[..., Value]:
+    def handler(p: Place, x: Tensor, diagonal: Any = 0) -> Value:
+        inside = kept(p.index[-1] - p.index[-2], scalar(diagonal))
+        return _select([(inside, p.read(x)), (negated(inside), FALSE if p.dtype == torch.bool else 0)])
+
+    return handler
 
 
-@elementwise("triu")
-def _triu(p: Place, x: Tensor, diagonal: Any = 0) -> Value:
-    kept = at_most(scalar(diagonal), p.index[-1] - p.index[-2])
-    return _select([(kept, p.read(x)), (negated(kept), False if p.dtype == torch.bool else 0)])
+elementwise("tril")(_triangle(at_most))
+elementwise("triu")(_triangle(lambda offset, diagonal: at_most(diagonal, offset)))
 
 
 @handles("where")
 def _where(p: Place, condition: Tensor, input: Any, other: Any) -> Value:
     chosen = p.truth(condition)
-    return _select((c, _cast(p.integers, p.read(x), p.dtype)) for c, x in ((chosen, input), (negated(chosen), other)))
+    return _select((c, p.cast(p.read(x), p.dtype)) for c, x in ((chosen, input), (negated(chosen), other)))
 
 
 elementwise("masked_fill")(lambda p, x, mask, value: _where(p, mask, value, x))
@@ -339,12 +347,17 @@ def _as_torch(number: Number, x: Any) -> Any:
     return float(number) if isinstance(x, float) else number
 
 
+@cache
+def _zero(dtype: torch.dtype, ranked: bool) -> torch.Tensor:
+    return torch.zeros((1,) if ranked else (), dtype=dtype, device="cpu")
+
+
 def _binary(fn: Callable[..., Any], exact: Callable[[Expr, Expr], Expr | Formula] | None) -> Callable[..., Value]:
     """The meaning of `fn`, elementwise: torch itself on constants, `exact` on integer expressions."""
 
     def handler(p: Place, x: Any, y: Any) -> Value:
         pairs = list(itertools.product(as_cases(p.read(x)), as_cases(p.read(y))))
-        dtype = torch.result_type(*(_as_torch(v if is_constant(v) else 0, v) for v in (x, y)))
+        dtype = torch.result_type(*(_zero(v.dtype, bool(v.shape)) if isinstance(v, Tensor) else _as_torch(0, v) for v in (x, y)))
 
         def combined(a: Number, b: Number) -> Value:
             if p.dtype == torch.bool and any(isinstance(n, float) and math.isinf(n) for n in (a, b)):
@@ -352,15 +365,13 @@ def _binary(fn: Callable[..., Any], exact: Callable[[Expr, Expr], Expr | Formula
             if is_constant(a) and is_constant(b):
                 try:
                     result = fn(_as_torch(a, x), _as_torch(b, y)).item()
-                    return result if isinstance(result, bool) else scalar(result)
+                    return scalar(result) if not isinstance(result, bool) else TRUE if result else FALSE
                 except (RuntimeError, OverflowError, TypeError) as error:
                     raise Unproven(f"a constant of the mask cannot be computed: {error}") from error
             if exact is None or isinstance(a, float) or isinstance(b, float):
                 raise Unproven(f"the mask does {fn.__name__} on positions")
             result = exact(a, b)
-            if isinstance(result, sympy.Expr):
-                result = expand(result)
-            if not all(_fits(p.integers, n, dtype) for n in (a, b, *([result] if _is_number(result) else []))):
+            if not all(p.fits(n, dtype) for n in (a, b, *([] if isinstance(result, frozenset) else [result]))):
                 raise Unproven(f"the mask's positions may not be exact in {dtype}")
             return result
 
@@ -369,9 +380,9 @@ def _binary(fn: Callable[..., Any], exact: Callable[[Expr, Expr], Expr | Formula
     return handler
 
 
-elementwise("add")(_binary(operator.add, operator.add))
-elementwise("sub", "subtract")(_binary(operator.sub, operator.sub))
-elementwise("mul", "multiply")(_binary(operator.mul, operator.mul))
+elementwise("add")(_binary(operator.add, lambda a, b: expand(a + b)))
+elementwise("sub", "subtract")(_binary(operator.sub, lambda a, b: expand(a - b)))
+elementwise("mul", "multiply")(_binary(operator.mul, lambda a, b: expand(a * b)))
 elementwise("div", "truediv", "true_divide", "divide")(_binary(operator.truediv, None))
 handles("rsub")(lambda p, x, y: HANDLERS["sub"](p, y, x))
 elementwise("neg", "negative")(lambda p, x: HANDLERS["mul"](p, x, -1))
