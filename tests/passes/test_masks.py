@@ -19,9 +19,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from te_dynamo import ops
 from te_dynamo.ir.graph import EXAMPLE, emit, is_call, tensor
-from te_dynamo.passes import masks
 from te_dynamo.passes.canonicalize import SDPA, canonicalize
-from te_dynamo.passes.masks import Proof, prove, simplify_masks
+from te_dynamo.passes.masks import Proof, compute, prove, simplify_masks
+from te_dynamo.passes.masks import proof as proofs
 from te_dynamo.sites import Sites
 from tests.capture import capture
 
@@ -169,7 +169,7 @@ SPELLINGS: dict[str, Callable[[int, Tensor], Tensor]] = {
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_causal(name: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(masks._Interpreter, "_compare", lambda *_: None)  # by the symbols alone
+    monkeypatch.setattr(proofs, "compare", lambda *_: None)  # by the symbols alone
     gm, proof, node = attend(SPELLINGS[name], dynamic=dynamic)
     assert proof == CAUSAL
     assert node.args[3] is None and node.kwargs["causal"] is True
@@ -194,7 +194,7 @@ def test_causal(name: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_attends_everywhere(make: Any, dynamic: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(masks._Interpreter, "_compare", lambda *_: None)
+    monkeypatch.setattr(proofs, "compare", lambda *_: None)
     _, proof, node = attend(make, dynamic=dynamic)
     assert proof == ALL
     assert node.args[3] is None and node.kwargs["causal"] is False
@@ -235,6 +235,12 @@ def read_too_early(s: int, q: Tensor) -> Tensor:
     return kept.add_(1.0)
 
 
+def written_in_a_part_of_its_source(s: int, q: Tensor) -> Tensor:
+    source = torch.ones(s, s, dtype=torch.bool).tril()
+    source[:, 2:3].fill_(True)
+    return source & (column(s) < s)
+
+
 REASON: dict[str, tuple[Callable[[int, Tensor], Tensor], str]] = {
     "bidirectional": (lambda s, q: column(s) >= row(s), "not proved to hide what comes later"),
     "one later": (lambda s, q: column(s) <= row(s) + 1, "not proved to hide what comes later"),
@@ -251,6 +257,7 @@ REASON: dict[str, tuple[Callable[[int, Tensor], Tensor], str]] = {
     "random": (lambda s, q: torch.rand(s, s) > 0.5, "rand"),
     "a buffer": (buffer, "depends on the buffer"),
     "written in part": (halfway, "writes in place"),
+    "its source written in part": (written_in_a_part_of_its_source, "writes in place"),
     "written behind a view": (behind_a_view, "writes in place"),
     "a view read after a write": (read_too_early, "writes in place"),
 }
@@ -356,7 +363,7 @@ def test_what_the_symbols_do_not_settle_is_computed():
 
 
 def test_a_large_mask_is_not_computed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(masks, "MAX_BYTES", 8 * S * S - 1)
+    monkeypatch.setattr(compute, "MAX_BYTES", 8 * S * S - 1)
     assert attend(lambda s, q: torch.arange(s)[None, :].clamp(min=0) <= torch.arange(s)[:, None])[1] == CAUSAL
     assert attend(lambda s, q: torch.arange(s)[None, :] - torch.arange(s)[:, None].clamp(min=0) <= 0)[1].kind == "unknown"
 
@@ -609,7 +616,7 @@ def test_random_masks(build: Build, size: int):
     """By symbols: never a false claim. With the mask computed: the whole truth."""
     known, mask = truth(build(Eager(size))), build(Builder(size, dynamic=False))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks._Interpreter, "_compare", lambda *_: None)
+        patch.setattr(proofs, "compare", lambda *_: None)
         proof = prove(mask)
     assert proof.kind == "unknown" or claim(proof) in known, proof
     if known & {"causal", "all"}:

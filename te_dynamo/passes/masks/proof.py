@@ -1,0 +1,174 @@
+"""What a mask is: proved for all sizes at once, or by comparison where every size is known."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Graph, GraphModule, Node
+
+from te_dynamo import ops
+from te_dynamo.ir import masked
+from te_dynamo.ir.graph import erase_if_dead, is_call
+from te_dynamo.ir.meta import MASK
+from te_dynamo.passes.masks.compute import compute
+from te_dynamo.passes.masks.formulas import Expr, Formula, Unproven, at_most, both, differ, either, expand, negated
+from te_dynamo.passes.masks.reader import Reader, upstream
+from te_dynamo.passes.masks.tensors import HANDLERS, Place, Tensor, is_constant
+from te_dynamo.sites import Sites
+
+log = logging.getLogger(__name__)
+
+SIZES = ("size", "dim", "numel", operator.floordiv, operator.mod)  # what else computes only sizes
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a mask was proved to be.
+
+    kind: "causal" (row i attends to column j iff j <= i), "all" (every row attends to every column), "window" (iff
+    i - window <= j <= i), or "unknown", with the reason for it.
+    """
+
+    kind: Literal["causal", "all", "window", "unknown"]
+    reason: str = ""
+    window: int | None = None
+
+
+def prove(mask: Node, attention: Node | None = None) -> Proof:
+    """What `mask` is (bool: True attends; float: added to the scores) where `attention` reads it, or at the graph's end.
+
+    The mask is broadcast to the attention's rows and columns; without an attention, it is taken as it is.
+    """
+    return _Prover(mask.graph, {attention: mask}).prove(attention)
+
+
+def simplify_masks(gm: GraphModule, sites: Sites) -> None:
+    """Drops, in place, the masks of `ops.attention` nodes that are proved to be causal (`causal=True` says it) or to
+    attend everywhere, and what built them where nothing else needs it.
+
+    Each attention that had a mask gets its `Proof` as `meta[MASK]`. The graph's result stays what it was.
+    """
+    masks = {n: n.args[3] for n in gm.graph.nodes if is_call(n, ops.attention) and len(n.args) > 3 and isinstance(n.args[3], Node)}
+    if not masks:
+        return
+    prover = _Prover(gm.graph, masks)
+    dropped: list[Node] = []
+    for node, mask in masks.items():
+        try:
+            proof = prover.prove(node)
+        except Exception as error:
+            if sites.strict:
+                raise
+            log.warning("te_dynamo: the mask %s was left as it is: %s", mask.name, error)
+            proof = Proof("unknown", f"the proof failed: {type(error).__name__}: {error}")
+        node.meta[MASK] = proof
+        if proof.kind in ("causal", "all"):
+            node.args = (*node.args[:3], None, *node.args[4:])
+            node.kwargs = {**node.kwargs, "causal": proof.kind == "causal" or node.kwargs.get("causal", False)}
+            dropped.append(mask)
+    erase_if_dead(gm.graph, [n for n in upstream(dropped) if prover.is_pure(n)])
+
+
+class _Prover:
+    """Proves the masks of one graph, each where it is read."""
+
+    def __init__(self, graph: Graph, masks: Mapping[Node | None, Node]) -> None:
+        self.masks = masks
+        self.reader = Reader(graph, masks)
+        self.computed: set[Node] = set()
+        self._proofs: dict[Any, Proof] = {}
+
+    def is_pure(self, node: Node) -> bool:
+        """Whether a node may be erased where nothing uses its value."""
+        return node in self.computed or (node not in self.reader.writers and (node.target in HANDLERS or node.target in SIZES))
+
+    def prove(self, attention: Node | None) -> Proof:
+        mask = self.reader.read[attention]
+        if isinstance(mask, Unproven):
+            return Proof("unknown", str(mask))
+        grid = (1, 1, *mask.shape)[-2:]
+        if attention is not None:
+            grid = tuple(self.reader.shape(attention.args[n])[-2] for n in (0, 1))
+        if (mask, grid) not in self._proofs:
+            with unset_fake_temporarily():
+                self._proofs[mask, grid] = self._prove(mask, self.masks[attention], *grid)
+        return self._proofs[mask, grid]
+
+    def _prove(self, mask: Tensor, node: Node, rows: Expr, columns: Expr) -> Proof:
+        try:
+            proof = self._symbolically(mask, rows, columns)
+        except (Unproven, RecursionError) as stop:
+            proof = Proof("unknown", str(stop))
+        if proof.kind != "unknown" or not (isinstance(rows, int) and isinstance(columns, int)):
+            return proof
+        nodes = self.reader.needed([node])
+        if nodes & self.reader.writers.keys():
+            return proof
+        try:
+            compared = compare(compute(sorted(nodes)), rows, columns)
+        except Exception as error:
+            log.debug("te_dynamo: the mask %s could not be computed: %s", node.name, error)
+            return proof
+        self.computed |= nodes
+        return compared or proof
+
+    def _symbolically(self, mask: Tensor, rows: Expr, columns: Expr) -> Proof:
+        integers = self.reader.integers
+        i, j = integers.index(rows), integers.index(columns)
+        leading = mask.shape[:-2]
+        attends = self._attended(mask, Place((*leading, rows, columns), mask.dtype, integers, (*map(integers.index, leading), i, j)))
+        if integers.holds(attends):
+            return Proof("all")
+        causal = at_most(j, i)
+        if not integers.impossible(both(attends, negated(causal))):
+            return Proof("unknown", "the mask is not proved to hide what comes later")
+        if integers.impossible(both(causal, negated(attends))):
+            return Proof("causal")
+        for inequality in {i for alternative in attends for i in alternative}:
+            width = expand(sum(c * m for m, c in inequality) - (i - j))  # i - j <= -width
+            if isinstance(width, int) and width <= 0 and integers.impossible(differ(attends, both(causal, at_most(i - j, -width)))):
+                return Proof("window", window=-width)
+        return Proof("unknown", "the mask hides more than what comes later")
+
+    def _attended(self, mask: Tensor, place: Place) -> Formula:
+        """Where the mask attends; elsewhere it hides."""
+        value = place.read(mask)
+        if mask.dtype == torch.bool:
+            return value
+        attended: list[Formula] = []
+        for condition, number in value:
+            if number == 0:
+                attended.append(condition)
+            elif not (is_constant(number) and number <= _lowest(mask.dtype)) and not place.integers.impossible(condition):
+                raise Unproven(f"the mask adds {number}, neither 0 nor the lowest {mask.dtype}")
+        return either(*attended)
+
+
+def compare(mask: torch.Tensor, rows: int, columns: int) -> Proof | None:
+    """What a mask is whose values are known; None where it is neither causal, nor a window, nor hides nothing."""
+    mask = mask.expand((*mask.shape[:-2], rows, columns))
+    attended = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((attended | (mask <= _lowest(mask.dtype))).all()):
+        return None
+    if bool(attended.all()):
+        return Proof("all")
+    i, j = torch.arange(rows, device="cpu")[:, None], torch.arange(columns, device="cpu")
+    if bool((attended == (j <= i)).all()):
+        return Proof("causal")
+    window = int(attended.reshape(-1, rows, columns)[0, -1].sum()) - 1
+    if rows == columns and window >= 0 and bool((attended == ((j <= i) & (i - j <= window))).all()):
+        return Proof("window", window=window)
+    return None
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """What a mask of this dtype adds to hide, or less."""
+    if not dtype.is_floating_point:
+        raise Unproven(f"the mask is of {dtype}")
+    return masked.lowest(dtype)

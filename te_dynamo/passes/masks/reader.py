@@ -1,0 +1,128 @@
+"""The graph's tensors as functions of their indices, each as it stands where it is read."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from te_dynamo.ir.graph import example, tensor
+from te_dynamo.passes.effects import storage, writes
+from te_dynamo.passes.masks.formulas import Expr, Integers, Unproven
+from te_dynamo.passes.masks.tensors import HANDLERS, Place, Tensor, Value, meaning
+from te_dynamo.sites import clean_path
+
+State: TypeAlias = Mapping[Node, "Tensor | Unproven"]  # what each node's memory holds, or why that is not known
+
+
+class Reader:
+    """Follows a graph's masks, and every write to the memory that they are built of, from its first node to its last."""
+
+    def __init__(self, graph: Graph, masks: Mapping[Node | None, Node]) -> None:
+        """masks: each by the node that reads it; None is the graph's end."""
+        self.integers = Integers()
+        self.writers = {node: written for node in graph.nodes if (written := writes(node))}
+        self.read: dict[Node | None, Tensor | Unproven] = {}
+        state: dict[Node, Tensor | Unproven] = {}
+        origin: dict[Node, Node] = {}  # of what an in-place function gave back: the tensor that it wrote to
+        needed = self.needed(masks.values())
+        for node in (*graph.nodes, None):
+            if node in masks:
+                self.read[node] = state[masks[node]]
+            if node not in needed:
+                continue
+            state[node] = self._tensor(node, {n: state[n] for n in node.all_input_nodes})
+            for target in self.writers.get(node, ()):
+                origin[node] = origin.get(target, target)
+                reason = Unproven(f"{node.name} ({_name(node.target)}) writes in place to what the mask is built of")
+                for other in [n for n in state if _shares(n, target)]:
+                    known = node.target in HANDLERS and origin.get(other, other) is origin[node]
+                    state[other] = state[node] if known else reason
+
+    def needed(self, masks: Iterable[Node]) -> set[Node]:
+        """All that masks are computed from, and what writes to its memory, wherever that is."""
+        found = upstream(masks)
+        while more := [w for w, ts in self.writers.items() if w not in found and any(_shares(n, t) for n in found for t in ts)]:
+            found |= upstream(more)
+        return found
+
+    def shape(self, node: Node) -> tuple[Expr, ...]:
+        value = tensor(node)
+        if value is None:
+            raise Unproven(f"{node.name} is not a tensor")
+        return tuple(map(self.integers.of, value.shape))
+
+    def _tensor(self, node: Node, state: State) -> Tensor | Unproven:
+        @functools.cache
+        def called() -> Any:
+            return self._meaning(node, state)
+
+        def value(place: Place) -> Value:
+            return called()(place)
+
+        try:
+            return Tensor(self.shape(node), tensor(node).dtype, self.integers, value)
+        except Unproven as stop:
+            return stop
+
+    def _meaning(self, node: Node, state: State) -> Any:
+        if node.op in ("placeholder", "get_attr"):
+            raise Unproven(f"depends on the {_description(node)}")
+        if node.target not in HANDLERS:
+            data = [n for n in upstream([node]) if n.op in ("placeholder", "get_attr") and tensor(n) is not None]
+            if data:
+                raise Unproven(f"depends on the {_description(min(data))}, through {_name(node.target)}")
+            raise Unproven(f"{node.name} ({_name(node.target)}) is not understood")
+        return meaning(node.target, *map_arg((node.args, node.kwargs), lambda n: self._argument(n, state[n])))
+
+    def _argument(self, node: Node, read: Tensor | Unproven) -> Any:
+        value = example(node)
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            raise Unproven(f"depends on {node.name}, a number that is not known before it runs")
+        if isinstance(value, torch.Size):
+            return tuple(map(self.integers.of, value))
+        if isinstance(value, (torch.SymInt, int, float)):
+            return self.integers.of(value) if isinstance(value, torch.SymInt) else value
+        if isinstance(read, Unproven):
+            raise read
+        return read
+
+
+def upstream(nodes: Iterable[Node]) -> set[Node]:
+    """`nodes` and all that they are computed from."""
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _shares(node: Node, other: Node) -> bool:
+    """Whether a write to the one may be seen in the other."""
+    memory = (storage(node), storage(other))
+    return tensor(node) is not None and (None in memory or memory[0] == memory[1])
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def _description(node: Node) -> str:
+    """What a user calls the tensor that a placeholder brings in."""
+    source = getattr(getattr(node, "_dynamo_source", None), "name", "") or str(node.target)
+    if isinstance(example(node), torch.nn.Parameter):
+        what = "parameter"
+    elif "_buffers" in source or node.op == "get_attr":
+        what = "buffer"
+    else:
+        what = "input"
+    local = re.fullmatch(r"L\['(\w+)'\]", source)
+    return f"{what} {local[1] if local else clean_path(source) or source}"
