@@ -33,9 +33,7 @@ from te_dynamo.passes.higher_order import mark_parameters, rewritable_units
 from te_dynamo.passes.lower import lower
 from te_dynamo.passes.masks import simplify_masks
 from te_dynamo.passes.plan import Planner
-from te_dynamo.passes.raise_attention import ATTENTION_RULES
-from te_dynamo.passes.raise_linear import LINEAR_RULES
-from te_dynamo.passes.raise_norm import NORM_RULES
+from te_dynamo.passes.raising import FAMILIES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.select import masks_uniform_rows, select, unmatched_absolute_patterns
 from te_dynamo.passes.undo import Rewrites
@@ -118,8 +116,7 @@ def _raise_and_fuse(
     planner = Planner(options, provider, device, sites, "" if group is None else group.group_name)
     for unit in units:
         rewrites = Rewrites()
-        # Attention first: opaque calls that hold linears are written out, and the linears are raised after it.
-        for rules in (ATTENTION_RULES, (*LINEAR_RULES, *NORM_RULES)):
+        for rules in FAMILIES:
             apply(rules, unit, sites, rewrites)
         while excluded := select(unit, options, planner.unsupported, grad_enabled):
             rewrites.restore(unit.graph, excluded, sites)

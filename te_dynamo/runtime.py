@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from te_dynamo.cache_key import SOURCES_HASH
+from te_dynamo.cache_key import sources_key
 from te_dynamo.config import Options
 from te_dynamo.ir.state_inputs import StateInput
 from te_dynamo.lowering.graph_passes import joint_graph_passes
 from te_dynamo.lowering.partition import inputs_recomputed
-from te_dynamo.lowering.registry import functions_in_graphs
+from te_dynamo.lowering.registry import functions_in_graphs, modules
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import CachedWeights, Lowered
 from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, is_fake
@@ -35,10 +35,11 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
     from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
     # A custom operator is keyed by its name only: what our sources and options are must be part of the caches' key.
-    marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{SOURCES_HASH} {options.cache_key()}")
+    sources = sources_key(modules())
+    marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{sources} {options.cache_key()}")
     with ExitStack() as stack:
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
-        passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), *joint_graph_passes(SOURCES_HASH)]
+        passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), *joint_graph_passes(sources)]
         stack.enter_context(config.patch(joint_custom_pre_pass=passes))
         stack.enter_context(inputs_recomputed(options.recompute_inputs))
         return compile_fx(gm, list(inputs), config_patches=options.inductor_config())  # type: ignore[return-value]

@@ -41,8 +41,8 @@ def in_memory(q: Tensor, k: Tensor, v: Tensor) -> Layout | None:
     """The layout in which q [B, H, S, D], k and v lie, told from their strides, offsets and memory; None where it has no name."""
     for form in ("bshd", "sbhd"):
         for packing in ("3hd", "h3d", "2hd", "h2d", ""):
-            if _lies(q, k, v, form, packing):  # type: ignore[arg-type]
-                return Layout(form, packing)  # type: ignore[arg-type]
+            if _lies(q, k, v, form, packing):
+                return Layout(form, packing)
     return None
 
 
@@ -83,4 +83,4 @@ def _equal(a: object, b: object) -> bool:
     """Equal for certain; no guard is set on a symbolic size."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return statically_known_true(a == b)  # type: ignore[arg-type]
+    return statically_known_true(a == b)

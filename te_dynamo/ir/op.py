@@ -122,6 +122,11 @@ class SemanticOp:
         return self.definition.__name__
 
     @property
+    def owns_gemms(self) -> bool:
+        """Whether its nodes are weight GEMMs: these are its members."""
+        return self.gemms is not _none
+
+    @property
     def is_site(self) -> bool:
         """Whether it is computed in FP8 by itself, with scales of its own."""
         return bool(self.roles.forward)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering.call import Call, Spec, flattened
+from te_dynamo.lowering.call import Call, flattened
 from te_dynamo.lowering.fp8 import Casting, casting_of
 from te_dynamo.lowering.quantized import Operand, Quantized, Scale, Scales
 from te_dynamo.lowering.registry import Backward, Forward, implementation_of, producer_of
@@ -37,7 +37,9 @@ def compute_forward(call: Call, flat: Sequence[Any], scales: Scales, needs: Sequ
     if call.producer is not None:
         role = call.operation.roles.forward[0]
         lead = inputs[0][0].shape[:-1]
-        operand, made = producer_of(call.producer).forward(call.producer, inputs[0], scales.at(role))
+        scale = scales.at(role)
+        quantize = partial(implementation.quantize_operand, scale=scale)
+        operand, made = producer_of(call.producer).forward(call.producer, inputs[0], scale, quantize)
         inputs[0], wanted[0] = Operand(operand, lead), any(flattened(wanted[0]))
     if call.cached:
         weights = unflattened(flat[call.count :])
@@ -82,23 +84,19 @@ def unflattened(fields: Sequence[Tensor | None]) -> list[Quantized]:
 
 
 @cache
-def arranged(call: Call) -> tuple[bool, ...]:
-    """For each of a call's flat inputs, whether backward reads it."""
-    reads = implementation_of(call).backward_reads(call)
+def read_in_backward(call: Call, needs: tuple[bool, ...]) -> tuple[bool, ...]:
+    """For each of a call's flat inputs, whether backward reads it; for the outputs at the end."""
+    reads = implementation_of(call).backward_reads(call, call.nested(needs))
     names = list(call.operation.parameters[0])
-    kept: list[bool] = []
-    for name, spec in zip(names, call.spec, strict=False):
-        if name == names[0] and call.producer is not None:
-            kept += _of_producer(call.producer)
+    read: list[bool] = []
+    for i, (name, spec) in enumerate(zip(names, call.spec, strict=False)):
+        if i == 0 and call.producer is not None:
+            read += _of_producer(call.producer)
         else:
-            kept += [name in reads] * _leaves(spec)
-    return tuple(kept)
+            read += [name in reads] * len(flattened(spec))
+    return (*read, "outputs" in reads)
 
 
 def _of_producer(call: Call) -> list[bool]:
     reads = producer_of(call).backward_reads
-    return [name in reads for name, spec in zip(call.operation.parameters[0], call.spec, strict=False) for _ in range(_leaves(spec))]
-
-
-def _leaves(spec: Spec) -> int:
-    return len(flattened(spec))
+    return [name in reads for name, spec in zip(call.operation.parameters[0], call.spec, strict=False) for _ in flattened(spec)]

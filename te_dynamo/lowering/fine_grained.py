@@ -140,7 +140,7 @@ def native(a: Factor, b: Factor, out_dtype: torch.dtype, bias: Tensor | None, fa
     if absent and a8.device.type == "cuda":
         a8, b8 = (pad(t.view(torch.uint8), (0, absent)).view(t.dtype) for t in (a8, b8))
     # Row-wise on both sides or on none: a tensor's scale is that of each row.
-    a_rows, b_rows = (f.quantized.scale_inv.expand(f.data.shape[0], 1).contiguous() for f in (a, b))  # type: ignore[union-attr]
+    a_rows, b_rows = (f.quantized.scale_inv.expand(f.data.shape[0], 1).contiguous() for f in (a, b))
     return scaled_mm(a8, b8, a_rows, b_rows.t().contiguous(), out_dtype, bias, fast)
 
 
@@ -153,8 +153,9 @@ class FineGrainedLinears(Implementation):
     def __init__(self, multiply: Multiply) -> None:
         self.multiply = multiply
 
-    def backward_reads(self, call: Call) -> tuple[str, ...]:
-        return ("x", "weights") if operands_of(call.scaling).wgrad.b is None else ("weights",)
+    def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
+        high_precision_wgrad = operands_of(call.scaling).wgrad.b is None and any(needs[1])
+        return ("x", "weights") if high_precision_wgrad else ("weights",)
 
     def unsupported(self, case: Case) -> str | None:
         on_gpu = self.multiply is native and case.device.type == "cuda"

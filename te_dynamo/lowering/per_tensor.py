@@ -139,11 +139,14 @@ class PerTensorLinears(Implementation):
         if opaque:
             self.cached = frozenset({"inference"})
 
-    def backward_reads(self, call: Call) -> tuple[str, ...]:
+    def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         return ("weights",)
 
     def unsupported(self, case: Case) -> str | None:
         return (unaligned(case) if self.kernels.contiguous else None) or unsupported_dtype(case.attributes["out_dtype"])
+
+    def quantize_operand(self, x: Tensor, scale: ScaleOf) -> Quantized:
+        return self.kernels.activation(x, scale)
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         """For training each with its transposed copy, and its amax as one number. Scaling each by its own amax costs one more
@@ -176,8 +179,9 @@ class PerTensorLinears(Implementation):
             y = y[: tokens_of(lead)] if kernels.multiple > 1 else y
             outputs.append(y.reshape(*lead, y.shape[-1]))
             saved.append(w8.for_backward("transposed", "scale", "scale_inv"))
-            for i in gemm if w8.amax is not None else ():
-                amaxes[scales.roles.place("weight", i)] = w8.amax
+            if w8.amax is not None:
+                for i in gemm:
+                    amaxes[scales.roles.place("weight", i)] = w8.amax
         _, wanted, _ = needs
         kept_of_x = x8.for_backward("data", "scale_inv") if any(wanted) else Quantized()
         return Forward(outputs, [kept_of_x, *saved], amaxes)
@@ -197,6 +201,8 @@ class PerTensorLinears(Implementation):
         for gemm, grad, w8 in zip(rows.gemms(), map(matrix, grads), w8s, strict=True):
             wanted, summed = (any(n[i] for i in gemm) for n in (needs_w, needs_b))
             g8, db = kernels.gradient(grad, scales.at("grad_output", gemm[0]), data=needs_x, transposed=wanted, bias=summed)
+            peak = g8.amax
+            assert peak is not None
             if needs_x:
                 w8t = w8.transposed
                 if w8t is None:
@@ -206,7 +212,7 @@ class PerTensorLinears(Implementation):
             if wanted:
                 self._wgrads(call, rows, gemm, needs_w, g8, x8t, x8.scale_inv, into=dws)
             for member, i in enumerate(gemm):
-                amaxes[i] = g8.amax
+                amaxes[i] = peak
                 if needs_b[i]:
                     dbs[i] = rows.rows(db, member, len(gemm)).to(call.inputs[2][i])
         if dx is not None:

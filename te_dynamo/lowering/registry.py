@@ -25,6 +25,7 @@ from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
 PER_TENSOR: tuple[type[Recipe], ...] = (DelayedScaling, Float8CurrentScaling)
 HIGH_PRECISION = type(None)  # stands among `recipes` for no recipe
 
+Quantize = Callable[[Tensor], Quantized]
 Needs = Any  # a bool for each tensor input, arranged as `Call.spec`: whether its gradient is wanted
 
 
@@ -84,9 +85,9 @@ class Implementation:
     shared: tuple[tuple[str, ...], ...] = ()
     cached: frozenset[str] = frozenset()
 
-    def backward_reads(self, call: Call) -> Collection[str]:
+    def backward_reads(self, call: Call, needs: Needs) -> Collection[str]:
         """The inputs of the operation, by name, that its backward is given (the others are None there); "outputs", for a list of
-        these after the inputs."""
+        these after the inputs. needs: arranged as the inputs."""
         return ()
 
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
@@ -109,6 +110,10 @@ class Implementation:
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
+        raise NotImplementedError
+
+    def quantize_operand(self, x: Tensor, scale: ScaleOf) -> Quantized:
+        """The first input [tokens, K], as its GEMMs read it: of those that take an operand from a producer."""
         raise NotImplementedError
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
@@ -149,8 +154,11 @@ class Producer:
         """Why it does not make an operand here; Inductor does then."""
         return None
 
-    def forward(self, call: Call, inputs: Sequence[Any], scale: ScaleOf) -> tuple[Quantized, list[Quantized]]:
-        """The operand [tokens, K], and what is saved. Its leading sizes are those of the first input: [..., n]."""
+    def forward(self, call: Call, inputs: Sequence[Any], scale: ScaleOf, quantize: Quantize) -> tuple[Quantized, list[Quantized]]:
+        """The operand [tokens, K], and what is saved. Its leading sizes are those of the first input: [..., n].
+
+        quantize: how the site quantizes an operand [tokens, K] itself, for a producer that has no cast of its own.
+        """
         raise NotImplementedError
 
     def backward(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, needs: Needs) -> list[Any]:
@@ -306,6 +314,13 @@ def why_not(op: SemanticOp, recipe: Recipe | None, provider: str, device: torch.
     return (None if asked else PROVIDERS[provider].unavailable(device)) or found.unavailable(recipe, device)
 
 
+def modules() -> set[str]:
+    """The modules that declare operations, implementations and producers: their sources decide what is compiled."""
+    load()
+    made = [*_IMPLEMENTATIONS.values(), *_PRODUCERS.values()]
+    return {type(m).__module__ for m in made} | {op.definition.__module__ for op in all_ops()}
+
+
 @cache
 def load() -> None:
     """Imports te_dynamo's own implementations, once."""
@@ -318,5 +333,6 @@ def functions_in_graphs() -> list[str]:
     """The Python functions that stand in lowered graphs, by qualified name: torch's caches want to be told that they are pure."""
     from te_dynamo.lowering import site
 
+    load()
     functions = [site.collect, site.record, site.site, site.unpack, *(op.definition for op in all_ops())]
     return [f"{f.__module__}.{f.__name__}" for f in functions]

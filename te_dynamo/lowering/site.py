@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from te_dynamo.lowering.call import Call, flattened
-from te_dynamo.lowering.compute import arranged, compute_backward, compute_forward, scales_of
+from te_dynamo.lowering.compute import compute_backward, compute_forward, read_in_backward, scales_of
 from te_dynamo.lowering.opaque import opaque_backward, opaque_forward
 from te_dynamo.lowering.quantized import Quantized, Scale
 from te_dynamo.lowering.registry import implementation_of
@@ -68,7 +68,7 @@ class _Site(torch.autograd.Function):
         else:
             done = compute_forward(call, flat, scales_of(call, _pairs(scales)), needs)
             outputs, saved, amax = done.outputs, done.saved, largest_of(done.amaxes) if call.records else None
-        read = _for_backward(call, flat, outputs)
+        read = _for_backward(call, flat, outputs, needs)
         leaves = [t for q in saved for t in q] if any(needs) else []
         ctx.save_for_backward(*read, *leaves)
         ctx.call, ctx.needs, ctx.grad_scales, ctx.saves = call, needs, grad_scales, len(read)
@@ -119,10 +119,11 @@ def site(
 
 
 def _pairs(scales: SiteScales) -> list[Scale] | None:
-    return None if scales is None else [Scale(*pair) for pair in zip(*scales, strict=True)]  # type: ignore[arg-type]
+    return None if scales is None else [Scale(*pair) for pair in zip(*scales, strict=True)]
 
 
-def _for_backward(call: Call, flat: Sequence[Any], outputs: Sequence[Tensor]) -> list[Any]:
+def _for_backward(call: Call, flat: Sequence[Any], outputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Any]:
     """The inputs that backward reads, each in its place, None for the others; and the outputs, if it reads them."""
-    read = [value if kept else None for value, kept in zip(flat[: call.count], arranged(call), strict=True)]
-    return [*read, *outputs] if "outputs" in implementation_of(call).backward_reads(call) else read
+    *inputs, reads_outputs = read_in_backward(call, tuple(needs))
+    read = [value if kept else None for value, kept in zip(flat[: call.count], inputs, strict=True)]
+    return [*read, *outputs] if reads_outputs else read

@@ -185,7 +185,7 @@ def _note_producers(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
         gemms = op.gemms(node) if op is not None else ()
         maker = gemms[0].x if gemms else None
         made_by = op_of(maker)
-        if made_by is None or made_by.is_site or not made_by.by_rows(made_by.attributes(maker)):
+        if maker is None or made_by is None or made_by.is_site or not made_by.by_rows(made_by.attributes(maker)):
             continue
         first = min(maker.users) is node
         if first and where[maker] == where[node] and written_between([maker, node]) is None:

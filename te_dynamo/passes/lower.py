@@ -105,7 +105,7 @@ class _Lowering:
         call = self.call(node, op, plan, slots)
         inputs: list[Any] = list(op.inputs(node).values())
         if call.producer is not None:
-            inputs[0] = list(op_of(inputs[0]).inputs(inputs[0]).values())  # type: ignore[union-attr]
+            inputs[0] = list(op_of(inputs[0]).inputs(inputs[0]).values())
         gemms = op.gemms(node)
         refs = [weight_of(g.weight) for g in gemms]
         cached: list[tuple[Any, ...]] = []
@@ -181,7 +181,7 @@ class _Lowering:
         known = [r for r in refs if r is not None]
         weights = [tensor(g.weight) for g in gemms]
         with fake_mode_of(graph), torch.no_grad():
-            quantized = implementation_of(call).quantize_weights(call, weights)  # type: ignore[arg-type]
+            quantized = implementation_of(call).quantize_weights(call, weights)
         made = tuple(tuple(t is not None for t in q) for q in quantized)
         self.result.weights.append(CachedWeights(tuple(position[r.root] for r in known), tuple(map(_replay, known)), call, made))
         inputs = []

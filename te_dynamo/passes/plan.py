@@ -127,7 +127,7 @@ class Planner:
             amax_group=self._group_of(recipe),
             produces=kept_by_inductor is None,
         )
-        kind = op.kind if maker is None else f"{op_of(maker).kind}_{op.kind}"  # type: ignore[union-attr]
+        kind = op.kind if maker is None else f"{op_of(maker).kind}_{op.kind}"
         taken = []
         for gemm, member in zip(op.gemms(node), members_of(node), strict=True):
             site = Site(kind, member.get(PATH, ""), member.get(ORIGIN, node.name), choice.provider, recipe=recipe.name)
@@ -138,7 +138,7 @@ class Planner:
                 site.detail["merged"] = len(members_of(node))
             taken.append(self.sites.add(site))
         if maker is not None and kept_by_inductor != "":
-            taken[0].detail[op_of(maker).kind] = kept_by_inductor or producer.kernel  # type: ignore[union-attr]
+            taken[0].detail[op_of(maker).kind] = kept_by_inductor or producer.kernel
         node.meta[PLAN], node.meta[SITE] = plan, taken[0]
 
     def _producer(
@@ -161,7 +161,8 @@ class Planner:
             plan, detail = self._implemented(node, op, recipe, trains, detail)
             if plan.implemented:
                 break
-        site.provider, site.recipe, site.flops = plan.provider, plan.recipe and plan.recipe.name, _activation_flops(node, op)
+        site.provider, site.recipe = plan.provider, None if plan.recipe is None else plan.recipe.name
+        site.flops = _activation_flops(node, op)
         self._note_layout(node, site)
         if (proof := node.meta.get(MASK)) is not None:
             site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
@@ -201,7 +202,7 @@ class Planner:
         site.layout = node.meta[IN_MEMORY]
         wanted = node.meta[LAYOUT].name
         if wanted != site.layout:
-            copies = {name: copy for name, x in op_of(node).inputs(node).items() if name in "qkv" and (copy := first_copy(x))}  # type: ignore[union-attr]
+            copies = {name: copy for name, x in op_of(node).inputs(node).items() if name in "qkv" and (copy := first_copy(x))}
             why = "; ".join(f"{name} is written anew by {copy}" for name, copy in copies.items()) or "they come from different GEMMs"
             site.detail["layout"] = f"{wanted} was wanted; {why}"
 

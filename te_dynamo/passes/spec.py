@@ -134,7 +134,7 @@ def _forbidden(spec: Spec, node: Node) -> Iterator[Problem]:
 def _metadata(spec: Spec, node: Node) -> Iterator[Problem]:
     op = op_of(node)
     for key, kind, applies in spec.metadata if op is not None else ():
-        if applies(op) and not isinstance(node.meta.get(key), kind):  # type: ignore[arg-type]
+        if applies(op) and not isinstance(node.meta.get(key), kind):
             found = type(node.meta[key]).__name__ if key in node.meta else "nothing"
             yield Problem(f"meta[{key!r}] is {found}, not a {kind.__name__}", "the stage that makes the node puts it there")
 
@@ -378,7 +378,7 @@ STATEFUL = replace(
 )
 LOWERED = Spec(
     name="lower",
-    semantic=lambda op: not op.grouped,  # what nobody implements is computed by its definition: Inductor fuses it
+    semantic=lambda op: not op.owns_gemms,  # what nobody implements is computed by its definition: Inductor fuses it
     no_other_semantic="the provider's lowering replaces it",
     node_checks=(_has_value, _lowered_target, _not_lowered),
     graph_checks=(_state_inputs_last,),

@@ -8,9 +8,10 @@ from torch import nn
 
 import te_dynamo
 from te_dynamo.ir import op_named
-from te_dynamo.lowering import functions, registry
-from te_dynamo.recipe import DelayedScaling, named
+from te_dynamo.lowering import registry
+from te_dynamo.recipe import named
 from te_dynamo.state import STATE
+from tests import calls
 from tests.gpu.device import DEVICE
 from tests.gpu.helpers import compiled, gradients, mlps, random, sites_of
 from tests.numerics import sqnr
@@ -31,17 +32,7 @@ def test_errors_are_those_of_the_formats(provider, dtype):
     x, w, g, exact = operands(dtype)
     x.requires_grad_()
     w.requires_grad_()
-    key = f"native:{DEVICE.type}" if provider == "native" else provider
-    how = {
-        "provider": key,
-        "recipe": DelayedScaling().key,
-        "peers": "",
-        "merged": False,
-        "interleave": 0,
-        "out_dtype": dtype,
-        "first": True,
-    }
-    y, _ = functions.linears(x, [w], [None], None, None, None, **how)
+    y, _ = calls.linears(f"{provider}:{DEVICE.type}", x, [w], [None], records=True, calibrating=True)
     dx, dw = torch.autograd.grad(y, (x, w), g)
     for name, value in (("y", y), ("dx", dx), ("weight", dw)):
         assert abs(sqnr(exact[name], value) - IN_THEORY[name]) < 0.5, name

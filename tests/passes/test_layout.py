@@ -66,12 +66,6 @@ def test_every_row_of_the_table_is_tested():
     assert used == {row.case for row in TABLE}
 
 
-def test_ragged_batches_are_thd():
-    assert choose_layout(site(ragged=True), 512) == Layout("thd", "3hd")
-    assert choose_layout(site(ragged=True), 512).name == "t3hd"
-    assert choose_layout(site(ragged=True, heads_kv=2, **LONG), 512).name == "thd_th2d"
-
-
 def test_names_are_transformer_engine_s():
     # transformer_engine/common/include/transformer_engine/fused_attn.h, NVTE_QKV_Layout
     names = ["sb3hd", "sbh3d", "sbhd_sb2hd", "sbhd_sbh2d", "sbhd_sbhd_sbhd"]

@@ -54,7 +54,7 @@ def find(gm: GraphModule, target: object) -> Node:
 
 
 def violations(recorded: Recorded) -> dict[str, list[str]]:
-    """What is wrong with the graphs of the stages, by stage; "lower_first" is the first step's form of "lower"."""
+    """What is wrong with the graphs of the stages, by stage; "lower_calibrating" is the first step's form of "lower"."""
     graphs = {name: gm for name, gm in recorded.graphs.items() if name != "dynamo"}
     found = {name: check(gm, SPECS[name.removesuffix("_calibrating")]) for name, gm in graphs.items()}
     return {name: wrong for name, wrong in found.items() if wrong}
@@ -195,7 +195,7 @@ def test_slots_are_in_the_graph(stage: Callable[[str], GraphModule]) -> None:
 
 
 def test_a_function_of_ours_that_was_not_lowered(stage: Callable[[str], GraphModule]) -> None:
-    gm = stage("lower_first")
+    gm = stage("lower")
     first = next(n for n in gm.graph.nodes if n.op == "call_function" and tensor(n) is not None)
     with gm.graph.inserting_after(first):
         emit(gm.graph, fits, (1, int), like=first)

@@ -114,7 +114,7 @@ class FP8Attention(Implementation):
 
     opaque = True
 
-    def backward_reads(self, call: Call) -> tuple[str, ...]:
+    def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         return ("mask",) if call["quantize_output"] else ("mask", "outputs")
 
     def unsupported(self, case: Case) -> str | None:
@@ -246,7 +246,7 @@ class FP8Attention(Implementation):
     def backward_flops(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Any], needs: Needs) -> int:
         """Five GEMMs: q k^T again, dP k, dP^T q of the size of the one; do v^T, S^T do of the other."""
         q, k, v = (x.data for x in saved[:3])
-        return 2 * product((*q[:3], k[2], 3 * q[3] + 2 * v[3]))  # type: ignore[index]
+        return 2 * product((*q[:3], k[2], 3 * q[3] + 2 * v[3]))
 
 
 def _quantized(x: Tensor, scale: Scale, form: str) -> Quantized:

@@ -346,7 +346,7 @@ class TEAttention(Implementation):
         order, layout = FORMS[call["form"]], call["qkv_layout"]
         forward = [t.data for t in saved]
         q, k, v = forward[:3]
-        if not lies(q, k, v, layout):  # type: ignore[arg-type]
+        if not lies(q, k, v, layout):
             layout = _apart(call["form"])
         do = grads[0].permute(order).contiguous()
         buffers = torch.ops.te_dynamo.te_attention_bwd(do, *forward, *_common_attributes(call, do if q is None else q, layout))
@@ -398,7 +398,7 @@ class TEFP8Attention(Implementation):
 
 def _apart(form: str) -> str:
     """The layout of q, k and v with memory of their own."""
-    return Layout(form).name  # type: ignore[arg-type]
+    return Layout(form).name
 
 
 def _back(o: Tensor, order: Sequence[int]) -> Tensor:

@@ -51,7 +51,7 @@ class BlockLinears(Implementation):
 
     cached = frozenset({"inference"})
 
-    def backward_reads(self, call: Call) -> tuple[str, ...]:
+    def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         return ()
 
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
@@ -60,7 +60,7 @@ class BlockLinears(Implementation):
 
     def unsupported(self, case: Case) -> str | None:
         gemms = "MXFP8 GEMMs" if isinstance(case.recipe, MXFP8BlockScaling) else "FP8 GEMMs on a GPU"
-        multiple = GATES[type(case.recipe)].columns  # type: ignore[index]
+        multiple = GATES[type(case.recipe)].columns
         return unaligned(case, multiple, gemms) or unsupported_dtype(case.attributes["out_dtype"])
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:

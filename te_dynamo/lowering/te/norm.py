@@ -20,7 +20,7 @@ from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
 from te_dynamo.lowering.per_tensor import matrix
 from te_dynamo.lowering.quantized import Quantized, ScaleOf
-from te_dynamo.lowering.registry import PER_TENSOR, Case, Needs, Producer, produces
+from te_dynamo.lowering.registry import PER_TENSOR, Case, Needs, Producer, Quantize, produces
 from te_dynamo.lowering.te.library import api, running
 from te_dynamo.lowering.te.linear import quantizer
 from te_dynamo.recipe import DelayedScaling
@@ -95,7 +95,7 @@ class TENorm(Producer):
         x, weight, bias, kind = *(case.inputs[name] for name in ("x", "weight", "bias")), case.attributes["kind"]
         return unsupported(x, weight, bias, kind, ALIGNMENT_ON_GPU)
 
-    def forward(self, call: Call, inputs: Sequence[Any], scale: ScaleOf) -> tuple[Quantized, list[Quantized]]:
+    def forward(self, call: Call, inputs: Sequence[Any], scale: ScaleOf, quantize: Quantize) -> tuple[Quantized, list[Quantized]]:
         x, weight, bias = inputs
         assert scale.known is not None
         value, inverse = scale.known
