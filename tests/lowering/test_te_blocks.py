@@ -20,7 +20,6 @@ from te_dynamo.lowering.granularity import MX, Blocks, Quantized
 from te_dynamo.lowering.providers import choose_for
 from te_dynamo.lowering.te.blocks_provider import Blockwise
 from te_dynamo.recipe import DelayedScaling, Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
-from te_dynamo.runtime import compile_without_codegen
 from tests import te_on_cpu
 from tests.models import CASES, output
 from tests.numerics import sqnr
@@ -206,10 +205,7 @@ def test_flops():
 # --- linears
 
 
-@pytest.fixture(autouse=True)
-def without_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generating code takes seconds a graph, and changes nothing of what is asked here."""
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+pytestmark = pytest.mark.usefixtures("no_codegen")
 
 
 def linears(
