@@ -50,15 +50,18 @@ def run(cache: Path, package_root: Path, options: dict | None = None) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    return folder
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
 
 
-def test_a_second_process_hits_and_other_options_miss(cache):
-    first = run(cache, PACKAGE.parent)
+@pytest.fixture(scope="module")
+def first(cache: Path) -> dict:
+    """What the first process that uses the cache found."""
+    return run(cache, PACKAGE.parent)
+
+
+def test_a_second_process_hits_and_other_options_miss(cache, first):
     assert (first["aot_hit"], first["bypass"]) == (0, 0) and first["aot_miss"] == 1
     second = run(cache, PACKAGE.parent)
     assert (second["aot_hit"], second["aot_miss"], second["bypass"], second["fx_miss"]) == (1, 0, 0, 0)
@@ -67,8 +70,7 @@ def test_a_second_process_hits_and_other_options_miss(cache):
     assert (other["aot_hit"], other["aot_miss"]) == (0, 1)
 
 
-def test_a_changed_backward_is_not_served_stale(cache, tmp_path):
-    first = run(cache, PACKAGE.parent)
+def test_a_changed_backward_is_not_served_stale(cache, first, tmp_path):
     root = tmp_path / "changed"
     shutil.copytree(PACKAGE, root / "te_dynamo", ignore=shutil.ignore_patterns("__pycache__"))
     source = root / "te_dynamo" / "lowering" / "functions.py"
