@@ -23,7 +23,7 @@ from tests.slots import CPU, history_of, index_of
 from tests.te_on_cpu.extension import check_signature
 
 HISTORY = 12
-STEPS = {"delayed": 200, "current": 64}
+STEPS = {"delayed": 100, "current": 64}
 TOKENS, K, N = 32, 64, 48  # multiples of 16, which TE needs
 pytestmark = pytest.mark.usefixtures("no_codegen")
 
