@@ -23,8 +23,9 @@ from tests.slots import CPU, history_of, index_of
 from tests.te_on_cpu.extension import check_signature
 
 HISTORY = 12
-STEPS = {"delayed": 200, "current": 64}
+STEPS = {"delayed": 100, "current": 64}
 TOKENS, K, N = 32, 64, 48  # multiples of 16, which TE needs
+pytestmark = pytest.mark.usefixtures("no_codegen")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def batch(step: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, torch.
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
-@pytest.mark.parametrize("provider", ["native", "reference", "te"])
+@pytest.mark.parametrize("provider", [pytest.param("native", marks=pytest.mark.inductor), "reference", "te"])
 def test_a_linear_is_te_s(te, arena, provider, recipe, dtype, bias):
     pair = Pair(te, recipe, provider, dtype, bias)
     for step in range(STEPS[recipe]):
@@ -218,6 +219,7 @@ def test_a_linear_is_te_s(te, arena, provider, recipe, dtype, bias):
         pair.move_weights(generator)
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize(("kind", "n"), [("chain", N), ("siblings", 2 * N + 16)])
 def test_linears_in_one_graph_are_te_s(te, arena, kind, n):
     pair = Pair(te, "delayed", "native", torch.bfloat16, kind=kind)

@@ -41,6 +41,9 @@ class Stack(nn.Module):
         return x
 
 
+pytestmark = pytest.mark.usefixtures("no_codegen")
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
@@ -58,6 +61,7 @@ def sites_of(model, *args, **options) -> list[Site]:
     return found
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("provider", ["native", "reference"])
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -104,6 +108,7 @@ class SeeFP8(TorchDispatchMode):
         return out
 
 
+@pytest.mark.inductor
 def test_fp8_is_in_the_gemms_of_all_three_directions():
     model = MLP().bfloat16()
     fp8 = compiled(model, provider="native")
@@ -120,6 +125,7 @@ def test_fp8_is_in_the_gemms_of_all_three_directions():
     assert not {"aten::mm", "aten::addmm", "aten::bmm"} & {*forward.ops, *backward.ops}
 
 
+@pytest.mark.inductor
 def test_what_is_left_is_bit_identical_to_inductor():
     model = Stack().bfloat16()
     x = torch.randn(8, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -187,6 +193,7 @@ def test_state_dict_and_modules_are_untouched():
     assert {name: type(m) for name, m in model.named_modules()} == modules
 
 
+@pytest.mark.inductor
 def test_lengths_that_change_every_step_recompile_once_more_at_most():
     def graphs(backend) -> int:
         torch._dynamo.reset()
@@ -206,6 +213,7 @@ def test_lengths_that_change_every_step_recompile_once_more_at_most():
     assert graphs(te_fp8) <= graphs(compile_fx) + 1
 
 
+@pytest.mark.inductor
 def test_autocast_gives_the_dtype_of_autocast():
     class Out(nn.Module):
         def __init__(self) -> None:
@@ -228,6 +236,7 @@ def test_autocast_gives_the_dtype_of_autocast():
     assert model.mlp.up.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize(
     "x",
     [torch.randn(0, 64), torch.randn(64, 8).t(), torch.randn(8, 128)[:, ::2], torch.randn(1, 64).expand(8, 64), torch.randn(64)],
@@ -276,6 +285,7 @@ def test_frozen_weights_and_inputs_get_no_gradient():
     assert model.down.weight.grad is not None and model.up.bias.grad is not None
 
 
+@pytest.mark.inductor
 def test_inference_quantizes_weights_once_and_again_after_they_change():
     model = MLP().eval()
     run = compiled(model)
@@ -307,6 +317,7 @@ def test_weights_written_through_data_are_seen_after_weights_changed():
         assert 25 < sqnr(model(x), run(x))
 
 
+@pytest.mark.inductor
 def test_inference_mode():
     model = MLP().eval()
     run = compiled(model)
@@ -337,6 +348,7 @@ def test_a_region_without_grad_records_nothing_and_gives_no_gradient():
     assert 20 < sqnr(model(x), y)
 
 
+@pytest.mark.inductor
 def test_in_place_writes_between_are_respected():
     class Writes(nn.Module):
         def __init__(self) -> None:
@@ -354,6 +366,7 @@ def test_in_place_writes_between_are_respected():
     assert 25 < sqnr(model(x), compiled(model)(x))
 
 
+@pytest.mark.inductor
 def test_options_dataclass_and_mode(monkeypatch):
     monkeypatch.delitem(sys.modules, "transformer_engine_torch", raising=False)  # other tests of this process stand in for it
     model = MLP()
@@ -397,6 +410,7 @@ def test_numbers_that_modules_hold_are_numbers_under_dynamic_too():
     assert found == [{"norm_linear", "attention"}] * 2
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("write", ["scaled", "normalized"])
 def test_a_weight_that_the_forward_writes_is_read_as_written(write):
     """In eval weights are quantized once, ahead of the graph: not where the graph itself writes them."""
@@ -424,6 +438,7 @@ def test_a_weight_that_the_forward_writes_is_read_as_written(write):
             assert sqnr(reference(x), compiled(x)) > 22
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("grad", [True, False])
 def test_what_leaves_the_graph_is_no_view_of_a_joined_buffer(grad):
     class Two(nn.Module):

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import te_dynamo
+from tests.forks import Forks
 
 PACKAGE = Path(te_dynamo.__file__).parent
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[2]
+torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = True
 from te_dynamo.backend import te_fp8
 
 torch.manual_seed(0)
@@ -36,45 +36,38 @@ print(json.dumps({
 """
 
 
-def run(cache: Path, package_root: Path, options: dict | None = None) -> dict:
-    env = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        "PYTHONPATH": str(package_root),
-        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(options or {})], env=env, cwd=cache, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def run(forks: Forks, cache: Path, package_root: Path, options: dict | None = None) -> dict:
+    printed = forks.run(SCRIPT, json.dumps(options or {}), str(cache), path=[str(package_root)])
+    return json.loads(printed.splitlines()[-1])
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    return folder
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
 
 
-def test_a_second_process_hits_and_other_options_miss(cache):
-    first = run(cache, PACKAGE.parent)
+@pytest.fixture(scope="module")
+def first(forks: Forks, cache: Path) -> dict:
+    """What the first process that uses the cache found."""
+    return run(forks, cache, PACKAGE.parent)
+
+
+def test_a_second_process_hits_and_other_options_miss(forks, cache, first):
     assert (first["aot_hit"], first["bypass"]) == (0, 0) and first["aot_miss"] == 1
-    second = run(cache, PACKAGE.parent)
+    second = run(forks, cache, PACKAGE.parent)
     assert (second["aot_hit"], second["aot_miss"], second["bypass"], second["fx_miss"]) == (1, 0, 0, 0)
     assert second["grad"] == first["grad"]
-    other = run(cache, PACKAGE.parent, {"include_logits": True})
+    other = run(forks, cache, PACKAGE.parent, {"include_logits": True})
     assert (other["aot_hit"], other["aot_miss"]) == (0, 1)
 
 
-def test_a_changed_backward_is_not_served_stale(cache, tmp_path):
-    first = run(cache, PACKAGE.parent)
+def test_a_changed_backward_is_not_served_stale(forks, cache, first, tmp_path):
     root = tmp_path / "changed"
     shutil.copytree(PACKAGE, root / "te_dynamo", ignore=shutil.ignore_patterns("__pycache__"))
     source = root / "te_dynamo" / "lowering" / "functions.py"
     text = source.read_text()
     assert text.count("return (dx, None, ") == 1
     source.write_text(text.replace("return (dx, None, ", "return (2 * dx, None, "))
-    changed = run(cache, root)
+    changed = run(forks, cache, root)
     assert changed["aot_hit"] == 0
     assert changed["sum"] == pytest.approx(4 * first["sum"], rel=0.2)  # twice for each of the two layers

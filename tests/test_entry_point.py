@@ -25,12 +25,6 @@ assert 0 < error < 0.1, error
 """
 
 
-def run(code: str, folder) -> None:
-    """In a process of its own, outside the repository: only the installed package can be found."""
-    process = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-
-
 def test_the_name_is_registered():
     (entry,) = entry_points(group="torch_dynamo_backends", name="te_fp8")
     assert entry.value == "te_dynamo.backend:te_fp8"
@@ -38,8 +32,8 @@ def test_the_name_is_registered():
     assert any(need.replace(" ", "") in ("torch<2.16,>=2.11", "torch>=2.11,<2.16") for need in requires("te_dynamo"))
 
 
-def test_torch_lists_the_name(tmp_path):
-    run("import torch; assert 'te_fp8' in torch.compiler.list_backends()", tmp_path)
+def test_torch_lists_the_name(forks):
+    forks.run("import torch; assert 'te_fp8' in torch.compiler.list_backends()")
 
 
 @pytest.mark.parametrize(
@@ -52,11 +46,11 @@ def test_torch_lists_the_name(tmp_path):
         'compiled = torch.compile(lambda x: model(x), backend="te_fp8")',
     ],
 )
-def test_compile_by_name(how, tmp_path):
-    run(CALL.format(compile=how), tmp_path)
+def test_compile_by_name(how, forks):
+    forks.run(CALL.format(compile=how))
 
 
-def test_module_compile_by_name(tmp_path):
+def test_module_compile_by_name(forks):
     # nn.Sequential itself is skipped by Dynamo when compiled in place, so the model has a forward of its own.
     how = """
 class Model(torch.nn.Module):
@@ -68,10 +62,10 @@ class Model(torch.nn.Module):
 compiled = Model()
 compiled.compile(backend="te_fp8")
 """
-    run(CALL.format(compile=how), tmp_path)
+    forks.run(CALL.format(compile=how))
 
 
-def test_an_unknown_option_reaches_the_user(tmp_path):
+def test_an_unknown_option_reaches_the_user(forks):
     code = """
 import torch
 try:
@@ -81,12 +75,13 @@ except Exception as error:
 else:
     raise AssertionError("accepted")
 """
-    run(code, tmp_path)
+    forks.run(code)
 
 
 def test_importing_te_dynamo_is_cheap(tmp_path):
-    run(
+    code = (
         "import te_dynamo, sys; heavy = {'torch', 'transformers', 'accelerate', 'matplotlib', 'rich'} & set(sys.modules); "
-        "assert not heavy, heavy; te_dynamo.set_options(recipe='current')",
-        tmp_path,
+        "assert not heavy, heavy; te_dynamo.set_options(recipe='current')"
     )
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

@@ -26,7 +26,6 @@ from te_dynamo.lowering.quantized import Quantized, ScaleOf
 from te_dynamo.lowering.registry import PER_TENSOR, Needs, Producer, Quantize, produces
 from te_dynamo.passes import raising
 from te_dynamo.passes.rules import Match, Rule
-from te_dynamo.runtime import compile_without_codegen
 from tests.numerics import sqnr
 from tests.pipeline import stages_of
 
@@ -95,8 +94,7 @@ class MLP(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+def rule(monkeypatch: pytest.MonkeyPatch, no_codegen: None) -> Iterator[None]:
     monkeypatch.setattr(raising, "FAMILIES", [list(family) for family in raising.FAMILIES])
     monkeypatch.setattr("te_dynamo.backend.FAMILIES", raising.FAMILIES)
     raising.add_rule(RaiseSwiGLU())

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.ir.layout import in_memory
 from te_dynamo.passes.memory import described
-from te_dynamo.runtime import compile_without_codegen
 from te_dynamo.sites import Site
 from tests.models import CASES
 
@@ -71,14 +70,12 @@ def check(name: str, short: int, expected: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_reported_layout_is_in_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+def test_the_reported_layout_is_in_memory(name: str, no_codegen: None) -> None:
     check(name, 512, EXPECTED[name])
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
-def test_above_the_short_length_it_is_interleaved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+def test_above_the_short_length_it_is_interleaved(name: str, no_codegen: None) -> None:
     check(name, 4, "bsh3d")
 
 

@@ -13,22 +13,26 @@ from tests.models import CASES, Case, output
 from tests.numerics import sqnr
 from tests.slots import index_of
 
-slow = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("no_codegen")
+slow = (pytest.mark.slow, pytest.mark.inductor)
 MATRIX = [
-    pytest.param(name, attention, dtype, marks=() if (attention, dtype) == QUICK.get(name) else slow, id=f"{name}-{attention}-{dtype}")
-    for QUICK in [
-        {
+    *(
+        pytest.param(name, *how, marks=pytest.mark.inductor if name == "llama" else (), id=f"{name}-{how[0]}-{how[1]}-quick")
+        for name, how in {
             "llama": ("sdpa", torch.bfloat16),
             "gemma3": ("eager", torch.bfloat16),
             "gpt2": ("eager", torch.float32),
             "bert": ("sdpa", torch.float32),
             "vit": ("eager", torch.bfloat16),
             "t5": ("sdpa", torch.bfloat16),
-        }
-    ]
-    for name in CASES
-    for attention in ("sdpa", "eager")
-    for dtype in (torch.float32, torch.bfloat16)
+        }.items()
+    ),
+    *(
+        pytest.param(name, attention, dtype, marks=slow, id=f"{name}-{attention}-{dtype}")
+        for name in CASES
+        for attention in ("sdpa", "eager")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
 ]
 
 
@@ -85,10 +89,9 @@ def both(reference, model):
     return zip(reference.parameters(), model.parameters(), strict=True)
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=slow)])
-def test_lengths_that_change_recompile_once_more_at_most(name):
-    from torch._inductor.compile_fx import compile_fx
-
+@pytest.mark.parametrize("plain", ["aot_eager", pytest.param("inductor", marks=slow)])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_lengths_that_change_recompile_once_more_at_most(name, plain):
     case = CASES[name]
 
     def graphs(backend) -> int:
@@ -104,7 +107,7 @@ def test_lengths_that_change_recompile_once_more_at_most(name):
             output(run(**case.inputs(length=length))).sum().backward()
         return len(count)
 
-    assert graphs(te_fp8) <= graphs(compile_fx) + 1
+    assert graphs(te_fp8) <= graphs(torch._dynamo.lookup_backend(plain)) + 1
 
 
 def test_per_layer_compile_gives_each_layer_its_own_scales():

@@ -31,6 +31,7 @@ from te_dynamo.state import STATE
 from tests.numerics import sqnr
 
 SIZE = 64
+pytestmark = pytest.mark.usefixtures("no_codegen")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -83,6 +84,7 @@ def sites_of(model: nn.Module, x: Tensor, **options: Any) -> dict[str, Any]:
 LEAST = {"delayed": 20, "current": 20, "rowwise": 22, "block": 22, "mxfp8": 22, "nvfp4": 8}
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("provider", ["auto", "reference"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_trains_and_infers(name, provider):
@@ -169,6 +171,7 @@ def test_each_site_has_the_recipe_of_the_first_pattern_that_matches():
     assert Options(recipe="delayed", like_te=True).recipe_of("b") == DelayedScaling(like_te=True)
 
 
+@pytest.mark.inductor
 def test_linears_of_one_input_with_different_recipes_are_computed_apart():
     model, x = Attention(), torch.randn(2, 16, SIZE)
     recipes = {"q_proj": "current", "k_proj": "block", "*": "delayed"}
@@ -190,6 +193,7 @@ def test_a_pattern_for_another_root_is_told_of():
         sites_of(Net(), torch.randn(8, SIZE), recipe={"model.layers.0.up": "current", "*": "delayed"})
 
 
+@pytest.mark.inductor
 def test_no_fp8_at_all_is_inductor_s_and_no_reason_to_warn():
     model, x = Net(), torch.randn(8, SIZE)
     with warnings.catch_warnings():

@@ -27,6 +27,7 @@ from tests.slots import CPU, ROLES, all_slots, history_of, index_of
 FLOAT32_MAX = torch.finfo(torch.float32).max
 FP8_MAX = (448.0, 57344.0)
 SIZE = 16
+pytestmark = pytest.mark.usefixtures("no_codegen")
 
 
 # --- the definition: scale = fp8_max / (the largest of the last `length` amaxes)
@@ -215,6 +216,7 @@ def train(model: nn.Module, call: Any, steps: list[tuple[Tensor, Tensor]]) -> li
 # --- what is recorded
 
 
+@pytest.mark.inductor
 def test_the_steps_follow_the_definition():
     model = nn.Linear(SIZE, SIZE)
     call = compiled(model, recipe=DelayedScaling(amax_history_len=4))
@@ -245,6 +247,7 @@ def test_the_first_scale_is_the_first_batch_s_and_later_ones_lag_a_step():
     assert sqnr(model(64 * x), call(64 * x)) > 25
 
 
+@pytest.mark.inductor
 def test_an_infinite_amax_is_not_recorded_and_a_nan_does_not_count():
     model = nn.Linear(SIZE, SIZE)
     call = compiled(model)
@@ -358,6 +361,7 @@ def test_gradient_accumulation_rolls_with_every_microbatch():
     assert sqnr(exact, model.weight.grad) > 15
 
 
+@pytest.mark.inductor
 def test_two_calls_before_one_backward():
     """The second call rolls, and its scale is another; the first call's backward still has that of its own forward."""
     model = nn.Linear(SIZE, SIZE)
@@ -377,6 +381,7 @@ def test_two_calls_before_one_backward():
     assert amaxes(model.weight, "grad_output") == [dy.abs().max().item()]
 
 
+@pytest.mark.inductor
 @torch._functorch.config.patch(donated_buffer=False)  # Inductor refuses `retain_graph` otherwise
 def test_a_graph_that_is_kept_runs_backward_twice():
     model = Net()
@@ -413,9 +418,10 @@ WAYS = {
     "each block, checkpoint around": "checkpoint",
     "nested region": "region",
 }
+REGIONS = ("checkpoint in the graph", "nested region")  # sub-graphs, which Inductor takes apart
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.inductor) if w in REGIONS else w for w in WAYS])
 def test_numbers_and_state_do_not_depend_on_how_a_model_is_compiled(way):
     plain, model = Net(), Net(WAYS[way])
     model.load_state_dict(plain.state_dict())
@@ -567,6 +573,7 @@ def test_a_slot_that_is_used_again_starts_unset():
     assert arena.take(FORWARD, 1) == range(3, 4)
 
 
+@pytest.mark.inductor  # whose one graph runs many times
 @pytest.mark.parametrize("provider", ["native", "reference"])
 def test_a_layer_that_takes_a_dead_one_s_place_starts_fresh(provider):
     """One graph, one instance after the other: sooner or later Python gives a new one's objects a dead one's addresses."""

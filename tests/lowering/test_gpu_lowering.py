@@ -1,9 +1,11 @@
 """What Inductor is given for a GPU: the graphs after AOTAutograd's partition, made and run on a CPU."""
 
+import contextlib
 import operator
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -38,8 +40,8 @@ class Block(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-@pytest.fixture
-def graphs(monkeypatch):
+@contextlib.contextmanager
+def interpreted() -> Iterator[list[GraphModule]]:
     """The partitioned graphs that Inductor is given from here on, forward and backward in turn; they are interpreted."""
     from torch._inductor import compile_fx
 
@@ -49,16 +51,31 @@ def graphs(monkeypatch):
         given.append(gm)
         return make_boxed_func(gm.forward)
 
-    monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
     registry.load()
-    for key, implementation in list(registry._IMPLEMENTATIONS.items()):
-        if key[:2] == ("linears", "native") and key[3] == "cuda":
-            monkeypatch.setitem(registry._IMPLEMENTATIONS, (*key[:3], "cpu"), implementation)
+    generated = {k: i for k, i in registry._IMPLEMENTATIONS.items() if k[:2] == ("linears", "native") and k[3] == "cuda"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
+        for key, implementation in generated.items():
+            patch.setitem(registry._IMPLEMENTATIONS, (*key[:3], "cpu"), implementation)
+        registry.implementation_of.cache_clear()
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        yield given
     registry.implementation_of.cache_clear()
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield given
-    registry.implementation_of.cache_clear()
+
+
+@pytest.fixture
+def graphs():
+    with interpreted() as given:
+        yield given
+
+
+@pytest.fixture(scope="module")
+def steady():
+    """Forward and backward of the model below, by delayed scaling: to be looked at only."""
+    with interpreted() as given:
+        train(*model_and_input())
+    return tuple(given)
 
 
 def train(model, x, **options):
@@ -99,10 +116,8 @@ def saved_for_backward(forward: GraphModule, results: int) -> list[torch.Tensor]
     return [n.meta["val"] for n in output.args[0][results:] if n.op != "placeholder"]
 
 
-def test_the_steady_graph_has_no_cast_that_waits_for_an_amax(graphs):
-    model, x = model_and_input()
-    train(model, x)
-    for gm in graphs:
+def test_the_steady_graph_has_no_cast_that_waits_for_an_amax(steady):
+    for gm in steady:
         goals = {*casts(gm, E4M3, E5M2), *calls(gm, ours.cast_transpose.default)}
         assert goals
         assert not any(reaches(amax, goals) for amax in [*calls(gm, aten.amax.default), *calls(gm, ours.largest.default)])
@@ -117,11 +132,9 @@ def test_under_current_scaling_every_cast_waits_for_its_amax(graphs):
         assert goals and any(reaches(amax, goals) for amax in calls(gm, aten.amax.default))
 
 
-def test_scales_are_taken_apart_once_and_never_selected(graphs):
+def test_scales_are_taken_apart_once_and_never_selected(steady):
     """A kernel that read a scale at an offset would be another kernel for every layer."""
-    model, x = model_and_input()
-    train(model, x)
-    for gm, count in zip(graphs, (1, 2), strict=True):
+    for gm, count in zip(steady, (1, 2), strict=True):
         unpacks = calls(gm, ours.unpack.default)
         assert len(unpacks) == count  # backward: the weights' and the gradients'
         for unpack in unpacks:
@@ -130,32 +143,26 @@ def test_scales_are_taken_apart_once_and_never_selected(graphs):
         assert not calls(gm, aten.reciprocal.default)
 
 
-def test_amaxes_are_measured_once_a_graph(graphs):
-    model, x = model_and_input()
-    train(model, x)
-    forward, backward = graphs
+def test_amaxes_are_measured_once_a_graph(steady):
+    forward, backward = steady
     (one,), (other,) = calls(forward, ours.largest.default), calls(backward, ours.largest.default)
     assert len(one.args[1]) == 2 * 3 * BLOCKS and len(other.args[1]) == 3 * BLOCKS
     assert len(one.args[0]) <= GROUPS + 3 * BLOCKS  # an input's amax once, though three slots may hold it
 
 
-def test_inputs_and_transposed_weights_are_kept_in_fp8_once(graphs):
-    model, x = model_and_input()
-    train(model, x)
-    saved = saved_for_backward(graphs[0], results=2)
+def test_inputs_and_transposed_weights_are_kept_in_fp8_once(steady):
+    saved = saved_for_backward(steady[0], results=2)
     kept = [tuple(t.shape) for t in saved if t.dtype == E4M3]
     inputs = [(TOKENS, HIDDEN), (TOKENS, INNER)] * BLOCKS
-    weights = [tuple(n.meta["val"][1].shape) for n in calls(graphs[0], ours.cast_transpose.default)]
+    weights = [tuple(n.meta["val"][1].shape) for n in calls(steady[0], ours.cast_transpose.default)]
     assert sorted(map(sorted, kept)) == sorted(map(sorted, inputs + weights)) and len(weights) == GROUPS  # some as transposed views
     # in high precision: what the activation and the residual need, and not what the linears read
     rest = [t for t in saved if t.dtype == torch.bfloat16 and t.numel() >= TOKENS * HIDDEN]
     assert sum(t.numel() for t in rest) <= BLOCKS * TOKENS * (2 * INNER + HIDDEN)
 
 
-def test_backward_writes_each_transposed_copy_once(graphs):
-    model, x = model_and_input()
-    train(model, x)
-    forward, backward = graphs
+def test_backward_writes_each_transposed_copy_once(steady):
+    forward, backward = steady
     assert not calls(forward, ours.transpose.default)
     gemms = len(calls(forward, aten._scaled_mm.default))
     assert len(calls(backward, ours.transpose.default)) == GROUPS + gemms

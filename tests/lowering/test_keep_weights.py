@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import te_dynamo
 from te_dynamo.backend import te_fp8
 from te_dynamo.lowering.per_tensor import PerTensorLinears
-from te_dynamo.runtime import compile_without_codegen
 from tests import te_on_cpu
 
 
@@ -30,13 +29,12 @@ class Model(nn.Module):
 
 
 @pytest.fixture(params=["reference", "te"])
-def provider(request: Any, monkeypatch: Any) -> str:
+def provider(request: Any, no_codegen: None) -> str:
     if request.param == "te":
         reason = te_on_cpu.missing()
         if reason is not None:
             pytest.skip(reason)
         te_on_cpu.install()
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
     torch._dynamo.reset()
     return request.param
 

@@ -17,7 +17,6 @@ from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.fp8 import amax, quantize
 from te_dynamo.lowering.te import library
 from te_dynamo.lowering.te.linear import gemm
-from te_dynamo.runtime import compile_without_codegen
 from tests import te_on_cpu
 from tests.models import CASES, output
 from tests.numerics import sqnr
@@ -25,6 +24,7 @@ from tests.numerics import sqnr
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ONE = torch.ones(())
+pytestmark = pytest.mark.usefixtures("no_codegen")
 
 
 @pytest.fixture
@@ -65,7 +65,6 @@ def test_forward_accumulates_fast_and_backward_does_not(stand_in, monkeypatch):
         return general_gemm(*args, **kwargs)
 
     monkeypatch.setattr(library.api(), "general_gemm", noting)
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
     torch._dynamo.reset()
     run = torch.compile(nn.Linear(32, 32), backend=te_fp8, options={"provider": "te", "recipe": "current"})
     run(torch.randn(16, 32, requires_grad=True)).sum().backward()
@@ -74,9 +73,8 @@ def test_forward_accumulates_fast_and_backward_does_not(stand_in, monkeypatch):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_operands_lie_row_by_row_whatever_the_input_s_strides(stand_in, monkeypatch, bias, grad):
+def test_operands_lie_row_by_row_whatever_the_input_s_strides(stand_in, bias, grad):
     """TE reads memory, not strides (the stand-in refuses what does not lie so): channels-last images, transposed inputs."""
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
     first, second = nn.Linear(32, 48, bias=bias), nn.Linear(16, 32, bias=bias)
 
     def model(image: Tensor) -> Tensor:
@@ -263,17 +261,19 @@ def test_dimensions_that_it_cannot_take_are_left_with_the_reason(stand_in):
 INDUCTOR = [("llama", "delayed")]  # generating code takes a minute a model
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "current"])
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
-def test_a_model_trains_as_with_the_reference(stand_in, name, recipe, monkeypatch):
-    """20 steps, one graph: losses and scale state as the definition's; to the bit, but that Inductor sums otherwise around other GEMMs."""
-    generated = (name, recipe) in INDUCTOR
-    if not generated:
-        monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
-    check_training(name, recipe, exactly=not generated)
+TRAINED = [(name, recipe) for recipe in ("delayed", "current") for name in ("llama", "bert", "gpt2", "vit")]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [pytest.param(*case, marks=pytest.mark.inductor) if case in INDUCTOR else case for case in TRAINED]
+)
+def test_a_model_trains_as_with_the_reference(stand_in, name, recipe):
+    """8 steps, one graph: losses and scale state as the definition's; to the bit, but that Inductor sums otherwise around other GEMMs."""
+    check_training(name, recipe, exactly=(name, recipe) not in INDUCTOR)
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
 def test_a_model_trains_as_with_the_reference_under_inductor(stand_in, name, recipe):
@@ -291,7 +291,7 @@ def check_training(name: str, recipe: str, exactly: bool) -> None:
         optimizer, seen = torch.optim.SGD(model.parameters(), lr=1e-2), []
         with observing(lambda gm, sites, options, seen=seen: seen.append({s.provider for s in sites.taken()})):
             trace = []
-            for _ in range(20):
+            for _ in range(8):
                 loss = output(compiled(**case.inputs())).square().mean()
                 loss.backward()
                 optimizer.step()
@@ -310,6 +310,7 @@ def check_training(name: str, recipe: str, exactly: bool) -> None:
         torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-3, atol=0)
 
 
+@pytest.mark.inductor
 def test_inference_with_te(stand_in):
     torch._dynamo.reset()
     model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval(), torch.randn(20, 32)

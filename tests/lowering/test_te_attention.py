@@ -17,7 +17,6 @@ import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.site import site
 from te_dynamo.lowering.te.attention_limits import Case, refused
-from te_dynamo.runtime import compile_without_codegen
 from te_dynamo.sites import Site
 from tests import te_on_cpu
 from tests.calls import attention_call
@@ -285,12 +284,6 @@ def test_nothing_is_promised_that_te_refuses():
 # --- in whole models
 
 
-@pytest.fixture
-def without_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generating code takes seconds a graph, and matters only where memory is shared between what is generated and what is not."""
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
-
-
 class SelfAttention(nn.Module):
     def __init__(self, width: int = 64, heads: int = 4, packed: bool = False, rope: bool = False) -> None:
         super().__init__()
@@ -340,7 +333,7 @@ def test_a_model_whose_gemm_packs_q_k_and_v(model, short, kernel):
     assert all(sqnr(a, b) > 25 for a, b in zip(expected, ours, strict=True))  # what bf16 rounds otherwise, FP8 makes more of
 
 
-def test_a_model_in_fp8(without_codegen):
+def test_a_model_in_fp8(no_codegen):
     torch.manual_seed(0)
     module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
     ours, site = trained(module, x, provider="te", attention="fp8")
@@ -351,7 +344,7 @@ def test_a_model_in_fp8(without_codegen):
     assert all(sqnr(a, b) > 17 for a, b in zip(definition, ours, strict=True))
 
 
-def test_in_fp8_q_k_and_v_share_their_scale(without_codegen):
+def test_in_fp8_q_k_and_v_share_their_scale(no_codegen):
     torch._dynamo.reset()
     model, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
     run = torch.compile(model, backend=te_fp8, options={"provider": "te", "attention": "fp8"})
@@ -366,7 +359,7 @@ def test_in_fp8_q_k_and_v_share_their_scale(without_codegen):
     ("recipe", "heads", "words"),
     [("current", 2, "delayed scales for S and dP, and 'current' scaling has none"), ("delayed", 4, "head size 128 on Hopper, not 64")],
 )
-def test_fp8_that_te_does_not_have_is_the_definition(recipe, heads, words, without_codegen):
+def test_fp8_that_te_does_not_have_is_the_definition(recipe, heads, words, no_codegen):
     module, x = SelfAttention(width=256, heads=heads).bfloat16(), torch.randn(2, 16, 256).bfloat16()
     _, site = trained(module, x, provider="te", attention="fp8", recipe=recipe)
     assert words in site.detail["kernel"] and site.detail["precision"] == "fp8"
@@ -383,7 +376,7 @@ def test_inference():
         assert sqnr(model(x), run(x)) > 18
 
 
-def test_auto_takes_te_for_fp8_attention_alone(monkeypatch, without_codegen):
+def test_auto_takes_te_for_fp8_attention_alone(monkeypatch, no_codegen):
     monkeypatch.setattr("te_dynamo.passes.plan.te_is_beside", lambda device: True)
     module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
     _, site = trained(module, x, attention="fp8")

@@ -22,7 +22,6 @@ from te_dynamo.lowering.quantized import Quantized
 from te_dynamo.lowering.registry import Case
 from te_dynamo.lowering.te.block_linears import BlockLinears
 from te_dynamo.recipe import DelayedScaling, Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
-from te_dynamo.runtime import compile_without_codegen
 from tests import calls as sites
 from tests import te_on_cpu
 from tests.models import CASES, output
@@ -218,10 +217,7 @@ def test_flops():
 # --- linears
 
 
-@pytest.fixture(autouse=True)
-def without_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generating code takes seconds a graph, and changes nothing of what is asked here."""
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+pytestmark = pytest.mark.usefixtures("no_codegen")
 
 
 def linears(

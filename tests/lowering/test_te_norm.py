@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.fp8 import amax, quantize
 from te_dynamo.lowering.te import norm as te_norm
-from te_dynamo.runtime import compile_without_codegen
 from te_dynamo.state import FORWARD, GRADIENT, STATE
 from tests import te_on_cpu
 from tests.slots import CPU, history_of, index_of
@@ -27,10 +26,7 @@ def te() -> Any:
     return te_on_cpu.install()
 
 
-@pytest.fixture(autouse=True)
-def without_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generating code takes seconds a graph, and changes nothing of what is asked here."""
-    monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+pytestmark = pytest.mark.usefixtures("no_codegen")
 
 
 def bits(t: Tensor) -> Tensor:

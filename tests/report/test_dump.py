@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,36 +16,24 @@ from torch.utils.checkpoint import checkpoint
 from te_dynamo.ir.graph import EXAMPLE
 from te_dynamo.report.dump import Dump, fill, index_bounds
 from tests.capture import capture
+from tests.forks import Forks
 from tests.models import CASES
 from tests.pipeline import stages_of
 
 ROOT = Path(__file__).parents[2]
-RUN_ALL = """
-import contextlib, io, json, runpy, sys
-printed = {}
-for file in sys.argv[1:]:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        runpy.run_path(file, run_name="__main__")
-    printed[file] = out.getvalue().splitlines()
-print(json.dumps(printed))
-"""
 
 
-def run(*command: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(forks: Forks, script: Path) -> str:
+    return forks.run("import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')", str(script), path=[str(ROOT)])
 
 
-def dump_and_run(folder: Path, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
-    """What the script of each stage prints, by stage: all are run in one process of their own."""
+def dump_and_run(forks: Forks, folder: Path, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+    """What the script of each stage prints, by stage: each is run in a process of its own."""
     recorded = stages_of(fn, *args, **kwargs)
     dump = Dump(folder, 0)
     files = {name: dump.stage(i, name, gm, recorded.inputs) for i, (name, gm) in enumerate(recorded.graphs.items())}
     assert len(files) >= 6
-    printed = json.loads(run("-c", RUN_ALL, *map(str, files.values())))
-    return {name: printed[str(file)] for name, file in files.items()}
+    return {name: run(forks, file).splitlines() for name, file in files.items()}
 
 
 def high_precision(printed: dict[str, list[str]]) -> list[list[str]]:
@@ -85,9 +69,9 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("train", [True, False])
-def test_each_stage_runs_by_itself_and_gives_the_same(tmp_path: Path, dynamic: bool | None, train: bool) -> None:
+def test_each_stage_runs_by_itself_and_gives_the_same(forks: Forks, tmp_path: Path, dynamic: bool | None, train: bool) -> None:
     with torch.set_grad_enabled(train):
-        printed = dump_and_run(tmp_path, Mixed(), torch.randn(6, 64), torch.randn(64, 6).t(), dynamic=dynamic)
+        printed = dump_and_run(forks, tmp_path, Mixed(), torch.randn(6, 64), torch.randn(64, 6).t(), dynamic=dynamic)
     first, *others = high_precision(printed)
     assert any("gradient of" in line for line in first) == train
     for lines in others:
@@ -96,12 +80,12 @@ def test_each_stage_runs_by_itself_and_gives_the_same(tmp_path: Path, dynamic: b
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_llama(tmp_path: Path, dynamic: bool | None) -> None:
+def test_a_llama(forks: Forks, tmp_path: Path, dynamic: bool | None) -> None:
     case = CASES["llama"]
     inputs = case.inputs()
     model = case.model()
     model.gradient_checkpointing_enable()
-    printed = dump_and_run(tmp_path, model.train(), **inputs, labels=inputs["input_ids"], dynamic=dynamic)
+    printed = dump_and_run(forks, tmp_path, model.train(), **inputs, labels=inputs["input_ids"], dynamic=dynamic)
     first, *others = high_precision(printed)
     assert first[0].startswith("output 0: torch.float32 (), norm ")
     for lines in others:
@@ -109,7 +93,7 @@ def test_a_llama(tmp_path: Path, dynamic: bool | None) -> None:
     assert sum(line.startswith("output") for line in printed["lower"]) == 3  # and the recorded amaxes
 
 
-def test_a_file_is_readable(tmp_path: Path) -> None:
+def test_a_file_is_readable(forks: Forks, tmp_path: Path) -> None:
     recorded = stages_of(CASES["llama"].model(), **CASES["llama"].inputs())
     dump = Dump(tmp_path, 0)
     raised = dump.stage(2, "raise", recorded.graphs["raise"], recorded.inputs)
@@ -120,17 +104,17 @@ def test_a_file_is_readable(tmp_path: Path) -> None:
     assert "# f32[2, 24, 64] | model.layers.0.self_attn.q_proj" in text
     assert '"model_layers_0_self_attn_q_proj_weight": (torch.randn((64, 64), dtype=torch.float32)' in text
     assert "native:cpu, delayed scaling" in planned.read_text()
-    assert "output 0" in run(str(planned))
+    assert "output 0" in run(forks, planned)
 
 
-def test_no_file_of_another_graph_or_process_is_overwritten(tmp_path: Path) -> None:
+def test_no_file_of_another_graph_or_process_is_overwritten(forks: Forks, tmp_path: Path) -> None:
     gm = capture(lambda x: x + 1, torch.randn(3))
     first, second = (Dump(tmp_path, 0).stage(0, "dynamo", gm, []) for _ in range(2))
     program = (
         "import sys, torch; from te_dynamo.report.dump import Dump; gm = torch.fx.symbolic_trace(lambda x: x + 1);"
         "print(Dump(sys.argv[1], 0).stage(0, 'dynamo', gm, []))"
     )
-    third = Path(run("-c", program, str(tmp_path)).strip())
+    third = Path(forks.run(program, str(tmp_path), path=[str(ROOT)]).strip())
     assert [p.parent.name for p in (first, second, third)] == ["graph_0", "graph_1", "graph_2"]
 
 
@@ -138,7 +122,7 @@ def written(gm: GraphModule, tmp_path: Path, inputs: list[Any] | None = None) ->
     return Dump(tmp_path, 0).stage(0, "dynamo", gm, inputs or []).read_text()
 
 
-def test_indices_stay_below_what_they_index(tmp_path: Path) -> None:
+def test_indices_stay_below_what_they_index(forks: Forks, tmp_path: Path) -> None:
     def fn(ids: Tensor, places: Tensor, labels: Tensor, table: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
         rows = F.embedding(ids.long().reshape(-1)[2:], table)
         return rows, logits[:, places], F.cross_entropy(logits, F.pad(labels, (0, 1), value=-100)[1:])
@@ -149,7 +133,7 @@ def test_indices_stay_below_what_they_index(tmp_path: Path) -> None:
     assert named == {"l_ids_": 7, "l_places_": 3, "l_labels_": 3}
     text = written(gm, tmp_path)
     assert '"l_ids": torch.randint(0, 7, (40,), dtype=torch.int32)' in text
-    assert "output 2" in run(str(tmp_path / "graph_0" / "0_dynamo.py"))
+    assert "output 2" in run(forks, tmp_path / "graph_0" / "0_dynamo.py")
     # Real inputs tell more, but a label that is ignored (-100) is no index.
     real = written(gm, tmp_path, gm.meta["example_inputs"])
     assert '"l_ids": torch.randint(6, 7,' in real and '"l_labels": torch.randint(0, 1,' in real

@@ -22,7 +22,6 @@ import te_dynamo
 from te_dynamo import backend
 from te_dynamo.backend import te_fp8
 from te_dynamo.report.explain import ISOLATED, OUTSIDE, UNRECOGNIZED
-from te_dynamo.runtime import compile_without_codegen
 from te_dynamo.sites import Site
 from te_dynamo.state import STATE
 from tests.slots import all_slots
@@ -63,18 +62,13 @@ class Language(nn.Module):
         return self.head(self.block(self.embedding(ids)))
 
 
+pytestmark = pytest.mark.usefixtures("no_codegen")
+
+
 @pytest.fixture(autouse=True)
-def fresh(request, monkeypatch):
-    """Inductor's code is not what is tested here, and takes its time."""
+def fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    if "inductor" not in request.fixturenames:
-        monkeypatch.setattr(backend, "compile_inductor", compile_without_codegen)
-
-
-@pytest.fixture
-def inductor():
-    """For a test that wants Inductor's code after all."""
 
 
 @pytest.fixture
@@ -502,7 +496,8 @@ def assert_same(before, after):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
 
 
-def test_with_inductor(x, inductor):
+@pytest.mark.inductor
+def test_with_inductor(x):
     model = Stack()
     before = tensors_of(model)
     report = te_dynamo.explain(model, x, backward=True)

@@ -18,6 +18,7 @@ from te_dynamo.state import STATE
 from tests.numerics import sqnr
 
 SIZE = 16
+pytestmark = pytest.mark.usefixtures("no_codegen")
 
 
 class Block(nn.Module):
@@ -212,6 +213,7 @@ def test_an_optimizer_step_that_a_grad_scaler_skips():
     assert all(v.isfinite().all() for v in found.values())
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 def test_a_grad_scaler_finds_an_overflow_without_a_bias_to_show_it(recipe):
     model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False), nn.Tanh(), nn.Linear(SIZE, SIZE, bias=False))
@@ -242,6 +244,7 @@ def test_a_part_in_eval_mode_does_not_stop_the_rest():
     assert entries(model, "down.input") == 4
 
 
+@pytest.mark.inductor  # whose C++ might make something of NaN
 @pytest.mark.parametrize("like_te", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("where", ["activations", "gradients"])
@@ -276,6 +279,7 @@ def test_wild_numbers_for_some_steps_do_not_poison_the_state(where, bad, like_te
     assert all(sqnr(a, b) > 18 for a, b in zip([y.detach(), leaf.grad, model.up.weight.grad], found, strict=True))
 
 
+@pytest.mark.inductor
 def test_overflow_saturates():
     model = nn.Linear(SIZE, SIZE, bias=False)
     call = compiled(model, recipe=DelayedScaling(amax_history_len=4))

@@ -1,0 +1,28 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.forks import Forks
+
+
+@pytest.fixture
+def no_codegen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs run as AOTAutograd leaves them: for tests of plans, state and numbers, which generated code is not the subject of.
+
+    A module asks for it by `pytestmark = pytest.mark.usefixtures("no_codegen")`; what is marked `inductor` there is compiled by it.
+    """
+    from te_dynamo.runtime import compile_without_codegen
+
+    if request.node.get_closest_marker("inductor") is None:
+        monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs code in a process of its own, without the seconds that an import of torch takes."""
+    with Forks() as made:
+        yield made
