@@ -123,8 +123,8 @@ class CompiledGraph:
     def _new_group(self, args: Sequence[Any]) -> Group | None:
         if any(is_fake(args[i]) for i in self.weight_positions):
             return FakeGroup(args[self.weight_positions[0]], self.attached.forward, self.attached.gradient)
-        attached, peers = self.attached, ranks(self.options.amax_group)
-        return STATE.group(attached.keys, attached.unions, args, self.device, create=self.trains, process_group=peers)
+        attached, process_group = self.attached, ranks(self.options.amax_group)
+        return STATE.group(attached.keys, attached.unions, args, self.device, create=self.trains, process_group=process_group)
 
     def _variant(self, group: Group | None) -> Variant:
         if self.calibrating is None or (group is not None and (group.fake or group.complete(gradients=self.trains))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,12 @@ def test_the_versions_of_transformer_engine():
     assert f"te_dynamo supports TE {dotted(library.OLDEST)} and newer, below {library.NEWEST[0]};" in text
     extra = (DOCS.parent / "pyproject.toml").read_text()
     assert f'te = ["transformer_engine[pytorch]>={dotted(library.OLDEST)},<{library.NEWEST[0]}"]' in extra
+
+
+def test_the_architecture_names_every_file_and_none_that_is_not_there():
+    package = DOCS.parent / "te_dynamo"
+    text = (DOCS / "architecture.md").read_text()
+    named = set(re.findall(r"\b(\w+\.py)\b", text))
+    files = {path.name for path in package.rglob("*.py")} - {"__init__.py"}
+    assert files - named == set()
+    assert named - files <= {"test_extending.py", "__init__.py"}

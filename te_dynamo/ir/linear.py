@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from te_dynamo.ir.graph import fake
-from te_dynamo.ir.op import Gemm, Invariant, Slot, operation
+from te_dynamo.ir.op import Gemm, Invariant, ScaledTensor, operation
 from te_dynamo.ir.sizes import same
 
 FORWARD, GRADIENT = ("input", "weight"), ("grad_output",)
@@ -116,10 +116,10 @@ def _gemms(node: Node) -> list[Gemm]:
     return [Gemm(x, w, b, i) for i, (w, b) in enumerate(zip(weights, biases, strict=True))]
 
 
-def _shared(attributes: Mapping[str, Any], members: int) -> list[list[Slot]]:
+def _shared(attributes: Mapping[str, Any], members: int) -> list[list[ScaledTensor]]:
     """The one input of all has one scale; so has each of the others, where the members are one GEMM."""
     shared = FORWARD + GRADIENT if attributes["merged"] else ("input",)
-    return [[Slot(i, role) for i in range(members)] for role in shared] if members > 1 else []
+    return [[ScaledTensor(i, role) for i in range(members)] for role in shared] if members > 1 else []
 
 
 @operation(

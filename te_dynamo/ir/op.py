@@ -36,7 +36,7 @@ class Gemm(NamedTuple):
     output: int | None = None
 
 
-class Slot(NamedTuple):
+class ScaledTensor(NamedTuple):
     """An FP8 tensor that has a scale: its role in a member of the node (a GEMM, or the node itself where it owns none)."""
 
     member: int
@@ -94,7 +94,7 @@ class SemanticOp:
         operand of one that is: it is then its *producer*.
     gemms: the weight GEMMs of a node, its members. An operation with roles and no GEMM has one member, the node, and finds
         its scale state by the nearest weight.
-    shared: which scales of a node with given attributes and so many members move as one, as groups of `Slot`.
+    shared: which scales of a node with given attributes and so many members move as one, as groups of `ScaledTensor`.
     attributes_of: what an implementation must know of a node, in a recipe, beside its keywords; by name.
     outputs: what the node gives, out of the tensors that an implementation computed (one for each GEMM that it ran).
     activation_flops: FLOPs of products of activations, out of the shapes of a node's arguments.
@@ -109,7 +109,7 @@ class SemanticOp:
     fake: Callable[..., Any]
     roles: Roles = Roles()
     gemms: Callable[[Node], Sequence[Gemm]] = _none
-    shared: Callable[[Mapping[str, Any], int], Sequence[Sequence[Slot]]] = _none
+    shared: Callable[[Mapping[str, Any], int], Sequence[Sequence[ScaledTensor]]] = _none
     attributes_of: Callable[[Node, Recipe | None], Mapping[str, Any]] = lambda node, recipe: {}
     outputs: Callable[[Mapping[str, Any], list[Any]], list[Any]] = lambda attributes, computed: computed
     activation_flops: Callable[..., int] = _zero

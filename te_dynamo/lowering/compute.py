@@ -12,7 +12,7 @@ from torch import Tensor
 
 from te_dynamo.lowering.call import Call, flattened
 from te_dynamo.lowering.fp8 import Casting, casting_of
-from te_dynamo.lowering.quantized import Operand, Quantized, Scale, Scales
+from te_dynamo.lowering.quantized import MadeOperand, Quantized, Scale, Scales
 from te_dynamo.lowering.registry import Backward, Forward, implementation_of, producer_of
 
 WIDTH = len(Quantized._fields)
@@ -40,7 +40,7 @@ def compute_forward(call: Call, flat: Sequence[Any], scales: Scales, needs: Sequ
         scale = scales.at(role)
         quantize = partial(implementation.quantize_operand, scale=scale)
         operand, made = producer_of(call.producer).forward(call.producer, inputs[0], scale, quantize)
-        inputs[0], wanted[0] = Operand(operand, lead), any(flattened(wanted[0]))
+        inputs[0], wanted[0] = MadeOperand(operand, lead), any(flattened(wanted[0]))
     if call.cached:
         weights = unflattened(flat[call.count :])
         inputs = [inputs[0], weights, *inputs[2:]] if call.cached == "inference" else [*inputs, weights]

@@ -23,7 +23,7 @@ from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fp8 import dequantize, quantize, row_amax
 from te_dynamo.lowering.limits import unaligned, unsupported_dtype
 from te_dynamo.lowering.partition import activation_cast, activation_rounding, recomputed_in_backward
-from te_dynamo.lowering.quantized import Operand, Quantized, ScaleOf, Scales
+from te_dynamo.lowering.quantized import MadeOperand, Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation, Needs
 
 # gemm(a, b, a_scale_inv, b_scale_inv, out_dtype, bias, fast): a [M, K], b [N, K], both FP8 -> a @ b.T + bias [M, N] in
@@ -166,7 +166,7 @@ class PerTensorLinears(Implementation):
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         kernels, rows, dtype = self.kernels, GemmRows.of(call.attributes), call["out_dtype"]
         x, weights, biases, *kept = inputs
-        x8, lead = x if isinstance(x, Operand) else (kernels.activation(matrix(x), scales.at("input")), x.shape[:-1])
+        x8, lead = x if isinstance(x, MadeOperand) else (kernels.activation(matrix(x), scales.at("input")), x.shape[:-1])
         assert x8.data is not None and x8.scale_inv is not None and x8.amax is not None
         outputs, saved, amaxes = [], [], [x8.amax] * (2 * len(rows.sizes))
         for number, gemm in enumerate(rows.gemms()):

@@ -47,7 +47,7 @@ class Quantized(NamedTuple):
         return Quantized(**{name: getattr(self, name) for name in names})
 
 
-class Operand(NamedTuple):
+class MadeOperand(NamedTuple):
     """The first input of a site where its producer made it: [tokens, K], quantized. lead: the sizes that tokens are the product of."""
 
     quantized: Quantized

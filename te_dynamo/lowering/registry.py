@@ -103,7 +103,7 @@ class Implementation:
         return ""
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
-        """inputs: the operation's, in order. The first is an `Operand` where a producer made it; the weights are where they are
+        """inputs: the operation's, in order. The first is an `MadeOperand` where a producer made it; the weights are where they are
         cached for inference, and follow as one more input where they are cached for training."""
         raise NotImplementedError
 

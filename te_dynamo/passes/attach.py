@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from te_dynamo.ir import site_of
 from te_dynamo.ir.graph import EXAMPLE, emit, fake_mode_of
 from te_dynamo.ir.meta import MEMBERS, PATH, PLAN, SLOTS, site_path
-from te_dynamo.ir.op import Slot
+from te_dynamo.ir.op import ScaledTensor
 from te_dynamo.ir.state_inputs import StateInput
 from te_dynamo.lowering.site import collect
 from te_dynamo.passes.higher_order import calls
@@ -162,7 +162,7 @@ def _unions(node: Node) -> Unions:
     op, plan = site_of(node), node.meta[PLAN]
     assert op is not None
     roles = op.roles
-    shared = [*op.shared(op.attributes(node), len(op.gemms(node))), *([Slot(0, role) for role in group] for group in plan.shared)]
+    shared = [*op.shared(op.attributes(node), len(op.gemms(node))), *([ScaledTensor(0, role) for role in group] for group in plan.shared)]
     unions: Unions = ([], [])
     for group in shared:
         unions[group[0].role not in roles.forward].append([roles.place(slot.role, slot.member) for slot in group])

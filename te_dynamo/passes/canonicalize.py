@@ -128,7 +128,7 @@ OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 
 
 @dataclass(frozen=True)
-class Call:
+class Spelling:
     """What a node calls; a target that is a string is a method's name."""
 
     target: Any
@@ -172,11 +172,11 @@ def _module_number(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _named(node: Node) -> Call | None:
+def _named(node: Node) -> Spelling | None:
     """The same arguments to the function that this one is another name of."""
     is_tensor = [tensor(a) is not None for a in node.args]
     if node.op == "call_method":
-        return Call(getattr(torch, str(node.target)), node.args, node.kwargs) if is_tensor[0] and node.target in METHODS else None
+        return Spelling(getattr(torch, str(node.target)), node.args, node.kwargs) if is_tensor[0] and node.target in METHODS else None
     target, args = ALIASES.get(node.target, node.target), node.args
     if target in BINARY and len(args) == 2 and is_tensor[0]:
         target = BINARY[target]
@@ -184,10 +184,10 @@ def _named(node: Node) -> Call | None:
         target, args = SWAPPED[target], args[::-1]
     elif target in UNARY and is_tensor == [True]:
         target = UNARY[target]
-    return None if target is node.target and args is node.args else Call(target, args, node.kwargs)
+    return None if target is node.target and args is node.args else Spelling(target, args, node.kwargs)
 
 
-def _positional(node: Node) -> Call | None:
+def _positional(node: Node) -> Spelling | None:
     """The keyword arguments at their positions."""
     target: Any = node.target
     args, kwargs = list(node.args), dict(node.kwargs)
@@ -196,15 +196,15 @@ def _positional(node: Node) -> Call | None:
         args = args[: len(SIGNATURES[target])]
         for name, default in SIGNATURES[target][len(args) :]:
             args.append(kwargs.pop(name) if default is ... else kwargs.pop(name, default))
-        return Call(target, tuple(args), kwargs)
+        return Spelling(target, tuple(args), kwargs)
     for name in PARTIAL_SIGNATURES.get(target, ())[len(args) :] if kwargs else ():
         if name not in kwargs:
             break
         args.append(kwargs.pop(name))
-    return Call(target, tuple(args), kwargs) if len(args) > len(node.args) else None
+    return Spelling(target, tuple(args), kwargs) if len(args) > len(node.args) else None
 
 
-def _formed(node: Node) -> Call | None:
+def _formed(node: Node) -> Spelling | None:
     if node.op == "call_method" and tensor(node.args[0]) is None:
         return None
     form = FORMS.get(node.target)
@@ -216,27 +216,27 @@ def _given(node: Node, *names: str) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _softmax(node: Node) -> Call | None:
+def _softmax(node: Node) -> Spelling | None:
     given = _given(node, "input", "dim", *(("_stacklevel",) if node.target is F.softmax else ()), "dtype")
     if given.get("dim") is None:
         return None
-    return Call(torch.softmax, (given["input"], given["dim"]), {"dtype": given["dtype"]} if given.get("dtype") is not None else {})
+    return Spelling(torch.softmax, (given["input"], given["dim"]), {"dtype": given["dtype"]} if given.get("dtype") is not None else {})
 
 
-def _transposing_attribute(node: Node) -> Call | None:
+def _transposing_attribute(node: Node) -> Spelling | None:
     """`x.T` and `x.mT`; torch 2.15 makes operators of them."""
     x = node.args[0]
     attribute = node.args[1] if node.target is builtins.getattr else "mT" if node.target is torch.ops.aten.mT else "T"
     if attribute not in ("T", "mT") or _rank(x) < 2 or (attribute == "T" and _rank(x) != 2):
         return None
-    return Call(torch.transpose, (x, -2, -1))
+    return Spelling(torch.transpose, (x, -2, -1))
 
 
-def _transpose(node: Node) -> Call | None:
-    return Call(torch.transpose, (node.args[0], 0, 1)) if _rank(node.args[0]) == 2 else None
+def _transpose(node: Node) -> Spelling | None:
+    return Spelling(torch.transpose, (node.args[0], 0, 1)) if _rank(node.args[0]) == 2 else None
 
 
-def _reshape(node: Node) -> Call | None:
+def _reshape(node: Node) -> Spelling | None:
     """`view`, `reshape` and `permute`, with the sizes in one tuple."""
     x, *rest = node.args
     shape: Any = rest[0] if len(rest) == 1 else node.kwargs.get("shape", rest)
@@ -249,36 +249,36 @@ def _reshape(node: Node) -> Call | None:
     shape = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
     if any(isinstance(s, torch.dtype) for s in shape):  # view(dtype) reinterprets bits
         return None
-    return Call(torch.permute if node.target is torch.permute else torch.reshape, (x, shape))
+    return Spelling(torch.permute if node.target is torch.permute else torch.reshape, (x, shape))
 
 
-def _cast(node: Node) -> Call | None:
+def _cast(node: Node) -> Spelling | None:
     """`to` in all its forms: where the device stays, it is a cast to the dtype of the result."""
     before, after = tensor(node.args[0]), tensor(node)
     rest = {"copy", "memory_format"} & {k for k, v in node.kwargs.items() if v}
     if after is None or before is None or rest or before.device != after.device or any(a is True for a in node.args[1:]):
         return None
-    return Call("to", (node.args[0], after.dtype))
+    return Spelling("to", (node.args[0], after.dtype))
 
 
-def _square(node: Node) -> Call:
-    return Call(torch.pow, (node.args[0], 2))
+def _square(node: Node) -> Spelling:
+    return Spelling(torch.pow, (node.args[0], 2))
 
 
-def _reciprocal(node: Node) -> Call | None:
+def _reciprocal(node: Node) -> Spelling | None:
     """`1 / x`, which Python computes as `x.reciprocal() * 1`."""
-    return Call(torch.reciprocal, node.args[1:]) if node.args[0] == 1 and tensor(node.args[1]) is not None else None
+    return Spelling(torch.reciprocal, node.args[1:]) if node.args[0] == 1 and tensor(node.args[1]) is not None else None
 
 
-def _reduction(node: Node) -> Call | None:
+def _reduction(node: Node) -> Spelling | None:
     """`mean` and `sum` over some dimensions: (x, dims, keepdim)."""
     given = _given(node, "input", "dim", "keepdim")
     x, keepdim = given.pop("input"), given.pop("keepdim", False)
     dims = _dims(given.pop("dim", None), x)
-    return None if dims is None else Call(node.target, (x, dims, keepdim), given)
+    return None if dims is None else Spelling(node.target, (x, dims, keepdim), given)
 
 
-def _variance(node: Node) -> Call | None:
+def _variance(node: Node) -> Spelling | None:
     """`var`, `std` and `var_mean` over some dimensions: (x, dims, correction=..., keepdim=...)."""
     given = _given(node, "input", "dim", "unbiased", "keepdim")
     dims, correction = _dims(given.get("dim"), given["input"]), given.get("correction")
@@ -286,7 +286,7 @@ def _variance(node: Node) -> Call | None:
         return None
     if correction is None:
         correction = int(given.get("unbiased", True))
-    return Call(node.target, (given["input"], dims), {"correction": correction, "keepdim": given.get("keepdim", False)})
+    return Spelling(node.target, (given["input"], dims), {"correction": correction, "keepdim": given.get("keepdim", False)})
 
 
 def _dims(given: Any, x: Any) -> tuple[int, ...] | None:
@@ -297,7 +297,7 @@ def _dims(given: Any, x: Any) -> tuple[int, ...] | None:
     return tuple(sorted(d % rank for d in dims))
 
 
-def _new_dimension(node: Node) -> Call | None:
+def _new_dimension(node: Node) -> Spelling | None:
     """`x[:, None]`: one dimension more, and nothing else."""
     x, given = node.args
     index: list[Any] = list(given) if isinstance(given, tuple) else [given]
@@ -308,7 +308,7 @@ def _new_dimension(node: Node) -> Call | None:
         index[at : at + 1] = [slice(None)] * (_rank(x) + 2 - len(index))
     if any(part is not None and not (isinstance(part, slice) and part == slice(None)) for part in index):
         return None
-    return Call(torch.unsqueeze, (x, index.index(None)))
+    return Spelling(torch.unsqueeze, (x, index.index(None)))
 
 
 def _rank(value: Any) -> int:
@@ -317,7 +317,7 @@ def _rank(value: Any) -> int:
 
 
 # Other forms of a call, by its target; a form that does not apply gives None.
-FORMS: dict[Any, Callable[[Node], Call | None]] = {
+FORMS: dict[Any, Callable[[Node], Spelling | None]] = {
     **dict.fromkeys((F.softmax, torch.softmax), _softmax),
     **dict.fromkeys((builtins.getattr, torch.ops.aten.numpy_T, torch.ops.aten.mT), _transposing_attribute),
     torch.t: _transpose,

@@ -21,7 +21,7 @@ from te_dynamo.ir.layout import Layout, in_memory
 from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, MEMBERS, PRODUCER, QKV_LAYOUT, RECIPE
 from te_dynamo.passes.effects import storage, written_between
 from te_dynamo.passes.layout import attention_shape, choose_layout, qkv_linears
-from te_dynamo.passes.memory import Memory, described
+from te_dynamo.passes.memory import ValuesInMemory, described
 from te_dynamo.passes.regions import regions
 
 
@@ -194,7 +194,7 @@ def _note_producers(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
 
 def _note_layouts(graph: Graph) -> None:
     """How q, k and v of each attention lie when it runs."""
-    memory = Memory(graph)
+    memory = ValuesInMemory(graph)
     for node in graph.nodes:
         if is_call(node, ops.attention):
             operands = [memory.of(x) for x in node.args[:3]]

@@ -17,7 +17,7 @@ OPERANDS = {torch.ops.higher_order.tag_activation_checkpoint: 1, torch.ops.highe
 
 
 @dataclass(frozen=True)
-class Call:
+class BodyCall:
     """A call of a sub-graph: the node, the sub-graph, and its operands."""
 
     node: Node
@@ -25,12 +25,12 @@ class Call:
     operands: tuple[Node, ...]
 
 
-def calls(gm: GraphModule) -> Iterator[Call]:
+def calls(gm: GraphModule) -> Iterator[BodyCall]:
     """The calls in `gm` of sub-graphs that are rewritten, in order."""
     bodies = {node: sub for node, _, sub in submodules(gm)}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in OPERANDS and node.args[0] in bodies:
-            yield Call(node, bodies[node.args[0]], tuple(node.args[OPERANDS[node.target] :]))
+            yield BodyCall(node, bodies[node.args[0]], tuple(node.args[OPERANDS[node.target] :]))
 
 
 def rewritable_units(gm: GraphModule) -> list[GraphModule]:
@@ -50,7 +50,7 @@ def rewritable_units(gm: GraphModule) -> list[GraphModule]:
 
 def mark_parameters(gm: GraphModule) -> None:
     """Tells the placeholders of sub-graphs, which have no source of their own, that they are parameters, and whose."""
-    by_body: dict[int, list[Call]] = {}
+    by_body: dict[int, list[BodyCall]] = {}
     for call in calls(gm):
         by_body.setdefault(id(call.body), []).append(call)
     for group in by_body.values():

@@ -21,7 +21,7 @@ from te_dynamo.passes.weights import is_view
 from te_dynamo.sites import module_path
 
 
-class Memory:
+class ValuesInMemory:
     """The values of one graph's nodes as they lie."""
 
     def __init__(self, graph: Graph) -> None:

@@ -16,7 +16,7 @@ applied after it.
 Fully masked rows: where the mask sets scores to -inf, PyTorch's fused attention gives 0, and the softmax by hand gave NaN.
 Where it sets them to a very negative number, the row's softmax is uniform. PyTorch's fused backward recomputes it from the
 logarithm of the row's sum, which is lost beside 3e38, so its gradients are wrong: such a site stays as written (see
-`select.blind`) unless its mask is proved to leave a key in every row, or it is computed in FP8.
+`select.masks_uniform_rows`) unless its mask is proved to leave a key in every row, or it is computed in FP8.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Coverage:
     device: str
     provider: str  # as the user names it
     recipe: str
@@ -83,7 +83,7 @@ class Diagnosis:
     cuda: str | None
     cudnn: int | None  # 91002 is 9.10.2
     compiler: str | None
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[Coverage] = field(default_factory=list)
     te_recipes: dict[str, dict[str, str | None]] = field(default_factory=dict)  # by CUDA device: why TE does not support a recipe
     missing: list[Missing] = field(default_factory=list)
     trials: dict[str, list[Trial]] = field(default_factory=dict)  # by device
@@ -178,11 +178,11 @@ def sample() -> GraphModule | str:
     return recorder.graphs[0]
 
 
-def plan(device: torch.device, provider: str, recipe: str) -> Plan:
+def plan(device: torch.device, provider: str, recipe: str) -> Coverage:
     """Who computes what, in training."""
     graph = sample()
     if isinstance(graph, str):
-        return Plan(str(device), provider, recipe, dict.fromkeys(OPERATIONS, Choice(None, graph)))
+        return Coverage(str(device), provider, recipe, dict.fromkeys(OPERATIONS, Choice(None, graph)))
     choices: dict[str, Choice] = {}
     for attention, operations in (("high_precision", OPERATIONS[:3]), ("fp8", OPERATIONS[3:])):
         try:
@@ -190,7 +190,7 @@ def plan(device: torch.device, provider: str, recipe: str) -> Plan:
             choices |= {operation: _choice(operation, sites) for operation in operations}
         except Exception as error:  # a provider that was asked for by name is unavailable, or a library does not load
             choices |= dict.fromkeys(operations, Choice(None, first_line(error)))
-    return Plan(str(device), provider, recipe, choices)
+    return Coverage(str(device), provider, recipe, choices)
 
 
 def _choice(operation: str, sites: Sites) -> Choice:
@@ -294,7 +294,7 @@ def _machine(found: Diagnosis) -> Iterator[str]:
     yield f'  backend="te_fp8": {found.registered or "not registered"}'
 
 
-def _plans(device: str, plans: Sequence[Plan]) -> Iterator[str]:
+def _plans(device: str, plans: Sequence[Coverage]) -> Iterator[str]:
     """A table of what provider="auto" does, its notes below; then each provider by name."""
     numbers: dict[str, int] = {}
     rows = [("recipe", *OPERATIONS)]
@@ -310,7 +310,7 @@ def _plans(device: str, plans: Sequence[Plan]) -> Iterator[str]:
         yield from _by_name(name, [p for p in plans if p.provider == name])
 
 
-def _by_name(name: str, plans: Sequence[Plan]) -> Iterator[str]:
+def _by_name(name: str, plans: Sequence[Coverage]) -> Iterator[str]:
     able = [p.recipe for p in plans if p.choices["linear"].provider == name]
     yield f"    {name:<10} {', '.join(able) or 'not available'}"
     refusals: dict[str, list[str]] = {}

@@ -53,7 +53,7 @@ ELEMENTWISE = frozenset({torch.add, torch.sub, torch.mul, torch.div, torch.where
 
 
 @dataclass(frozen=True)
-class Gemm:
+class CountedGemm:
     """node, path: the name of its node and the module it stands in; argument: which input of the outermost graph its weight
     is (None where it multiplies activations, or no input is the weight); forward, backward: FLOPs of one call."""
 
@@ -76,7 +76,7 @@ class Visit:
 
     unit: GraphModule
     places: dict[str, str]
-    gemms: list[Gemm]
+    gemms: list[CountedGemm]
 
 
 class Origin(Enum):
@@ -112,7 +112,7 @@ def _visit(gm: GraphModule, arguments: Sequence[Value], grad_enabled: bool) -> I
     inputs = iter(arguments)
     values: dict[Node, Value] = {}
     places: dict[str, str] = {}
-    gemms: list[Gemm] = []
+    gemms: list[CountedGemm] = []
     for node in gm.graph.nodes:
         grad = where[node][1]
         values[node] = (
@@ -161,11 +161,11 @@ def _places(node: Node) -> dict[str, str]:
     return {member.get(ORIGIN, node.name): member.get(PATH, "") or module_path(node) for member in members_of(node)}
 
 
-def _gemms_at(node: Node, values: dict[Node, Value], grad: bool) -> Iterator[Gemm]:
+def _gemms_at(node: Node, values: dict[Node, Value], grad: bool) -> Iterator[CountedGemm]:
     places = list(_places(node).items())
 
-    def gemm(weights: Sequence[Value], forward: int, learning: int, fp8: bool, member: int = 0) -> Gemm:
-        return Gemm(*places[member], bool(weights), _argument(weights), forward, forward * learning * grad, fp8)
+    def gemm(weights: Sequence[Value], forward: int, learning: int, fp8: bool, member: int = 0) -> CountedGemm:
+        return CountedGemm(*places[member], bool(weights), _argument(weights), forward, forward * learning * grad, fp8)
 
     op = op_of(node)
     in_fp8 = PLAN in node.meta and node.meta[PLAN].recipe is not None

@@ -15,14 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from te_dynamo.ir import all_ops
 from te_dynamo.state.homes import Home, Slot
 from te_dynamo.state.registry import ScaleState
-
-LINEAR_FORWARD, LINEAR_GRADIENT = ("input", "weight"), ("grad_output",)
-ATTENTION = "attention."  # before an attention's roles
-ATTENTION_FORWARD = tuple(ATTENTION + role for role in ("q", "k", "v", "s", "o"))
-ATTENTION_GRADIENT = tuple(ATTENTION + role for role in ("do", "dp", "dqkv"))
-ROLES = (*LINEAR_FORWARD, *LINEAR_GRADIENT, *ATTENTION_FORWARD, *ATTENTION_GRADIENT)
 
 Model = nn.Module | Mapping[str, Any]
 
@@ -81,7 +76,7 @@ def weight_name(path: str, attribute: str) -> str:
 def _slot_name(base: str, home: Home, slot: Slot) -> str:
     """The name of a slot of a home called `base`."""
     ordinal, role = slot
-    if role.startswith(ATTENTION) and ordinal in home.attention:
+    if kind_of(role) and ordinal in home.attention:
         up, down = home.attention[ordinal]
         parts = base.split(".") if base else []
         base = ".".join([*parts[: max(0, len(parts) - up)], *down])
@@ -101,9 +96,20 @@ def slots_of(state: ScaleState, model: Model) -> dict[str, tuple[Home, Slot]]:
     return result
 
 
+def roles() -> Iterator[str]:
+    """Every role that an operation has, as names end in it."""
+    for op in all_ops():
+        yield from (*op.roles.saved_forward, *op.roles.saved_gradient)
+
+
+def kind_of(role: str) -> str:
+    """ "attention" of "attention.q": what has no weight of its own, and stands at the path of its module; "" of a linear's."""
+    return role.rpartition(".")[0]
+
+
 def split(name: str) -> tuple[str, str] | None:
     """(path, role) of a slot's name, None if it ends in no role."""
-    for role in ROLES:
+    for role in roles():
         if name == role or name.endswith("." + role):
             return name.removesuffix(role).removesuffix("."), role
     return None
@@ -111,11 +117,12 @@ def split(name: str) -> tuple[str, str] | None:
 
 def _numbered(name: str) -> str:
     """`a.attention.q` -> `a.1.attention.q` -> `a.2.attention.q`."""
-    head, _, role = name.rpartition(ATTENTION)
-    path = head.removesuffix(".")
+    found = split(name)
+    assert found is not None
+    path, role = found
     before, _, last = path.rpartition(".")
     path = f"{before}.{int(last) + 1}" if last.isdigit() and before else f"{path}.1"
-    return join(path, ATTENTION + role)
+    return join(path, role)
 
 
 def join(path: str, name: str) -> str:

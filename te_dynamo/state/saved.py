@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from te_dynamo.state.arena import Arena, ordered
 from te_dynamo.state.homes import Home, Slot
-from te_dynamo.state.names import ATTENTION, Model, join, modules_of, slots_of, split, weight_name
+from te_dynamo.state.names import Model, join, kind_of, modules_of, slots_of, split, weight_name
 from te_dynamo.state.registry import STATE
 from te_dynamo.state.te_checkpoint import entries_of_te
 
@@ -209,7 +209,7 @@ def _remedy(strict: bool) -> str:
 def _site(name: str) -> str:
     """The site that a slot of this name belongs to."""
     path, role = split(name) or (name, "")
-    return join(path, ATTENTION.removesuffix(".")) if path and role.startswith(ATTENTION) else path
+    return join(path, kind_of(role)) if path else path
 
 
 def _paths(model: Model) -> dict[str, bool]:
@@ -227,4 +227,4 @@ def _may_appear(name: str, paths: Mapping[str, bool]) -> bool:
     path, role = split(name) or ("", "")
     head, _, last = path.rpartition(".")
     is_later_visit = last.isdigit() and int(last) > 0 and paths.get(head, False)
-    return bool(role) and (is_later_visit or (path in paths and (paths[path] or role.startswith(ATTENTION))))
+    return bool(role) and (is_later_visit or (path in paths and (paths[path] or kind_of(role))))

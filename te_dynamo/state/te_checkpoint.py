@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from te_dynamo.state.names import LINEAR_FORWARD, LINEAR_GRADIENT, join
+from te_dynamo.ir import linear
+from te_dynamo.state.names import join
 
 SUFFIX = "_extra_state"
 # By pass: the roles that are kept of each GEMM, and how many scales TE has for it (the roles' come first).
-PER_GEMM = {"fwd": (LINEAR_FORWARD, 3), "bwd": (LINEAR_GRADIENT, 2)}
+PER_GEMM = {"fwd": (linear.FORWARD, 3), "bwd": (linear.GRADIENT, 2)}
 
 Names = Mapping[str, Any] | Callable[[str], Any] | None
 

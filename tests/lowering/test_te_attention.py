@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.site import site
-from te_dynamo.lowering.te.attention_limits import Case, refused
+from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.sites import Site
 from tests import te_on_cpu
 from tests.calls import attention_call
@@ -188,8 +188,8 @@ def test_in_fp8_it_is_te_s_dot_product_attention(te, monkeypatch):
 # --- which it takes
 
 
-def case(**changed: Any) -> Case:
-    return Case(
+def case(**changed: Any) -> AttentionCase:
+    return AttentionCase(
         **{
             "dtype": torch.bfloat16,
             "head_qk": 128,

@@ -23,8 +23,7 @@ from te_dynamo.lowering.fp8 import E4M3, amax, dequantize
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.reference.attention import FORMS
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
-from te_dynamo.lowering.te.attention_limits import Case as AttentionCase
-from te_dynamo.lowering.te.attention_limits import refused
+from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.lowering.te.library import api, capability, cudnn_version, running
 from te_dynamo.lowering.te.linear import quantizer
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling

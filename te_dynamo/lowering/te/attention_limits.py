@@ -17,7 +17,7 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """One attention call. head_qk, head_v: head sizes; capability: of the device; cudnn: 91002 is 9.10.2."""
 
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Case:
 class Limit:
     """Which cases are refused, and why: a clause, formatted with the case's fields."""
 
-    refuses: Callable[[Case], bool]
+    refuses: Callable[[AttentionCase], bool]
     reason: str
 
 
@@ -92,7 +92,7 @@ IN_FP8 = (
 )
 
 
-def refused(case: Case) -> str | None:
+def refused(case: AttentionCase) -> str | None:
     """Why TE has no kernel for this attention, as a clause; None if it has one."""
     for limit in (*ALWAYS, *(IN_FP8 if case.in_fp8 else IN_16_BITS)):
         if limit.refuses(case):
