@@ -17,6 +17,7 @@ RECIPE = "te_recipe"  # select: the recipe that the options give a site
 LAYOUT = "te_layout"  # fuse: the memory layout that is wanted for an attention
 QKV_LAYOUT = "te_qkv_layout"  # fuse: the layout in which its q, k and v lie, where that has a name
 IN_MEMORY = "te_in_memory"  # fuse: the same for a person to read, with or without a name
+NOTES = "te_notes"  # fuse: what else a report is to say of the site
 MEMBERS = "te_members"  # fuse: what was noted on each node that became a part of this one
 PRODUCER = "te_producer"  # fuse: the name of the node that makes its operand and could be computed with it
 PLAN, SITE = "te_plan", "te_site"  # plan

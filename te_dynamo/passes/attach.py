@@ -154,7 +154,7 @@ def _roles(node: Node) -> list[tuple[Node, SlotKey]]:
     if gemms:
         return [(weight_of(gemm.weight).root, like) for gemm in gemms]
     anchor = anchor_of(node)
-    return [] if anchor is None else [(anchor[0], replace(like, attention=_route(anchor[1], site_path(node))))]
+    return [] if anchor is None else [(anchor[0], replace(like, route=_route(anchor[1], site_path(node))))]
 
 
 def _unions(node: Node) -> Unions:

@@ -17,11 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 from te_dynamo import ops
 from te_dynamo.ir import op_of, site_of
 from te_dynamo.ir.graph import EXAMPLE, emit, is_call, is_method, tensor
-from te_dynamo.ir.layout import Layout, in_memory
-from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, MEMBERS, PRODUCER, QKV_LAYOUT, RECIPE
+from te_dynamo.ir.layout import Layout
+from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
 from te_dynamo.passes.effects import storage, written_between
-from te_dynamo.passes.layout import attention_shape, choose_layout, qkv_linears
-from te_dynamo.passes.memory import ValuesInMemory, described
+from te_dynamo.passes.layout import choose_layouts, note_layouts, qkv_linears
 from te_dynamo.passes.regions import regions
 
 
@@ -34,22 +33,15 @@ class Merge:
 
 def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
     """Groups the linears of `gm`, in place."""
-    choose_layouts(gm, short_sequence)
+    choose_layouts(gm.graph, short_sequence)
     where = regions(gm.graph, grad_enabled)
     merges = _merges(gm.graph)
     for group in _groups(gm.graph, where):
         _group(gm.graph, group, merges)
     _note_producers(gm.graph, regions(gm.graph, grad_enabled))
-    _note_layouts(gm.graph)
+    note_layouts(gm.graph)
     gm.graph.lint()
     gm.recompile()
-
-
-def choose_layouts(gm: GraphModule, short_sequence: int) -> None:
-    """Gives each attention its layout, in `meta["te_layout"]`."""
-    for node in gm.graph.nodes:
-        if is_call(node, ops.attention):
-            node.meta[LAYOUT] = choose_layout(attention_shape(node), short_sequence)
 
 
 def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
@@ -190,15 +182,3 @@ def _note_producers(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
         first = min(maker.users) is node
         if first and where[maker] == where[node] and written_between([maker, node]) is None:
             node.meta[PRODUCER] = maker.name
-
-
-def _note_layouts(graph: Graph) -> None:
-    """How q, k and v of each attention lie when it runs."""
-    memory = ValuesInMemory(graph)
-    for node in graph.nodes:
-        if is_call(node, ops.attention):
-            operands = [memory.of(x) for x in node.args[:3]]
-            layout = in_memory(*operands)
-            node.meta[IN_MEMORY] = described(*operands) if layout is None else layout.name
-            if layout is not None:
-                node.meta[QKV_LAYOUT] = layout.name

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import SymInt
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from te_dynamo import ops
 from te_dynamo.ir.graph import fake, is_call, is_method, tensor
-from te_dynamo.ir.layout import Layout, Packing
+from te_dynamo.ir.layout import Layout, Packing, in_memory
+from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, NOTES, QKV_LAYOUT
 from te_dynamo.passes.effects import storage
+from te_dynamo.passes.memory import ValuesInMemory, described, first_copy
 from te_dynamo.passes.weights import is_view
 
 
@@ -78,6 +80,30 @@ def choose_layout(site: AttentionShape, short_sequence: int) -> Layout:
     row = next(row for row in TABLE if row.applies(site))
     short = row.short == row.long or (bool(site.s_q <= short_sequence) and bool(site.s_kv <= short_sequence))
     return Layout("bshd" if site.batch_first else "sbhd", row.short if short else row.long)
+
+
+def choose_layouts(graph: Graph, short_sequence: int) -> None:
+    """Gives each attention the layout that is wanted for it, in `meta[LAYOUT]`."""
+    for node in graph.nodes:
+        if is_call(node, ops.attention):
+            node.meta[LAYOUT] = choose_layout(attention_shape(node), short_sequence)
+
+
+def note_layouts(graph: Graph) -> None:
+    """How q, k and v of each attention lie when it runs; and, if another layout was wanted, why it is not that."""
+    values = ValuesInMemory(graph)
+    for node in graph.nodes:
+        if not is_call(node, ops.attention):
+            continue
+        operands = [values.of(x) for x in node.args[:3]]
+        layout, wanted = in_memory(*operands), node.meta[LAYOUT]
+        node.meta[IN_MEMORY] = described(*operands) if layout is None else layout.name
+        if layout is not None:
+            node.meta[QKV_LAYOUT] = layout.name
+        if wanted != layout and wanted.packing:
+            copies = {name: copy for name, x in zip("qkv", node.args, strict=False) if (copy := first_copy(x))}
+            why = "; ".join(f"{name} is written anew by {copy}" for name, copy in copies.items()) or "they come from different GEMMs"
+            node.meta[NOTES] = {"layout": f"{wanted.name} was wanted; {why}"}
 
 
 def _is_one(size: int | SymInt) -> bool:

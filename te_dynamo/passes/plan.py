@@ -11,12 +11,11 @@ from torch.fx import GraphModule, Node
 from te_dynamo.config import Options
 from te_dynamo.ir import op_of, site_of
 from te_dynamo.ir.graph import example, fake, tensor, upstream
-from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, MASK, ORIGIN, PATH, PLAN, PRODUCER, RECIPE, SITE, members_of, origin_of, site_path
+from te_dynamo.ir.meta import IN_MEMORY, MASK, NOTES, ORIGIN, PATH, PLAN, PRODUCER, RECIPE, SITE, members_of, origin_of, site_path
 from te_dynamo.ir.op import SemanticOp
 from te_dynamo.lowering import registry
 from te_dynamo.lowering.cost import flops_of_gemm
 from te_dynamo.lowering.registry import Case
-from te_dynamo.passes.memory import first_copy
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.select import wants_fp8
 from te_dynamo.passes.weights import is_view
@@ -163,11 +162,11 @@ class Planner:
                 break
         site.provider, site.recipe = plan.provider, None if plan.recipe is None else plan.recipe.name
         site.flops = _activation_flops(node, op)
-        self._note_layout(node, site)
+        site.layout = node.meta.get(IN_MEMORY)
         if (proof := node.meta.get(MASK)) is not None:
             site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
         site.detail["precision"] = "fp8" if plan.recipe else "high"
-        site.detail |= detail
+        site.detail |= {**node.meta.get(NOTES, {}), **detail}
         node.meta[PLAN], node.meta[SITE] = plan, self.sites.add(site)
 
     def _implemented(
@@ -196,15 +195,6 @@ class Planner:
             return ["te"] if recipe is None else ["te", "reference"]
         beside = recipe is not None and self.options.provider == "auto" and te_is_beside(self.device)
         return [*(["te"] if beside else []), *([] if recipe is None else [self.provider])]
-
-    def _note_layout(self, node: Node, site: Site) -> None:
-        """How q, k and v lie; what was wanted, and why it is not so."""
-        site.layout = node.meta[IN_MEMORY]
-        wanted = node.meta[LAYOUT].name
-        if wanted != site.layout:
-            copies = {name: copy for name, x in op_of(node).inputs(node).items() if name in "qkv" and (copy := first_copy(x))}
-            why = "; ".join(f"{name} is written anew by {copy}" for name, copy in copies.items()) or "they come from different GEMMs"
-            site.detail["layout"] = f"{wanted} was wanted; {why}"
 
 
 def _declined(reasons: dict[str, str]) -> dict[str, str]:

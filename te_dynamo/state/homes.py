@@ -22,15 +22,15 @@ Holder = tuple[weakref.ref[nn.Module], str]  # (module, attribute)
 class Home:
     """The slots of one weight: `slots[ordinal, role]` is (arena, direction, index).
 
-    attention: by ordinal, the relative path from the weight's module to the attention whose slots are kept here too: how many
-    names to strip from the module's path, and which to append.
+    routes: by ordinal, the relative path from the weight's module to a site without weights whose slots are kept here too (an
+    attention): how many names to strip from the module's path, and which to append.
     """
 
     def __init__(self) -> None:
         self.slots: dict[Slot, tuple[Any, int, int]] = {}
         self.weight: weakref.ref[Tensor] | None = None
         self.owners: dict[Place, weakref.ref[nn.Module]] = {}
-        self.attention: dict[int, tuple[int, tuple[str, ...]]] = {}
+        self.routes: dict[int, tuple[int, tuple[str, ...]]] = {}
 
     def current_weight(self) -> Tensor | None:
         return None if self.weight is None else self.weight()

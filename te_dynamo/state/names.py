@@ -76,8 +76,8 @@ def weight_name(path: str, attribute: str) -> str:
 def _slot_name(base: str, home: Home, slot: Slot) -> str:
     """The name of a slot of a home called `base`."""
     ordinal, role = slot
-    if kind_of(role) and ordinal in home.attention:
-        up, down = home.attention[ordinal]
+    if kind_of(role) and ordinal in home.routes:
+        up, down = home.routes[ordinal]
         parts = base.split(".") if base else []
         base = ".".join([*parts[: max(0, len(parts) - up)], *down])
         ordinal = 0

@@ -29,8 +29,8 @@ class SlotKey:
     """Which slots a site asks for.
 
     argument: the position of its weight among the graph's inputs; ordinal: counts the visits of that weight in one call;
-    forward, gradient: the roles of its tensors; recipe: how they are scaled; attention: None, or the relative path from the
-    weight's module to the attention whose slots these are (see `Home`).
+    forward, gradient: the roles of its tensors; recipe: how they are scaled; route: None, or the relative path from the
+    weight's module to the site without weights whose slots these are (see `Home`).
     """
 
     argument: int
@@ -38,7 +38,7 @@ class SlotKey:
     forward: tuple[str, ...]
     gradient: tuple[str, ...]
     recipe: DelayedScaling
-    attention: tuple[int, tuple[str, ...]] | None = None
+    route: tuple[int, tuple[str, ...]] | None = None
 
 
 class _Wanted(NamedTuple):
@@ -116,8 +116,8 @@ class ScaleState:
             return Group(arena, indices, ()) if any(forward) or any(gradient) else None
         new = [made for direction in DIRECTIONS for made in self._create(arena, direction, slots[direction])]
         for key, home in zip(keys, homes, strict=True):
-            if key.attention is not None:
-                home.attention[key.ordinal] = key.attention  # type: ignore[union-attr]
+            if key.route is not None:
+                home.routes[key.ordinal] = key.route  # type: ignore[union-attr]
         indices = _indices(slots)
         for direction in DIRECTIONS:
             self._configure(arena, direction, [slot.recipe for slot in slots[direction]], indices[direction], process_group)

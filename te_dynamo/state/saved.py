@@ -227,4 +227,4 @@ def _may_appear(name: str, paths: Mapping[str, bool]) -> bool:
     path, role = split(name) or ("", "")
     head, _, last = path.rpartition(".")
     is_later_visit = last.isdigit() and int(last) > 0 and paths.get(head, False)
-    return bool(role) and (is_later_visit or (path in paths and (paths[path] or kind_of(role))))
+    return bool(role) and (is_later_visit or (path in paths and (paths[path] or bool(kind_of(role)))))
