@@ -44,10 +44,6 @@ class Granularity(Protocol):
         """The values, float32 [R, columns]."""
         ...
 
-    def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        """What `quantize` returns for a [rows, columns], uninitialized, on the device of `like`."""
-        ...
-
 
 @dataclass(frozen=True)
 class _FP8:
@@ -62,10 +58,6 @@ class _FP8:
     def dequantize(self, quantized: Quantized, columns: int) -> Tensor:
         data = _blocks(quantized.data.float(), self.rows, self.columns)
         return _matrix(data * _spread(quantized.scale_inv.float()), *quantized.data.shape)
-
-    def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        blocks = (_count(rows, self.rows), _count(columns, self.columns))
-        return Quantized(like.new_empty(rows, columns, dtype=self.dtype), like.new_empty(blocks, dtype=self.scale_dtype))
 
 
 @dataclass(frozen=True)
@@ -152,11 +144,6 @@ class NVFP4:
         if self.hadamard:
             values = values @ _hadamard(data.device).t()
         return _matrix(values, data.shape[0], columns)
-
-    def empty(self, like: Tensor, rows: int, columns: int) -> Quantized:
-        down, across = _count(rows, self.rows), _count(columns, self.columns)
-        data = like.new_empty(rows, across * (self.columns // 2), dtype=torch.uint8)
-        return Quantized(data, like.new_empty(down, across, dtype=torch.float32))
 
 
 def _count(size: int, block: int | None) -> int:

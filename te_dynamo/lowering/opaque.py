@@ -69,7 +69,7 @@ def _forward(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     parsed = Call.parse(call)
     done = compute_forward(parsed, inputs, scales_of(parsed, None if scale is None else PackedSlots(scale, start)), needs, fake=fake)
-    return _packed(done, [*inputs, scale], any(needs), parsed)
+    return _packed(done, [*inputs, scale], any(needs) or parsed.records, parsed)
 
 
 def _backward(

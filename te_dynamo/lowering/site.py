@@ -69,7 +69,7 @@ class _Site(torch.autograd.Function):
             done = compute_forward(call, flat, scales_of(call, _pairs(scales)), needs)
             outputs, saved, amax = done.outputs, done.saved, largest_of(done.amaxes) if call.records else None
         read = _for_backward(call, flat, outputs, needs)
-        leaves = [t for q in saved for t in q] if any(needs) else []
+        leaves = [t for q in saved for t in q] if any(needs) or call.records else []
         ctx.save_for_backward(*read, *leaves)
         ctx.call, ctx.needs, ctx.grad_scales, ctx.saves = call, needs, grad_scales, len(read)
         if amax is None:

@@ -183,7 +183,17 @@ class Planner:
                 calibrator = name if found.calibrates else registry.calibrator_of(op, recipe, self.device)
                 kernel = found.kernel(case)
                 detail = detail | ({"kernel": kernel} if kernel else _declined(reasons))
-                return Plan(name, recipe, trains, True, found.opaque, calibrator, self._group_of(recipe), found.shared), detail
+                plan = Plan(
+                    name,
+                    recipe,
+                    trains,
+                    implemented=True,
+                    opaque=found.opaque,
+                    calibrator=calibrator,
+                    amax_group=self._group_of(recipe),
+                    shared=found.shared,
+                )
+                return plan, detail
             reasons[name] = reason or ""
         if recipe is not None:
             return Plan(self.provider, None, trains), detail | {"fp8": next((r for n, r in reasons.items() if n != "te"), "")}

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.site import site
+from te_dynamo.lowering.te import attention as kernels
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.sites import Site
 from tests import te_on_cpu
@@ -79,8 +80,8 @@ def test_packed_parts_that_lie_elsewhere_are_copied():
     parts = [t.transpose(1, 2).detach() for t in (q, k, v)]
     # The strides of a packed layout, with a memory of its own for each.
     apart = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in parts]
-    assert te_attention.as_claimed(*parts, "bs3hd")[1] == "bs3hd"
-    assert te_attention.as_claimed(*apart, "bs3hd")[1] == "bshd_bshd_bshd"
+    assert kernels.as_claimed(*parts, "bs3hd")[1] == "bs3hd"
+    assert kernels.as_claimed(*apart, "bs3hd")[1] == "bshd_bshd_bshd"
     run = torch.ops.te_dynamo.te_attention_fwd
     packed, other = (run(*three, "bs3hd", True, 0.25, True) for three in (parts, apart))
     assert torch.equal(packed[0], other[0])

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from te_dynamo.__main__ import main
-from te_dynamo.lowering.te import hardware, library
-from te_dynamo.passes import te_kernels
+from te_dynamo.lowering.te import attention, hardware, library
 from te_dynamo.recipe import RECIPES
 from te_dynamo.report import doctor, trials
 from te_dynamo.report.doctor import OPERATIONS, Device, as_json, as_text, diagnose
@@ -110,7 +109,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(doctor, "trials", lambda device: [Trial("a kernel", "ok", "bit for bit")])
         monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(library, "api", lambda: None)
-        monkeypatch.setattr(te_kernels, "cudnn_version", lambda: cudnn)
+        monkeypatch.setattr(attention, "cudnn_version", lambda: cudnn)
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)  # nothing of TE is imported
         monkeypatch.setattr(hardware, "unavailable_library", lambda device: "it is pretended")
         if extension:
