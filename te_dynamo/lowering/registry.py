@@ -175,7 +175,6 @@ class Provider:
 
 
 PROVIDERS: dict[str, Provider] = {}
-FALLBACKS = ("te", "reference")  # with provider="auto", who computes what the graph's own provider does not
 
 _Key = tuple[str, str, type, str]  # operation, provider, recipe class, device type ("" for any)
 _IMPLEMENTATIONS: dict[_Key, Implementation] = {}
@@ -289,8 +288,13 @@ def choose_for(op: SemanticOp, recipe: Recipe, requested: str, chosen: str, devi
     if requested != "auto":
         message = f"provider={requested!r} does not have the recipe {recipe.name!r}: {reason}"
         raise RuntimeError(f"te_fp8: {message}. Remedy: provider='auto' or 'reference'.")
-    other = next(name for name in FALLBACKS if why_not(op, recipe, name, device) is None)
+    other = next(name for name in fallbacks(device) if why_not(op, recipe, name, device) is None)
     return Choice(other, _known(op, other, recipe, device), reason)
+
+
+def fallbacks(device: torch.device) -> tuple[str, ...]:
+    """With provider="auto", who computes what the graph's own provider does not."""
+    return ("te", "reference") if device.type == "cuda" else ("reference",)
 
 
 def calibrator_of(op: SemanticOp, recipe: Recipe | None, device: torch.device) -> str:

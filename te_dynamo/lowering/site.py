@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from te_dynamo.lowering.call import Call, flattened
-from te_dynamo.lowering.compute import compute_backward, compute_forward, read_in_backward, scales_of
+from te_dynamo.lowering.compute import compute_backward, compute_forward, read_in_backward, scales_of, unflattened
 from te_dynamo.lowering.opaque import opaque_backward, opaque_forward
-from te_dynamo.lowering.quantized import Quantized, Scale
+from te_dynamo.lowering.quantized import Scale
 from te_dynamo.lowering.registry import implementation_of
 from te_dynamo.lowering.scalars import largest_of
 
@@ -69,7 +69,7 @@ class _Site(torch.autograd.Function):
             done = compute_forward(call, flat, scales_of(call, _pairs(scales)), needs)
             outputs, saved, amax = done.outputs, done.saved, largest_of(done.amaxes) if call.records else None
         read = _for_backward(call, flat, outputs, needs)
-        leaves = [t for q in saved for t in q] if any(needs) or call.records else []
+        leaves = flattened(saved) if any(needs) or call.records else []
         ctx.save_for_backward(*read, *leaves)
         ctx.call, ctx.needs, ctx.grad_scales, ctx.saves = call, needs, grad_scales, len(read)
         if amax is None:
@@ -83,8 +83,7 @@ class _Site(torch.autograd.Function):
         call, needs, grad_scales = ctx.call, ctx.needs, ctx.grad_scales
         tensors = ctx.saved_tensors
         read, leaves = tensors[: ctx.saves], tensors[ctx.saves :]
-        width = len(Quantized._fields)
-        saved = [Quantized(*leaves[i : i + width]) for i in range(0, len(leaves), width)]
+        saved = unflattened(leaves)
         outputs = grads[: len(grads) - call.records]
         if implementation_of(call).opaque:
             gradients, amax = opaque_backward(call, read, saved, outputs, grad_scales, needs)

@@ -214,7 +214,7 @@ def _declined(reasons: dict[str, str]) -> dict[str, str]:
 
 def te_is_beside(device: torch.device) -> bool:
     """Whether what the chosen provider has no kernel for may go to TE."""
-    return device.type == "cuda" and registry.PROVIDERS["te"].unavailable(device) is None
+    return "te" in registry.fallbacks(device) and registry.PROVIDERS["te"].unavailable(device) is None
 
 
 def is_learned(node: Any) -> bool:
