@@ -58,6 +58,7 @@ def _attributes(node: Node, recipe: Recipe | None) -> Mapping[str, Any]:
     prefix="attention.",
     attributes_of=_attributes,
     activation_flops=_flops,
+    noted={LAYOUT: Layout},
     invariants=(
         Invariant("q is [B, H, S, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v]", lambda a: _shapes(a.q, a.k, a.v)),
         Invariant("k has the heads of q; with enable_gqa, a divisor of them", lambda a: _heads(a.q.shape[-3], a.k.shape[-3], a.enable_gqa)),

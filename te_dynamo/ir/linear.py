@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from te_dynamo.ir.graph import fake
+from te_dynamo.ir.meta import MEMBERS
 from te_dynamo.ir.op import Gemm, Invariant, ScaledTensor, operation
 from te_dynamo.ir.sizes import same
 
@@ -130,6 +131,7 @@ def _shared(attributes: Mapping[str, Any], members: int) -> list[list[ScaledTens
     gemms=_gemms,
     shared=_shared,
     attributes_of=lambda node, recipe: {"sizes": tuple(int(fake(w).shape[0]) for w in node.args[1])},
+    noted={MEMBERS: list},
     outputs=lambda attributes, ys: GemmRows.of(attributes).split(ys[0]) if attributes["merged"] else ys,
     invariants=(
         Invariant(

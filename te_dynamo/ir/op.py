@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -99,6 +99,7 @@ class SemanticOp:
     outputs: what the node gives, out of the tensors that an implementation computed (one for each GEMM that it ran).
     activation_flops: FLOPs of products of activations, out of the shapes of a node's arguments.
     grouped: the operation that it becomes before it is planned; implementations are those of that one.
+    noted: what must stand in a node's `meta` before it is planned, by key.
     by_rows: whether, with these attributes, each row [..., :] of the result is made of the same rows of the inputs, so that it
         could be the operand of a GEMM as it is made.
     invariants: what must hold between a node's arguments and result.
@@ -114,6 +115,7 @@ class SemanticOp:
     outputs: Callable[[Mapping[str, Any], list[Any]], list[Any]] = lambda attributes, computed: computed
     activation_flops: Callable[..., int] = _zero
     grouped: str = ""
+    noted: Mapping[str, type] = field(default_factory=dict)
     by_rows: Callable[[Mapping[str, Any]], bool] = lambda attributes: True
     invariants: tuple[Invariant, ...] = ()
 

@@ -18,8 +18,7 @@ from torch.fx import GraphModule, Node
 
 from te_dynamo.ir import all_ops, op_of
 from te_dynamo.ir.graph import EXAMPLE, example, is_call, is_method, tensor
-from te_dynamo.ir.layout import Layout
-from te_dynamo.ir.meta import LAYOUT, MEMBERS, PLAN, SITE, SLOTS
+from te_dynamo.ir.meta import MEMBERS, PLAN, SITE, SLOTS
 from te_dynamo.ir.op import SemanticOp
 from te_dynamo.ir.state_inputs import StateInput
 from te_dynamo.passes import canonicalize as canonical
@@ -61,8 +60,7 @@ class Spec:
     """What a stage's output must be.
 
     semantic: whether a semantic op may stand in it, and why the others may not; functions, methods: targets that may not stand;
-    metadata: the keys that semantic ops must carry, where the condition holds, and the type of each; node_checks, graph_checks:
-    what a table cannot say.
+    metadata: the keys that semantic ops must carry, and the type of each; node_checks, graph_checks: what a table cannot say.
     """
 
     name: str
@@ -70,7 +68,7 @@ class Spec:
     no_other_semantic: str = ""
     functions: Mapping[Callable[..., Any], Ban] = field(default_factory=dict)
     methods: Mapping[str, Ban] = field(default_factory=dict)
-    metadata: tuple[tuple[str, type, Callable[[SemanticOp], bool]], ...] = ()
+    metadata: Callable[[SemanticOp], Mapping[str, type]] = lambda op: {}
     node_checks: tuple[Check, ...] = ()
     graph_checks: tuple[GraphCheck, ...] = ()
 
@@ -133,8 +131,8 @@ def _forbidden(spec: Spec, node: Node) -> Iterator[Problem]:
 
 def _metadata(spec: Spec, node: Node) -> Iterator[Problem]:
     op = op_of(node)
-    for key, kind, applies in spec.metadata if op is not None else ():
-        if applies(op) and not isinstance(node.meta.get(key), kind):
+    for key, kind in spec.metadata(op).items() if op is not None else ():
+        if not isinstance(node.meta.get(key), kind):
             found = type(node.meta[key]).__name__ if key in node.meta else "nothing"
             yield Problem(f"meta[{key!r}] is {found}, not a {kind.__name__}", "the stage that makes the node puts it there")
 
@@ -366,10 +364,10 @@ FUSED = replace(
     name="fuse",
     semantic=lambda op: not op.grouped,
     no_other_semantic="every linear is a group, if only of one",
-    metadata=((MEMBERS, list, lambda op: not _stands_alone(op)), (LAYOUT, Layout, lambda op: op.kind == "attention")),
+    metadata=lambda op: op.noted,
     node_checks=(*RAISED.node_checks, _members),
 )
-PLANNED = replace(FUSED, name="plan", metadata=(*FUSED.metadata, (SITE, Site, lambda op: True), (PLAN, Plan, lambda op: True)))
+PLANNED = replace(FUSED, name="plan", metadata=lambda op: {**op.noted, SITE: Site, PLAN: Plan})
 STATEFUL = replace(
     PLANNED,
     name="state",
