@@ -137,7 +137,7 @@ def _raise_and_fuse(
 def _needs_calibration(gm: GraphModule) -> bool:
     """Whether a site cannot tell by itself that a scale was never set, so that a graph of its own calibrates. Opaque ones can."""
     nodes = (node for unit in rewritable_units(gm) for node in unit.graph.nodes)
-    return any(SLOTS in node.meta and not node.meta[PLAN].opaque for node in nodes)
+    return any(SLOTS in node.meta and node.meta[PLAN].needs_calibration for node in nodes)
 
 
 def _wants_gradients(gm: GraphModule) -> bool:

@@ -206,7 +206,7 @@ def _watch_optimizers() -> None:
 
 
 def _captured(wanted: CachedWeights, tensors: Sequence[Tensor]) -> bool:
-    """Whether a CUDA graph is being captured that the weights of training will change under."""
+    """Whether a CUDA graph capture is running, in which cached weights of training would go stale."""
     return wanted.trains and any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
 
 

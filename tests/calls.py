@@ -34,6 +34,7 @@ def linears_call(
     recipe = recipe or DelayedScaling()
     attributes = {"merged": merged, "interleave": interleave, "out_dtype": out_dtype or x.dtype}
     attributes["sizes"] = tuple(sizes) or tuple(w.shape[0] for w in weights)
+    attributes["in_features"] = x.shape[-1]
     return Call("linears", name, device or "cpu", spec_of(list(inputs)), recipe.key, attributes=attributes, **fields)
 
 

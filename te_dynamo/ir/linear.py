@@ -130,7 +130,10 @@ def _shared(attributes: Mapping[str, Any], members: int) -> list[list[ScaledTens
     gradient=GRADIENT,
     gemms=_gemms,
     shared=_shared,
-    attributes_of=lambda node, recipe: {"sizes": tuple(int(fake(w).shape[0]) for w in node.args[1])},
+    attributes_of=lambda node, recipe: {
+        "sizes": tuple(int(fake(w).shape[0]) for w in node.args[1]),
+        "in_features": int(fake(node.args[1][0]).shape[1]),
+    },
     noted={MEMBERS: list},
     outputs=lambda attributes, ys: GemmRows.of(attributes).split(ys[0]) if attributes["merged"] else ys,
     invariants=(

@@ -1,4 +1,4 @@
-"""What an operation is, told once: its definition, and what every pass, spec, report and provider wants to know of it.
+"""The single declaration of an operation: its definition, and what every pass, spec, report and provider wants to know of it.
 
     @operation(kind="linear", fake=..., gemms=..., forward=("input", "weight"), gradient=("grad_output",))
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor: ...
@@ -47,7 +47,7 @@ class ScaledTensor(NamedTuple):
 class Roles:
     """The FP8 tensors of each member of an operation, by name, in the order in which their scales stand.
 
-    The scales of a node are those of its first member, then those of its second: `place` is the one who knows.
+    The scales of a node are those of its first member, then those of its second: `place` gives the index.
     prefix: what stands before a role in the name of its saved state.
     """
 
@@ -89,12 +89,12 @@ class SemanticOp:
     """An operation.
 
     definition: what a graph calls; kind: what reports call its sites.
-    fake: the fake result, without running the definition.
+    fake: the fake result, of the definition's dtype, shape and strides, without running it.
     roles: the FP8 tensors of a member; an operation without roles is never computed in FP8 by itself, but may make the
         operand of one that is: it is then its *producer*.
     gemms: the weight GEMMs of a node, its members. An operation with roles and no GEMM has one member, the node, and finds
         its scale state by the nearest weight.
-    shared: which scales of a node with given attributes and so many members move as one, as groups of `ScaledTensor`.
+    shared: which tensors of a node with given attributes and so many members share one scale, as groups of `ScaledTensor`.
     attributes_of: what an implementation must know of a node, in a recipe, beside its keywords; by name.
     outputs: what the node gives, out of the tensors that an implementation computed (one for each GEMM that it ran).
     activation_flops: FLOPs of products of activations, out of the shapes of a node's arguments.
@@ -155,6 +155,10 @@ class SemanticOp:
         _, attributes = self.parameters
         return {name: node.kwargs.get(name, parameter.default) for name, (parameter, _) in attributes.items()}
 
+    def all_attributes(self, node: Node, recipe: Recipe | None) -> dict[str, Any]:
+        """What an implementation is told of a node: its attributes, and those of `attributes_of`."""
+        return self.attributes(node) | dict(self.attributes_of(node, recipe))
+
     def broken_invariants(self, node: Node) -> Iterator[str]:
         """What does not hold of a node, its arguments being of the right types."""
         values = map_arg(self.inputs(node) | self.attributes(node), example)
@@ -170,6 +174,8 @@ def operation(
     *, kind: str, fake: Callable[..., Any], forward: tuple[str, ...] = (), gradient: tuple[str, ...] = (), prefix: str = "", **facts: Any
 ) -> Callable[[Function], Function]:
     """Declares a function to be the definition of an operation; the keywords are those of `SemanticOp` and `Roles`."""
+    if ambiguous := set(forward) & set(gradient):
+        raise ValueError(f"te_fp8: a role is either forward or gradient; {kind!r} has both of {', '.join(sorted(ambiguous))}")
 
     def declare(definition: Function) -> Function:
         op = SemanticOp(definition, kind, fake, Roles(forward, gradient, prefix), **facts)

@@ -79,6 +79,7 @@ class Call:
         return from_key(self.recipe)
 
     def but(self, **changes: Any) -> Call:
+        """The same with other fields."""
         return replace(self, **changes)
 
     # -- the inputs as one flat list, as autograd and operators take them
@@ -132,7 +133,7 @@ def _encoded(value: Any) -> Any:
 def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
         decoded = {key: _decoded(v) for key, v in value.items()}
-        return Call(**decoded) if "op" in value else decoded
+        return Call(**decoded) if {"op", "provider", "inputs"} <= value.keys() else decoded
     if isinstance(value, str) and value.startswith("torch."):
         return getattr(torch, value.removeprefix("torch."))
     return tuple(map(_decoded, value)) if isinstance(value, list) else value

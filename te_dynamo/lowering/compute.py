@@ -32,20 +32,18 @@ def _in_full_precision(device: str) -> AbstractContextManager[Any]:
 def compute_forward(call: Call, flat: Sequence[Any], scales: Scales, needs: Sequence[bool], *, fake: bool = False) -> Forward:
     """flat: the inputs, then the fields of the cached weights; needs: for each input, whether its gradient is wanted."""
     implementation = implementation_of(call)
+    run = implementation.fake_forward if fake else implementation.forward
     inputs, wanted = call.nested(flat[: call.count]), call.nested(needs)
     made: list[Quantized] = []
-    if call.producer is not None:
-        role = call.operation.roles.forward[0]
-        lead = inputs[0][0].shape[:-1]
-        scale = scales.at(role)
-        quantize = partial(implementation.quantize_operand, scale=scale)
-        operand, made = producer_of(call.producer).forward(call.producer, inputs[0], scale, quantize)
-        inputs[0], wanted[0] = MadeOperand(operand, lead), any(flattened(wanted[0]))
-    if call.cached:
-        weights = unflattened(flat[call.count :])
-        inputs = [inputs[0], weights, *inputs[2:]] if call.cached == "inference" else [*inputs, weights]
-    run = implementation.fake_forward if fake else implementation.forward
     with _in_full_precision(call.device):
+        if call.producer is not None:
+            scale, lead = scales.at(call.operation.roles.forward[0]), inputs[0][0].shape[:-1]
+            quantize = partial(implementation.quantize_operand, scale=scale)
+            operand, made = producer_of(call.producer).forward(call.producer, inputs[0], scale, quantize)
+            inputs[0], wanted[0] = MadeOperand(operand, lead), any(flattened(wanted[0]))
+        if call.cached:
+            weights = unflattened(flat[call.count :])
+            inputs = [inputs[0], weights, *inputs[2:]] if call.cached == "inference" else [*inputs, weights]
         outputs, saved, amaxes = run(call, inputs, scales, wanted)
     return Forward(outputs, [*made, *saved], amaxes)
 
@@ -62,20 +60,20 @@ def compute_backward(
 ) -> Backward:
     """read: the inputs, those that backward does not read being None; then the outputs, where it reads them."""
     implementation = implementation_of(call)
+    run = implementation.fake_backward if fake else implementation.backward
     inputs, wanted = call.nested(read[: call.count]), call.nested(needs)
     if len(read) > call.count:
         inputs.append(list(read[call.count :]))
-    run = implementation.fake_backward if fake else implementation.backward
-    if call.producer is None:
-        return run(call, inputs, saved, grads, scales, wanted)
-    producer, count = producer_of(call.producer), producer_of(call.producer).saves
-    (operand, *rest), needs_of_producer = inputs, wanted[0]
-    done = run(call, [None, *rest], saved[count:], grads, scales, [any(flattened(needs_of_producer)), *wanted[1:]])
-    first, *others = done.gradients
-    if first is None:
-        through: list[Any] = [None] * len(operand)
-    else:
-        through = producer.backward(call.producer, operand, saved[:count], first, needs_of_producer)
+    with _in_full_precision(call.device):
+        if call.producer is None:
+            return run(call, inputs, saved, grads, scales, wanted)
+        producer, (given, *rest), needs_of_producer = producer_of(call.producer), inputs, wanted[0]
+        wanted[0] = any(flattened(needs_of_producer))
+        done = run(call, [None, *rest], saved[producer.saves :], grads, scales, wanted)
+        grad, *others = done.gradients
+        through: list[Any] = [None] * len(given)
+        if grad is not None:
+            through = producer.backward(call.producer, given, saved[: producer.saves], grad, needs_of_producer)
     return Backward([through, *others], done.amaxes)
 
 

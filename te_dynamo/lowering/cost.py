@@ -7,7 +7,7 @@ from torch import Tensor
 from te_dynamo.ir.sizes import number, product
 from te_dynamo.lowering.devices import H100, Peak
 
-# What kernels reach of what the maker says.
+# The fraction of the datasheet's peak that kernels reach.
 BF16_REACHED, FP8_REACHED, MEMORY_REACHED = 0.75, 0.70, 0.85
 # Bytes that FP8 moves beyond what bf16 moves, for each element: read in bf16, written in FP8, and in training a transposed
 # copy made again in backward. An activation is usually quantized by the kernel that makes it: only the writes are counted.

@@ -175,10 +175,16 @@ site_bwd.register_fake(_remembered(_backward))
 @register_flop_formula(torch.ops.te_dynamo.site_fwd)
 def _forward_flops(key: str, inputs: Any, *_: Any, **__: Any) -> int:
     call = Call.parse(key)
-    return implementation_of(call).flops(call, call.nested(inputs[: call.count]))
+    shapes = call.nested(inputs[: call.count])
+    if call.producer is not None:  # the operand's leading sizes are those of what its producer reads first
+        shapes[0] = (*shapes[0][0][:-1], call["in_features"])
+    return implementation_of(call).flops(call, shapes)
 
 
 @register_flop_formula(torch.ops.te_dynamo.site_bwd)
 def _backward_flops(key: str, inputs: Any, saved: Any, grads: Any, scale: Any, start: int, needs: Any, **_: Any) -> int:
     call = Call.parse(key)
-    return implementation_of(call).backward_flops(call, call.nested(inputs), unflattened(saved), grads, call.nested(needs))
+    wanted = call.nested(needs)
+    if call.producer is not None:
+        wanted[0] = any(flattened(wanted[0]))
+    return implementation_of(call).backward_flops(call, call.nested(inputs), unflattened(saved), grads, wanted)

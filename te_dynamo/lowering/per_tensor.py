@@ -133,6 +133,7 @@ class PerTensorLinears(Implementation):
     """`linears` with one scale for each tensor."""
 
     cached = frozenset({"training", "inference"})
+    takes_producer = True
 
     def __init__(self, kernels: Kernels, opaque: bool = False) -> None:
         self.kernels, self.opaque = kernels, opaque

@@ -22,7 +22,7 @@ class Scale(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """A tensor as kernels read it. What is None was not made.
+    """A tensor as kernels read it. Fields that were not computed are None.
 
     data: the elements; scale_inv: f32, what they are multiplied by to have their values: 0-d, or one for each block.
     transposed: the transposed copy of a matrix, as backward reads it; transposed_inv: its own scale_inv where it has one.

@@ -77,12 +77,15 @@ class Implementation:
         does in plain torch is fused with its neighbors.
     calibrates: whether it computes with scales that were never set; if not, another does until they are.
     shared: roles of which its kernels take one scale for all.
+    takes_producer: whether its first input may come from a producer: it has `quantize_operand` then, and its backward does not
+        read that input.
     cached: the kinds of quantized weights that it takes (see `Call.cached`).
     """
 
     opaque = False
     calibrates = True
     shared: tuple[tuple[str, ...], ...] = ()
+    takes_producer = False
     cached: frozenset[str] = frozenset()
 
     def backward_reads(self, call: Call, needs: Needs) -> Collection[str]:
@@ -128,7 +131,7 @@ class Implementation:
     def backward_flops(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Any], needs: Needs) -> int:
         return 0
 
-    # Of an opaque one, on fake tensors: what is run to learn the shapes of what it gives.
+    # Of an opaque one: run on fake tensors to infer what it gives.
 
     def fake_forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         return self.forward(call, inputs, scales, needs)
@@ -143,12 +146,13 @@ class Producer:
     """How a provider makes the operand of a site, quantized, together with what would have computed it in high precision.
 
     kernel: what a report calls it; calibrates: whether it computes with a scale that was never set.
+    backward_reads: the inputs, by name, that its backward is given; saves: how many `Quantized` its forward saves.
     """
 
     kernel = "the provider's kernel"
     calibrates = True
     backward_reads: Collection[str] = ()
-    saves = 0  # how many `Quantized` its forward saves
+    saves = 0
 
     def unsupported(self, case: Case) -> str | None:
         """Why it does not make an operand here; Inductor does then."""
@@ -162,13 +166,13 @@ class Producer:
         raise NotImplementedError
 
     def backward(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, needs: Needs) -> list[Any]:
-        """The gradient of the operand, in high precision -> one for each input."""
+        """grad: of the operand, in high precision, [..., K] -> a gradient for each input; None for one that is not wanted."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Whose kernels. unavailable: why it has none on a device, as a clause; remedy: what to do then."""
+    """Whose kernels. unavailable: why it has none on a device, as a clause."""
 
     name: str
     unavailable: Callable[[torch.device], str | None]
@@ -206,6 +210,7 @@ def implements(
     def register(made: Made) -> Made:
         instance = made(**given)
         _IMPLEMENTATIONS.update(dict.fromkeys(_keys(op, provider, recipes, devices), instance))
+        implementation_of.cache_clear()
         return made
 
     return register
@@ -216,6 +221,7 @@ def produces(op: str, *, provider: str | Sequence[str], recipes: Sequence[type],
 
     def register(made: Made) -> Made:
         _PRODUCERS.update(dict.fromkeys(_keys(op, provider, recipes, devices), made()))
+        producer_of.cache_clear()
         return made
 
     return register
@@ -266,14 +272,14 @@ def choose(requested: str, device: torch.device) -> tuple[str | None, str | None
     if requested == "auto":
         return None, reason
     others = "'auto'" if requested == "te" else "'auto' or 'reference'"
-    raise RuntimeError(f"te_fp8: provider={requested!r} is not available: {reason}. Remedy: that, or provider={others}.")
+    raise RuntimeError(f"te_fp8: provider={requested!r} is not available: {reason}. Remedy: fix this, or use provider={others}.")
 
 
 class Choice(NamedTuple):
-    """Who computes a site; reason: why it is not the graph's own provider, as a clause."""
+    """Who computes a site, None where nobody does; reason: why it is not the graph's own provider, as a clause."""
 
     provider: str
-    implementation: Implementation
+    implementation: Implementation | None
     reason: str | None = None
 
 
@@ -284,12 +290,12 @@ def choose_for(op: SemanticOp, recipe: Recipe, requested: str, chosen: str, devi
     """
     reason = why_not(op, recipe, chosen, device, asked=True)
     if reason is None:
-        return Choice(chosen, _known(op, chosen, recipe, device))
+        return Choice(chosen, find(op, chosen, recipe, device))
     if requested != "auto":
         message = f"provider={requested!r} does not have the recipe {recipe.name!r}: {reason}"
         raise RuntimeError(f"te_fp8: {message}. Remedy: provider='auto' or 'reference'.")
-    other = next(name for name in fallbacks(device) if why_not(op, recipe, name, device) is None)
-    return Choice(other, _known(op, other, recipe, device), reason)
+    other = next((name for name in fallbacks(device) if why_not(op, recipe, name, device) is None), None)
+    return Choice(chosen, None, reason) if other is None else Choice(other, find(op, other, recipe, device), reason)
 
 
 def fallbacks(device: torch.device) -> tuple[str, ...]:
@@ -299,21 +305,18 @@ def fallbacks(device: torch.device) -> tuple[str, ...]:
 
 def calibrator_of(op: SemanticOp, recipe: Recipe | None, device: torch.device) -> str:
     """Who computes a site while a scale of it was never set, where its provider does not."""
-    names = [name for name in ("native", "reference") if (found := find(op, name, recipe, device)) is not None and found.calibrates]
-    return names[0]
-
-
-def _known(op: SemanticOp, provider: str, recipe: Recipe | None, device: torch.device) -> Implementation:
-    found = find(op, provider, recipe, device)
-    assert found is not None
-    return found
+    for name in ("native", "reference"):
+        found = find(op, name, recipe, device)
+        if found is not None and found.calibrates:
+            return name
+    raise LookupError(f"te_fp8: nobody computes {op.name!r} with scales that were never set; register a `reference` implementation")
 
 
 def why_not(op: SemanticOp, recipe: Recipe | None, provider: str, device: torch.device, *, asked: bool = False) -> str | None:
     """Why a provider does not compute an operation in a recipe on a device, as a clause. asked: it is known to be available."""
     found = find(op, provider, recipe, device)
     if found is None:
-        default = f"{provider} has no {op.kind} for it on {device.type}"
+        default = f"{provider} does not implement {op.kind} with this recipe on {device.type}"
         return _MISSING.get((op.grouped or op.name, provider, type(recipe)), default)
     return (None if asked else PROVIDERS[provider].unavailable(device)) or found.unavailable(recipe, device)
 

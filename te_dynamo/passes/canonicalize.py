@@ -332,7 +332,7 @@ FORMS: dict[Any, Callable[[Node], Spelling | None]] = {
 
 
 def _is_identity(node: Node) -> bool:
-    """Whether a node gives back its first argument: a cast to the dtype at hand, or inactive dropout."""
+    """Whether a node gives back its first argument: a cast to its own dtype, or inactive dropout."""
     if is_method(node, "to") and len(node.args) == 2:
         x, after = tensor(node.args[0]), tensor(node)
         return x is not None and after is not None and x.dtype == after.dtype == node.args[1] and x.device == after.device

@@ -102,8 +102,8 @@ def note_layouts(graph: Graph) -> None:
             node.meta[QKV_LAYOUT] = layout.name
         if wanted != layout and wanted.packing:
             copies = {name: copy for name, x in zip("qkv", node.args, strict=False) if (copy := first_copy(x))}
-            why = "; ".join(f"{name} is written anew by {copy}" for name, copy in copies.items()) or "they come from different GEMMs"
-            node.meta[NOTES] = {"layout": f"{wanted.name} was wanted; {why}"}
+            why = "; ".join(f"{copy} copies {name}" for name, copy in copies.items()) or "they come from different GEMMs"
+            node.meta[NOTES] = {"layout": f"wanted {wanted.name}, but {why}"}
 
 
 def _is_one(size: int | SymInt) -> bool:

@@ -146,7 +146,7 @@ class _Lowering:
             amax_group=plan.amax_group,
             records=slots is not None and plan.trains,
             producer=self.producer(node, op, plan, unset) if plan.produces else None,
-            attributes=op.attributes(node) | dict(op.attributes_of(node, plan.recipe)),
+            attributes=op.all_attributes(node, plan.recipe),
         )
         return made.but(calibrating=slots is not None and (unset or implementation_of(made).opaque))
 
@@ -160,12 +160,12 @@ class _Lowering:
             device=_device(node),
             inputs=tuple(map(_spec, made_by.inputs(maker).values())),
             recipe=plan.recipe.key,
-            attributes=made_by.attributes(maker),
+            attributes=made_by.all_attributes(maker, plan.recipe),
         )
         return call if producer_of(call).calibrates or not unset else None
 
     def cached(self, call: Call, plan: Plan) -> str:
-        """For what the weights of a site come in quantized; "" where it quantizes them itself."""
+        """How cached weights are given to a site: for "training", for "inference", or "" where it quantizes them itself."""
         kinds = implementation_of(call).cached
         if not plan.trains:
             return "inference" if "inference" in kinds else ""

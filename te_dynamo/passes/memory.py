@@ -55,7 +55,7 @@ class ValuesInMemory:
         """What a group of linears gives: views of one buffer where they are one GEMM."""
         op = site_of(node)
         assert op is not None
-        attributes = op.attributes(node) | dict(op.attributes_of(node, None))
+        attributes = op.all_attributes(node, None)
         with self.fake_mode:
             if not attributes.get("merged"):
                 return example(node)

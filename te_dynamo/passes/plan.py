@@ -15,7 +15,7 @@ from te_dynamo.ir.meta import IN_MEMORY, MASK, NOTES, ORIGIN, PATH, PLAN, PRODUC
 from te_dynamo.ir.op import SemanticOp
 from te_dynamo.lowering import registry
 from te_dynamo.lowering.cost import flops_of_gemm
-from te_dynamo.lowering.registry import Case
+from te_dynamo.lowering.registry import Case, Implementation
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.select import wants_fp8
 from te_dynamo.passes.weights import is_view
@@ -47,6 +47,11 @@ class Plan:
     shared: tuple[tuple[str, ...], ...] = ()
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether scales that were never set want a graph of their own: opaque implementations see them for themselves."""
+        return not self.opaque or self.calibrator != self.provider
+
+    @property
     def has_state(self) -> bool:
         return self.implemented and self.recipe is not None and self.recipe.stateful
 
@@ -73,7 +78,7 @@ class Planner:
         return Case(
             op,
             {name: values(given) for name, given in inputs.items()},
-            op.attributes(node) | dict(op.attributes_of(node, recipe)),
+            op.all_attributes(node, recipe),
             recipe,
             self.device,
             trains,
@@ -88,6 +93,8 @@ class Planner:
         op, recipe = site_of(node), node.meta[RECIPE]
         assert op is not None
         choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
+        if choice.implementation is None:
+            return choice.reason
         return choice.implementation.unsupported(self.case(node, op, recipe, trains=True))
 
     def plan(self, gm: GraphModule, *, grad_enabled: bool) -> None:
@@ -110,22 +117,31 @@ class Planner:
         """The ranks that share the first scales of a site: those that share its amaxes."""
         return self.amax_group if getattr(recipe, "reduce_amax", False) else ""
 
+    def _computed_by(
+        self, provider: str, implementation: Implementation, op: SemanticOp, recipe: Recipe | None, trains: bool, produces: bool = False
+    ) -> Plan:
+        return Plan(
+            provider,
+            recipe,
+            trains,
+            implemented=True,
+            opaque=implementation.opaque,
+            calibrator=provider if implementation.calibrates else registry.calibrator_of(op, recipe, self.device),
+            amax_group=self._group_of(recipe),
+            shared=implementation.shared,
+            produces=produces,
+        )
+
     def _gemms(self, node: Node, op: SemanticOp, trains: bool) -> None:
         """A site of weight GEMMs, which is a site of the report for each."""
         recipe: Recipe = node.meta[RECIPE]
         choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
+        implementation = choice.implementation
+        assert implementation is not None, "a site that nobody computes is left to Inductor by `select`"
         maker = next((n for n in node.all_input_nodes if n.name == node.meta.get(PRODUCER)), None)
-        producer, kept_by_inductor = self._producer(node, maker, choice.provider, recipe, trains)
-        plan = Plan(
-            choice.provider,
-            recipe,
-            trains,
-            implemented=True,
-            opaque=choice.implementation.opaque,
-            calibrator=choice.provider,
-            amax_group=self._group_of(recipe),
-            produces=kept_by_inductor is None,
-        )
+        takes = maker if implementation.takes_producer else None
+        producer, kept_by_inductor = self._producer(node, takes, choice.provider, recipe, trains)
+        plan = self._computed_by(choice.provider, implementation, op, recipe, trains, produces=kept_by_inductor is None)
         kind = op.kind if maker is None else f"{op_of(maker).kind}_{op.kind}"
         taken = []
         for gemm, member in zip(op.gemms(node), members_of(node), strict=True):
@@ -180,20 +196,9 @@ class Planner:
             if reason is None and found is not None:
                 reason = found.unsupported(case)
             if reason is None and found is not None:
-                calibrator = name if found.calibrates else registry.calibrator_of(op, recipe, self.device)
                 kernel = found.kernel(case)
                 detail = detail | ({"kernel": kernel} if kernel else _declined(reasons))
-                plan = Plan(
-                    name,
-                    recipe,
-                    trains,
-                    implemented=True,
-                    opaque=found.opaque,
-                    calibrator=calibrator,
-                    amax_group=self._group_of(recipe),
-                    shared=found.shared,
-                )
-                return plan, detail
+                return self._computed_by(name, found, op, recipe, trains), detail
             reasons[name] = reason or ""
         if recipe is not None:
             return Plan(self.provider, None, trains), detail | {"fp8": next((r for n, r in reasons.items() if n != "te"), "")}

@@ -15,8 +15,8 @@ from te_dynamo.lowering.cost import not_worth_it
 from te_dynamo.passes.logits import find_logits
 
 UNIFORM = (
-    "its mask may leave a row with nothing to attend to, and by a finite number: such a row is uniform, which fused attention "
-    "has no gradients for. Remedy: mask by -inf"
+    "a row of its mask may see nothing, and the mask is a finite number there: eager attention makes such a row uniform, and fused "
+    "attention has no gradient for that. Remedy: mask with -inf"
 )
 Unsupported = Callable[[Node], "str | None"]
 

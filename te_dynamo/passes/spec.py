@@ -161,7 +161,7 @@ def _arguments(op: SemanticOp, node: Node) -> Iterator[Problem]:
         yield Problem(f"{name}={value!r} is not {_spelled(kind)}", "see the docstring of the op")
     if not misfits and example(node) is not None:  # no value at all is told by `_has_value`
         for broken in op.broken_invariants(node):
-            yield Problem(f"not so: {broken}", "the rule that makes the node must see to it, or decline")
+            yield Problem(f"invariant violated: {broken}", "the rule that makes the node must see to it, or decline")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -216,9 +216,9 @@ def _canonical_cast(node: Node) -> Iterator[Problem]:
     if any(a is True for a in node.args[1:]):  # non_blocking or copy by position
         return
     if node.target != "to" or node.args[1:] != (after.dtype,) or node.kwargs:
-        yield Problem("a cast that is not spelled as one", "call_method 'to' (x, dtype)")
+        yield Problem("a cast that is not in canonical form", "call_method 'to' (x, dtype)")
     elif before.dtype == after.dtype:
-        yield Problem("a cast to the dtype at hand", "use its input itself")
+        yield Problem("a cast to the tensor's own dtype", "use its input itself")
 
 
 def _canonical_shape(node: Node) -> Iterator[Problem]:

@@ -30,6 +30,7 @@ from torch.utils import collect_env
 import te_dynamo
 from te_dynamo.backend import planned
 from te_dynamo.config import CHOICES, Options
+from te_dynamo.ir import all_ops
 from te_dynamo.lowering.devices import ADA, Capability, dotted
 from te_dynamo.lowering.te import library
 from te_dynamo.lowering.te.hardware import unavailable_recipe
@@ -198,7 +199,8 @@ def _choice(operation: str, sites: Sites) -> Choice:
     site = next((s for s in sites if (s.kind == "attention" if path is None else s.path == path)), None)
     if site is None:
         return Choice(None, next((s.reason or "" for s in sites if s.kind == "graph"), "not taken"))
-    notes = [site.detail.get(key) for key in ("provider", "norm", "kernel", "fp8")]
+    producers = [op.kind for op in all_ops() if not op.is_site]
+    notes = [site.detail.get(key) for key in ("provider", *producers, "kernel", "fp8")]
     if operation == "norm + linear" and site.kind == "linear":
         notes.append("the norm by itself")
     in_fp8 = operation != "FP8 attention" or site.detail.get("precision") == "fp8"

@@ -60,7 +60,8 @@ class ScaleState:
     def __init__(self) -> None:
         self.arenas: dict[torch.device, Arena] = {}
         self.homes = Homes(self._release, self._forget)
-        self.cache_entries: dict[int, list[tuple[dict[Any, Any], Any]]] = {}  # by weight: (table, key), dropped when it dies
+        # By weight: the entries of tables that are dropped when it dies, each once: (id of the table, key) -> the table.
+        self.cache_entries: dict[int, dict[tuple[int, Any], dict[Any, Any]]] = {}
         self.pending_loads: list[Any] = []  # scale states that were loaded before their slots existed
         self.reduction = Reduction()
         self.version = 0  # changes whenever a lookup may have become stale
@@ -153,11 +154,11 @@ class ScaleState:
 
     def watch(self, weight: Tensor, table: dict[Any, Any], key: Any) -> None:
         """Removes `table[key]` when the weight dies, since its id may then be another's."""
-        self.cache_entries.setdefault(id(weight), []).append((table, key))
+        self.cache_entries.setdefault(id(weight), {})[id(table), key] = table
         self.homes.watch(weight)
 
     def _forget(self, identity: int) -> None:
-        for table, key in self.cache_entries.pop(identity, ()):
+        for (_, key), table in self.cache_entries.pop(identity, {}).items():
             table.pop(key, None)
         self.version += 1
 

@@ -321,7 +321,7 @@ def trained(model: nn.Module, x: Tensor, **options: Any) -> tuple[list[Tensor], 
         ({}, 512, "TE's fused attention, bs3hd"),
         ({}, 8, "TE's fused attention, bsh3d"),
         ({"packed": True}, 8, "TE's fused attention, bs3hd"),
-        ({"rope": True}, 512, "not TE's: q, k and v are made apart"),
+        ({"rope": True}, 512, "not TE's: q, k and v are in separate buffers"),
     ],
 )
 def test_a_model_whose_gemm_packs_q_k_and_v(model, short, kernel):

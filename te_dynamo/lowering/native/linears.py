@@ -26,7 +26,7 @@ missing(
     "linears",
     "native",
     {
-        recipe: f"torch._scaled_mm has {what} on CUDA alone, with compute capability {where} or newer, and it is not lowered to that here"
+        recipe: f"torch._scaled_mm has {what} on CUDA alone, with compute capability {where} or newer, and te_dynamo does not use it yet"
         for recipe, what, where in (
             (Float8BlockScaling, "blocks of 128", "9.0 and CUDA 12.9"),
             (MXFP8BlockScaling, "MX blocks", "10.0 (Blackwell)"),

@@ -98,7 +98,7 @@ def _empty(like: Tensor, shape: Any, form: str, dtype: torch.dtype) -> Tensor:
     return like.new_empty([shape[i] for i in order], dtype=dtype).permute(inverse)
 
 
-_NO_SCALE = "FP8 attention has one scale a tensor; the recipe {!r} has no such thing"
+_NO_SCALE = "FP8 attention has one scale a tensor, and {!r} is no such recipe"
 for _provider in ("reference", "native", "te"):
     missing("attention", _provider, {recipe: _NO_SCALE.format(recipe.name) for recipe in CLASSES if recipe not in PER_TENSOR})
 

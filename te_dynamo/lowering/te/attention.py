@@ -325,7 +325,7 @@ class TEAttention(Implementation):
 
     def unsupported(self, case: Case) -> str | None:
         if not packed(case.attributes["qkv_layout"]):
-            return "q, k and v are made apart, and torch's attention takes them as they lie"
+            return "q, k and v are in separate buffers, which torch's attention reads without a copy"
         return _unsupported(case)
 
     def kernel(self, case: Case) -> str:

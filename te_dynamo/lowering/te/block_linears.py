@@ -100,7 +100,8 @@ class BlockLinears(Implementation):
         dbs: list[Tensor | None] = [None] * len(rows.sizes)
         for gemm, grad, w8 in zip(rows.gemms(), grads, w8s, strict=True):
             g, wanted = matrix(grad), [i for i in gemm if needs_w[i]]
-            g_rows, g_columns = kernels.quantize(g, kernels.gradient, row_wise=needs_x, column_wise=bool(wanted))
+            if needs_x or wanted:
+                g_rows, g_columns = kernels.quantize(g, kernels.gradient, row_wise=needs_x, column_wise=bool(wanted))
             if needs_x:
                 parts.append(kernels.gemm(g_rows, _copy(w8, kernels.weight), "NN", part_dtype)[: g.shape[0]])
             if wanted:

@@ -83,7 +83,7 @@ class TENorm(Producer):
 
     def unsupported(self, case: Case) -> str | None:
         if not case.trains:
-            return "Inductor writes it in FP8 as well"
+            return "in inference Inductor's norm writes FP8 as well"
         if case.recompute_inputs:
             return "recompute_inputs: what Inductor generates can be made again in backward"
         if not case.only_operand:
