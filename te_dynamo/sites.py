@@ -10,7 +10,16 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# class name -> the attribute under which a wrapper holds what it wraps. By name: some are private, and importing all is slow.
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+}
+WRAPPED = frozenset(WRAPPERS.values())
 
 
 def clean_path(name: str) -> str:
@@ -27,7 +36,7 @@ def clean_path(name: str) -> str:
     name = re.sub(r"\.__dict__\['(_modules|_parameters|_buffers)'\]", r".\1", name)
     name = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", name)
     name = re.sub(r"\['?([^'\]]*)'?\]", r".\1", name)
-    return ".".join(part for part in name.split(".") if part and part not in WRAPPERS)
+    return ".".join(part for part in name.split(".") if part and part not in WRAPPED)
 
 
 def module_path(node: Node) -> str:

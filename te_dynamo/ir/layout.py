@@ -14,6 +14,8 @@ from typing import Literal
 from torch import Tensor
 
 Form = Literal["bshd", "sbhd", "thd"]
+# The dimensions of a [B, H, S, D] tensor in the order in which they lie in memory.
+ORDER: dict[Form, tuple[int, int, int, int]] = {"bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}
 Packing = Literal["3hd", "h3d", "2hd", "h2d", ""]  # q, k and v together; k and v together; all apart
 
 
@@ -39,7 +41,7 @@ class Layout:
 
 def in_memory(q: Tensor, k: Tensor, v: Tensor) -> Layout | None:
     """The layout in which q [B, H, S, D], k and v lie, told from their strides, offsets and memory; None where it has no name."""
-    for form in ("bshd", "sbhd"):
+    for form in ORDER:
         for packing in ("3hd", "h3d", "2hd", "h2d", ""):
             if _lies(q, k, v, form, packing):
                 return Layout(form, packing)

@@ -139,8 +139,7 @@ class Planner:
         implementation = choice.implementation
         assert implementation is not None, "a site that nobody computes is left to Inductor by `select`"
         maker = next((n for n in node.all_input_nodes if n.name == node.meta.get(PRODUCER)), None)
-        takes = maker if implementation.takes_producer else None
-        producer, kept_by_inductor = self._producer(node, takes, choice.provider, recipe, trains)
+        producer, kept_by_inductor = self._producer(node, maker, choice.provider, implementation, recipe, trains)
         plan = self._computed_by(choice.provider, implementation, op, recipe, trains, produces=kept_by_inductor is None)
         kind = op.kind if maker is None else f"{op_of(maker).kind}_{op.kind}"
         taken = []
@@ -157,13 +156,15 @@ class Planner:
         node.meta[PLAN], node.meta[SITE] = plan, taken[0]
 
     def _producer(
-        self, node: Node, maker: Node | None, provider: str, recipe: Recipe, trains: bool
+        self, node: Node, maker: Node | None, provider: str, implementation: Implementation, recipe: Recipe, trains: bool
     ) -> tuple[registry.Producer | None, str | None]:
         """The kernel that could make the operand, and why Inductor does, as a clause; "" where there is no such kernel."""
         op = op_of(maker)
         producer = None if op is None else registry.find_producer(op, provider, recipe, self.device)
-        if maker is None or op is None or producer is None:
+        if maker is None or op is None or producer is None or not implementation.takes_producer:
             return None, ""
+        if implementation.opaque and not producer.calibrates:
+            return producer, "its kernel wants a scale that was set, which the linears' operator may meet unset"
         return producer, producer.unsupported(self.case(maker, op, recipe, trains, only_operand=set(maker.users) == {node}))
 
     def _alone(self, node: Node, op: SemanticOp, trains: bool) -> None:

@@ -25,7 +25,7 @@ from te_dynamo.passes.weights import is_owned, path_of
 from te_dynamo.report.flops import GemmObserver, Visit, visits_of
 from te_dynamo.report.isolation import Memory, detached, discard_code, graph_breaks, untouched
 from te_dynamo.report.report import Report
-from te_dynamo.sites import WRAPPERS, Site, Sites, clean_path
+from te_dynamo.sites import WRAPPED, Site, Sites, clean_path
 
 LOGITS = "the logits"  # the reason for which logits are left begins with this
 UNRECOGNIZED = "no rule takes this product with a parameter"
@@ -119,7 +119,7 @@ class Names:
             names.append(name)
             self.weights.setdefault(id(parameter), []).append(clean_path(name).removesuffix("weight").removesuffix("."))
         # By a path without wrappers: the name as `named_modules` has it, but for the wrappers that torch puts around modules.
-        self.known = {clean_path(n): ".".join(p for p in n.split(".") if p == "module" or p not in WRAPPERS) for n in names}
+        self.known = {clean_path(n): ".".join(p for p in n.split(".") if p == "module" or p not in WRAPPED) for n in names}
 
     def of_parameters(self) -> Iterator[tuple[Tensor, str]]:
         for parameter in self.model.parameters():

@@ -16,20 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from te_dynamo.ir import all_ops
+from te_dynamo.sites import WRAPPERS
 from te_dynamo.state.homes import Home, Slot
 from te_dynamo.state.registry import ScaleState
 
 Model = nn.Module | Mapping[str, Any]
-
-# class name -> the attribute under which a wrapper holds what it wraps. By name: some are private, and importing all is slow.
-WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "OffloadWrapper": "_checkpoint_wrapped_module",
-}
 
 
 def modules_of(model: Model) -> Iterator[tuple[str, nn.Module | Tensor]]:

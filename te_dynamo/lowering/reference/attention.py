@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from te_dynamo.ir import masked
+from te_dynamo.ir.layout import ORDER
 from te_dynamo.ir.sizes import product
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.call import Call
@@ -35,8 +36,6 @@ from te_dynamo.lowering.quantized import Quantized, Scale, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements, missing
 from te_dynamo.recipe import CLASSES
 
-# The dimensions of a [B, H, S, D] tensor in the order in which they lie in memory.
-FORMS = {"bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}
 BLOCK = 1 << 20  # scores in one block: 4 MB in float32
 
 
@@ -93,7 +92,7 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
 
 def _empty(like: Tensor, shape: Any, form: str, dtype: torch.dtype) -> Tensor:
     """An empty [B, H, S, D] tensor that lies in memory as `form` says."""
-    order = FORMS[form]
+    order = ORDER[form]
     inverse = [order.index(i) for i in range(4)]
     return like.new_empty([shape[i] for i in order], dtype=dtype).permute(inverse)
 
@@ -108,7 +107,7 @@ class FP8Attention(Implementation):
     """q: [B, H, S, D]; k: [B, H_kv, S_kv, D]; v: [B, H_kv, S_kv, D_v], H a multiple of H_kv; mask: None, bool (True attends) or
     float (added), broadcastable to [B, H, S, S_kv].
 
-    Attributes, beside those of `te_dynamo.ir.attention`: form: a key of `FORMS`, how all 4-d results lie in memory;
+    Attributes, beside those of `te_dynamo.ir.attention`: form: a key of `te_dynamo.ir.layout.ORDER`, how all 4-d results lie in memory;
     quantize_output, quantize_gradients: whether o, and dq, dk and dv, are rounded through FP8.
     """
 
@@ -140,7 +139,7 @@ class FP8Attention(Implementation):
         peaks = [fp8.amax(x) for x in (q, k, v)]
         q8, k8, v8 = (_quantized(x, scales.at(role).of(peak), form) for x, role, peak in zip((q, k, v), "qkv", peaks, strict=True))
         qf, kf, vf = q8.data.float(), _per_head(k8.data, h), _per_head(v8.data, h)
-        factor = q8.scale_inv * k8.scale_inv * _softmax_scale(call, q)
+        factor = q8.scale_inv * k8.scale_inv * softmax_scale(call, q)
         blocks = list(_blocks(b, h, s, k.shape[2], causal))
 
         @lru_cache(maxsize=1)  # where there is one block, its scores are kept between the two passes
@@ -185,8 +184,8 @@ class FP8Attention(Implementation):
         qf, kf, vf = q8.data.float(), _per_head(k8.data, h), _per_head(v8.data, h)
         o, o_inv = (o8.data, o8.scale_inv) if call["quantize_output"] else (inputs[4][0], 1.0)
         delta = (dof * o.float()).sum(-1, keepdim=True) * (inv_do * o_inv)
-        softmax_scale = _softmax_scale(call, q8.data)
-        factor = q8.scale_inv * k8.scale_inv * softmax_scale
+        times = softmax_scale(call, q8.data)
+        factor = q8.scale_inv * k8.scale_inv * times
         blocks = list(_blocks(b, h, s, s_kv, causal))
 
         @lru_cache(maxsize=1)
@@ -209,8 +208,8 @@ class FP8Attention(Implementation):
             dq[block.queries] = dp8 @ kf[block.keys]
             dk[block.keys] += dp8.mT @ qf[block.queries]
             dv[block.keys] += rounded.mT @ dof[block.queries]
-        dq *= scale_dp.inverse * k8.scale_inv * softmax_scale
-        dk *= scale_dp.inverse * q8.scale_inv * softmax_scale
+        dq *= scale_dp.inverse * k8.scale_inv * times
+        dk *= scale_dp.inverse * q8.scale_inv * times
         dv *= s8.scale_inv * inv_do
         gradients = [dq, *(x.unflatten(1, (h_kv, h // h_kv)).sum(2) for x in (dk, dv))]
 
@@ -254,5 +253,5 @@ def _quantized(x: Tensor, scale: Scale, form: str) -> Quantized:
     return Quantized(data, scale.inverse, scale=scale.value)
 
 
-def _softmax_scale(call: Call, q: Tensor) -> float:
+def softmax_scale(call: Call, q: Tensor) -> float:
     return q.shape[3] ** -0.5 if call["scale"] is None else call["scale"]

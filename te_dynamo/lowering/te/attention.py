@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from te_dynamo.ir.layout import Layout
+from te_dynamo.ir.layout import ORDER, Layout
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.fp8 import E4M3, amax, dequantize
 from te_dynamo.lowering.quantized import Quantized, Scales
-from te_dynamo.lowering.reference.attention import FORMS
+from te_dynamo.lowering.reference.attention import softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.lowering.te.library import api, capability, cudnn_version, running
@@ -313,7 +313,7 @@ def _unsupported(case: Case) -> str | None:
 
 
 def _common_attributes(call: Call, q: Tensor, layout: str) -> tuple[str, bool, float]:
-    return layout, call["causal"], q.shape[3] ** -0.5 if call["scale"] is None else call["scale"]
+    return layout, call["causal"], softmax_scale(call, q)
 
 
 missing("attention", "te", {Float8CurrentScaling: "its kernels have delayed scales for S and dP, and 'current' scaling has none"})
@@ -332,7 +332,7 @@ class TEAttention(Implementation):
         return f"TE's fused attention, {case.attributes['qkv_layout']}"
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
-        order, layout = FORMS[call["form"]], call["qkv_layout"]
+        order, layout = ORDER[call["form"]], call["qkv_layout"]
         q, k, v = (t.permute(order) for t in inputs[:3])
         if not lies(q, k, v, layout):
             q, k, v, layout = q.contiguous(), k.contiguous(), v.contiguous(), _apart(call["form"])
@@ -342,7 +342,7 @@ class TEAttention(Implementation):
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
-        order, layout = FORMS[call["form"]], call["qkv_layout"]
+        order, layout = ORDER[call["form"]], call["qkv_layout"]
         forward = [t.data for t in saved]
         q, k, v = forward[:3]
         if not lies(q, k, v, layout):
@@ -366,7 +366,7 @@ class TEFP8Attention(Implementation):
         return f"TE's fused attention, {_apart(case.attributes['form'])}"
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
-        order, casting, dtype = FORMS[call["form"]], scales.casting, call.inputs[0]
+        order, casting, dtype = ORDER[call["form"]], scales.casting, call.inputs[0]
         q, k, v = (t.permute(order).contiguous() for t in inputs[:3])
         known = {role: scales.at(role).known for role in scales.roles.forward}
         q8, k8, v8 = (casting.saturated(t, known["q"].value, E4M3).to(E4M3) for t in (q, k, v))
@@ -381,7 +381,7 @@ class TEFP8Attention(Implementation):
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
-        order, casting = FORMS[call["form"]], scales.casting
+        order, casting = ORDER[call["form"]], scales.casting
         q8, k8, v8, o8, lse, rng, s8 = saved
         known = {role: scales.at(role).known for role in scales.roles.gradient}
         do = grads[0].permute(order).contiguous()

@@ -24,14 +24,14 @@ from te_dynamo.lowering.limits import unaligned, unsupported_dtype
 from te_dynamo.lowering.per_tensor import matrix, pad_rows
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation, Needs, implements, missing
-from te_dynamo.lowering.te.hardware import GATES, unavailable_recipe
-from te_dynamo.recipe import Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
+from te_dynamo.lowering.te.hardware import GATES, NOT_IN_TE, unavailable_recipe
+from te_dynamo.recipe import Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 
 missing(
     "linears",
     "te",
     {
-        Float8RowwiseScaling: "Transformer Engine has no row-wise recipe",
+        **NOT_IN_TE,
         NVFP4BlockScaling: "Transformer Engine's NVFP4 is not connected",
     },
 )

@@ -91,7 +91,7 @@ GATES: Mapping[type[Recipe], Gate] = {
 }
 
 # Recipes that TE does not have (common/recipe/__init__.py): why, as a clause.
-NOT_IN_TE: Mapping[type[Recipe], str] = {Float8RowwiseScaling: "Transformer Engine has no recipe with a scale for each row"}
+NOT_IN_TE: Mapping[type[Recipe], str] = {Float8RowwiseScaling: "Transformer Engine has no row-wise recipe"}
 
 
 def unavailable_recipe(recipe: Recipe, device: torch.device) -> str | None:
