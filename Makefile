@@ -31,7 +31,7 @@ test-all: setup
 
 # In one process, which has the device to itself.
 test-gpu: setup
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -m gpu -rs $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

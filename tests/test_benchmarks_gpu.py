@@ -210,7 +210,7 @@ def test_a_device_is_described(monkeypatch):
 def test_without_a_gpu_each_test_for_one_says_why_it_is_skipped():
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu/test_kernels.py", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu/test_kernels.py", "-q", "-rs", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "there is no CUDA device" in done.stdout and "passed" not in done.stdout
 
