@@ -109,9 +109,9 @@ def emit_contiguous(graph: Graph, x: Any, like: Node) -> Node:
     return emit(graph, torch.clone, (x,), {"memory_format": torch.contiguous_format}, like=like)
 
 
-def infer(node: Node, fake_mode: Any) -> Any:
-    """Runs a node's target on the fake values of its arguments."""
-    args, kwargs = map_arg((node.args, node.kwargs), example)
+def infer(node: Node, fake_mode: Any, value_of: Callable[[Node], Any] = example) -> Any:
+    """Runs a node's target on the fake values of its arguments. value_of: what these are, where not those that the nodes have."""
+    args, kwargs = map_arg((node.args, node.kwargs), value_of)
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
         return args[0][args[1]]
     with fake_mode, torch.no_grad(), torch.amp.autocast("cpu", enabled=False):

@@ -13,6 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from te_dynamo.ir.graph import same_shape, same_size
+
 Form = Literal["bshd", "sbhd", "thd"]
 # The dimensions of a [B, H, S, D] tensor in the order in which they lie in memory.
 ORDER: dict[Form, tuple[int, int, int, int]] = {"bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}
@@ -62,7 +64,7 @@ def _shares(tensors: Sequence[Tensor], form: Form, packing: Packing) -> bool:
     step = first.shape[3] if packing.startswith("h") else first.shape[1] * first.shape[3]
     return (
         len({t.untyped_storage()._cdata for t in tensors}) == 1
-        and all(_same(t.shape, first.shape) and _strided(t, form, count, packing) for t in tensors)
+        and all(same_shape(t.shape, first.shape) and _strided(t, form, count, packing) for t in tensors)
         and all(t.storage_offset() - first.storage_offset() == i * step for i, t in enumerate(tensors))
     )
 
@@ -74,15 +76,4 @@ def _strided(t: Tensor, form: Form, count: int, packing: str) -> bool:
     head = count * d if packing.startswith("h") else d
     outer = {"bshd": (s * row, row), "sbhd": (row, b * row)}[form]
     wanted = (outer[0], head, outer[1], 1)
-    return all(size == 1 or _equal(stride, w) for size, stride, w in zip(t.shape, t.stride(), wanted, strict=True))
-
-
-def _same(a: Sequence[object], b: Sequence[object]) -> bool:
-    return len(a) == len(b) and all(map(_equal, a, b))
-
-
-def _equal(a: object, b: object) -> bool:
-    """Equal for certain; no guard is set on a symbolic size."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(a == b)
+    return all(size == 1 or same_size(stride, w) for size, stride, w in zip(t.shape, t.stride(), wanted, strict=True))

@@ -150,6 +150,10 @@ class SemanticOp:
         given = (*node.args, *(p.default for p, _ in list(tensors.values())[len(node.args) :]))
         return dict(zip(tensors, given, strict=True))
 
+    def examples(self, node: Node) -> dict[str, Any]:
+        """The fake values of a node's tensor arguments by name."""
+        return {name: map_arg(given, example) for name, given in self.inputs(node).items()}
+
     def attributes(self, node: Node) -> dict[str, Any]:
         """A node's attributes by name, defaults among them."""
         _, attributes = self.parameters
@@ -161,8 +165,7 @@ class SemanticOp:
 
     def broken_invariants(self, node: Node) -> Iterator[str]:
         """What does not hold of a node, its arguments being of the right types."""
-        values = map_arg(self.inputs(node) | self.attributes(node), example)
-        arguments = types.SimpleNamespace(**values, out=example(node))
+        arguments = types.SimpleNamespace(**self.examples(node), **self.attributes(node), out=example(node))
         yield from (i.says for i in self.invariants if not i.holds(arguments))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
@@ -85,16 +85,13 @@ def unflattened(fields: Sequence[Tensor | None]) -> list[Quantized]:
 def read_in_backward(call: Call, needs: tuple[bool, ...]) -> tuple[bool, ...]:
     """For each of a call's flat inputs, whether backward reads it; for the outputs at the end."""
     reads = implementation_of(call).backward_reads(call, call.nested(needs))
-    names = list(call.operation.parameters[0])
-    read: list[bool] = []
-    for i, (name, spec) in enumerate(zip(names, call.spec, strict=False)):
-        if i == 0 and call.producer is not None:
-            read += _of_producer(call.producer)
-        else:
-            read += [name in reads] * len(flattened(spec))
-    return (*read, "outputs" in reads)
+    read = _leaves_among(call, reads)
+    if call.producer is not None:
+        read[0] = _leaves_among(call.producer, producer_of(call.producer).backward_reads)
+    return (*flattened(read), "outputs" in reads)
 
 
-def _of_producer(call: Call) -> list[bool]:
-    reads = producer_of(call).backward_reads
-    return [name in reads for name, spec in zip(call.operation.parameters[0], call.spec, strict=False) for _ in flattened(spec)]
+def _leaves_among(call: Call, names: Collection[str]) -> list[Any]:
+    """For each of an operation's inputs, whether it is one of `names`, once for each tensor that it consists of."""
+    parameters = call.operation.parameters[0]
+    return [[name in names] * len(flattened(spec)) for name, spec in zip(parameters, call.inputs, strict=False)]

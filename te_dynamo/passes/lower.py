@@ -141,7 +141,7 @@ class _Lowering:
             op=op.grouped or op.name,
             provider=plan.calibrator if unset else plan.provider,
             device=_device(node),
-            inputs=tuple(map(_spec, op.inputs(node).values())),
+            inputs=spec_of(tuple(op.examples(node).values())),
             recipe="" if plan.recipe is None else plan.recipe.key,
             amax_group=plan.amax_group,
             records=slots is not None and plan.trains,
@@ -158,7 +158,7 @@ class _Lowering:
             op=made_by.name,
             provider=plan.provider,
             device=_device(node),
-            inputs=tuple(map(_spec, made_by.inputs(maker).values())),
+            inputs=spec_of(tuple(made_by.examples(maker).values())),
             recipe=plan.recipe.key,
             attributes=made_by.all_attributes(maker, plan.recipe),
         )
@@ -201,10 +201,6 @@ class _Lowering:
                 fields[-1] = node
             inputs.append(tuple(fields))
         return inputs
-
-
-def _spec(given: Any) -> Any:
-    return tuple(map(_spec, given)) if isinstance(given, (list, tuple)) else spec_of(example(given))
 
 
 def _device(node: Node) -> str:

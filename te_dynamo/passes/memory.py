@@ -6,16 +6,13 @@ buffer. So the nodes between the GEMM and the attention are run again on what th
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from te_dynamo.ir import site_of
-from te_dynamo.ir.graph import FAKES, example, fake, fake_mode_of, is_call
+from te_dynamo.ir.graph import example, fake, fake_mode_of, infer
 from te_dynamo.ir.linear import GemmRows
 from te_dynamo.passes.weights import is_view
 from te_dynamo.sites import module_path
@@ -41,15 +38,9 @@ class ValuesInMemory:
             return self._of_gemms(node)
         if op is not None or node.op not in ("call_function", "call_method"):
             return example(node)
-        args, kwargs = map_arg((node.args, node.kwargs), self.of)
-        if all(self.values.get(n) is example(n) for n in node.all_input_nodes):
+        if all(self.of(n) is example(n) for n in node.all_input_nodes):
             return example(node)
-        if is_call(node, operator.getitem) and isinstance(args[0], (tuple, list)):
-            return args[0][args[1]]
-        with self.fake_mode, torch.no_grad():
-            if isinstance(node.target, str):
-                return getattr(args[0], node.target)(*args[1:], **kwargs)
-            return FAKES.get(node.target, node.target)(*args, **kwargs)
+        return infer(node, self.fake_mode, self.of)
 
     def _of_gemms(self, node: Node) -> Any:
         """What a group of linears gives: views of one buffer where they are one GEMM."""

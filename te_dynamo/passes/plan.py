@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from te_dynamo.config import Options
 from te_dynamo.ir import op_of, site_of
-from te_dynamo.ir.graph import example, fake, tensor, upstream
+from te_dynamo.ir.graph import fake, tensor, upstream
 from te_dynamo.ir.meta import IN_MEMORY, MASK, NOTES, ORIGIN, PATH, PLAN, PRODUCER, RECIPE, SITE, members_of, origin_of, site_path
 from te_dynamo.ir.op import SemanticOp
 from te_dynamo.lowering import registry
@@ -71,13 +71,9 @@ class Planner:
 
     def case(self, node: Node, op: SemanticOp, recipe: Recipe | None, trains: bool, **facts: Any) -> Case:
         inputs = op.inputs(node)
-
-        def values(given: Any) -> Any:
-            return [values(g) for g in given] if isinstance(given, (list, tuple)) else example(given)
-
         return Case(
             op,
-            {name: values(given) for name, given in inputs.items()},
+            op.examples(node),
             op.all_attributes(node, recipe),
             recipe,
             self.device,
@@ -239,5 +235,4 @@ def lies_in_memory(node: Any) -> bool:
 
 
 def _activation_flops(node: Node, op: SemanticOp) -> int:
-    shapes = [None if (t := tensor(x)) is None else t.shape for x in op.inputs(node).values()]
-    return op.activation_flops(*shapes)
+    return op.activation_flops(*(t.shape if isinstance(t, torch.Tensor) else None for t in op.examples(node).values()))
