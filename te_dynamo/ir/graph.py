@@ -156,7 +156,7 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     graph = Graph()
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(gm.graph, mapping)
-    old_output = next(n for n in gm.graph.nodes if n.op == "output")
+    old_output = gm.graph.output_node()
     new_output = graph.output(output)
     new_output.meta = dict(old_output.meta)
     for old, new in mapping.items():

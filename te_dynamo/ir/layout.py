@@ -41,6 +41,12 @@ class Layout:
         return "_".join([self.form, prefix + self.packing] if self.packing else [self.form] * 3)
 
 
+def as_bhsd(t: Tensor, form: Form) -> Tensor:
+    """[B, H, S, D], a view of a tensor whose dimensions stand as `form` says."""
+    order = ORDER[form]
+    return t.permute([order.index(i) for i in range(4)])
+
+
 def in_memory(q: Tensor, k: Tensor, v: Tensor) -> Layout | None:
     """The layout in which q [B, H, S, D], k and v lie, told from their strides, offsets and memory; None where it has no name."""
     for form in ORDER:

@@ -237,7 +237,7 @@ def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node, uniform
 
 def as_contiguous(graph: Graph, node: Node, like: Node) -> Node:
     """`node`, made contiguous where the graph returns what `like` gave and that was contiguous: the caller may rely on it."""
-    (output,) = (n for n in graph.nodes if n.op == "output")
+    output = graph.output_node()
     returned = {storage(n) for n in output.all_input_nodes}
     if storage(like) not in returned or not is_contiguous_or_false(fake(like)):
         return node

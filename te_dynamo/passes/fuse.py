@@ -106,7 +106,7 @@ def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Nod
 
 def _is_returned(node: Node) -> bool:
     """Whether the graph returns the memory of a node."""
-    output = next(n for n in reversed(node.graph.nodes) if n.op == "output")
+    output = node.graph.output_node()
     return storage(node) in {storage(n) for n in output.all_input_nodes} - {None}
 
 

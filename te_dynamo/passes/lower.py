@@ -219,7 +219,7 @@ def _fake_amax(graph: Graph, like: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _last_output_of_call(graph: Graph, call: Node, body: GraphModule) -> Node:
-    outputs = next(n for n in body.graph.nodes if n.op == "output").args[0]
+    outputs = body.graph.output_node().args[0]
     node = graph.call_function(operator.getitem, (call, len(outputs) - 1))
     node.meta[EXAMPLE] = tensor(outputs[-1])
     if isinstance(call.meta.get(EXAMPLE), (tuple, list)):
@@ -228,7 +228,7 @@ def _last_output_of_call(graph: Graph, call: Node, body: GraphModule) -> Node:
 
 
 def _return_amaxes(gm: GraphModule, amaxes: Sequence[Node]) -> None:
-    output = next(n for n in gm.graph.nodes if n.op == "output")
+    output = gm.graph.output_node()
     results = output.args[0]
     if not isinstance(results, (tuple, list)):
         raise NotImplementedError("a graph that returns a single value, not a tuple")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from te_dynamo.ir import masked
-from te_dynamo.ir.layout import ORDER
+from te_dynamo.ir.layout import ORDER, Form, as_bhsd
 from te_dynamo.ir.sizes import product
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.call import Call
@@ -90,11 +90,9 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.float().repeat_interleave(heads // x.shape[1], 1) if x.shape[1] != heads else x.float()
 
 
-def _empty(like: Tensor, shape: Any, form: str, dtype: torch.dtype) -> Tensor:
+def _empty(like: Tensor, shape: Any, form: Form, dtype: torch.dtype) -> Tensor:
     """An empty [B, H, S, D] tensor that lies in memory as `form` says."""
-    order = ORDER[form]
-    inverse = [order.index(i) for i in range(4)]
-    return like.new_empty([shape[i] for i in order], dtype=dtype).permute(inverse)
+    return as_bhsd(like.new_empty([shape[i] for i in ORDER[form]], dtype=dtype), form)
 
 
 _NO_SCALE = "FP8 attention has one scale a tensor, and {!r} is no such recipe"

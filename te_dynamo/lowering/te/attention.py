@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from te_dynamo.ir.layout import ORDER, Layout
+from te_dynamo.ir.layout import ORDER, Layout, as_bhsd
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.fp8 import E4M3, amax, dequantize
 from te_dynamo.lowering.quantized import Quantized, Scales
@@ -337,7 +337,7 @@ class TEAttention(Implementation):
         if not lies(q, k, v, layout):
             q, k, v, layout = q.contiguous(), k.contiguous(), v.contiguous(), _apart(call["form"])
         o, lse, rng = torch.ops.te_dynamo.te_attention_fwd(q, k, v, *_common_attributes(call, q, layout), any(needs[:3]))
-        return Forward([_back(o, order)], [Quantized(t) for t in (q, k, v, o, lse, rng)], [])
+        return Forward([as_bhsd(o, call["form"])], [Quantized(t) for t in (q, k, v, o, lse, rng)], [])
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
@@ -349,7 +349,7 @@ class TEAttention(Implementation):
             layout = _apart(call["form"])
         do = grads[0].permute(order).contiguous()
         buffers = torch.ops.te_dynamo.te_attention_bwd(do, *forward, *_common_attributes(call, do if q is None else q, layout))
-        return Backward([*(_back(t, order) for t in parts(buffers, layout)), None], [])
+        return Backward([*(as_bhsd(t, call["form"]) for t in parts(buffers, layout)), None], [])
 
 
 @implements("attention", provider="te", recipes=(DelayedScaling,))
@@ -376,7 +376,9 @@ class TEFP8Attention(Implementation):
         )
         saved = [Quantized(q8, known["q"].inverse), Quantized(k8), Quantized(v8), Quantized(o8, known["o"].inverse)]
         saved += [Quantized(lse), Quantized(rng), Quantized(scale=known["s"].value)]
-        return Forward([_back(dequantize(o8, known["o"].inverse, dtype), order)], saved, [*map(amax, (q, k, v)), amaxes[:1], amaxes[1:]])
+        return Forward(
+            [as_bhsd(dequantize(o8, known["o"].inverse, dtype), call["form"])], saved, [*map(amax, (q, k, v)), amaxes[:1], amaxes[1:]]
+        )
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
@@ -391,15 +393,10 @@ class TEFP8Attention(Implementation):
         gradients, amaxes = torch.ops.te_dynamo.te_fp8_attention_bwd(
             do8, *tensors, q8.scale_inv, s8.scale, o8.scale_inv, known["do"].inverse, known["dp"].value, known["dqkv"].value, *common
         )
-        made = [_back(dequantize(t, known["dqkv"].inverse, do.dtype), order) for t in gradients]
+        made = [as_bhsd(dequantize(t, known["dqkv"].inverse, do.dtype), call["form"]) for t in gradients]
         return Backward([*made, None], [amax(do), amaxes[:1], amaxes[1:]])
 
 
 def _apart(form: str) -> str:
     """The layout of q, k and v with memory of their own."""
     return Layout(form).name
-
-
-def _back(o: Tensor, order: Sequence[int]) -> Tensor:
-    """From the order in memory to [B, H, S, D]."""
-    return o.permute([order.index(i) for i in range(4)])

@@ -14,11 +14,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from te_dynamo import ops
 from te_dynamo.ir import masked
-from te_dynamo.ir.graph import erase_if_dead, is_call
+from te_dynamo.ir.graph import erase_if_dead, is_call, upstream
 from te_dynamo.ir.meta import MASK
 from te_dynamo.passes.masks.compute import compute
 from te_dynamo.passes.masks.formulas import Expr, Formula, Unproven, at_most, both, differ, either, expand, negated
-from te_dynamo.passes.masks.reader import Reader, upstream
+from te_dynamo.passes.masks.reader import Reader
 from te_dynamo.passes.masks.tensors import HANDLERS, Place, Tensor, is_constant
 from te_dynamo.sites import Sites
 
@@ -72,7 +72,7 @@ def simplify_masks(gm: GraphModule, sites: Sites) -> None:
             node.args = (*node.args[:3], None, *node.args[4:])
             node.kwargs = {**node.kwargs, "causal": proof.kind == "causal" or node.kwargs.get("causal", False)}
             dropped.append(mask)
-    erase_if_dead(gm.graph, [n for n in upstream(dropped) if prover.is_pure(n)])
+    erase_if_dead(gm.graph, [n for n in upstream(*dropped) if prover.is_pure(n)])
 
 
 class _Prover:

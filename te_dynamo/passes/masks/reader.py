@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from te_dynamo.ir.graph import example, tensor
+from te_dynamo.ir.graph import example, tensor, upstream
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.masks.formulas import Expr, Integers, Unproven
 from te_dynamo.passes.masks.tensors import HANDLERS, Place, Tensor, Value, meaning
@@ -46,9 +46,9 @@ class Reader:
 
     def needed(self, masks: Iterable[Node]) -> set[Node]:
         """All that masks are computed from, and what writes to its memory, wherever that is."""
-        found = upstream(masks)
+        found = set(upstream(*masks))
         while more := [w for w, ts in self.writers.items() if w not in found and any(_shares(n, t) for n in found for t in ts)]:
-            found |= upstream(more)
+            found.update(upstream(*more))
         return found
 
     def shape(self, node: Node) -> tuple[Expr, ...]:
@@ -74,7 +74,7 @@ class Reader:
         if node.op in ("placeholder", "get_attr"):
             raise Unproven(f"depends on the {_description(node)}")
         if node.target not in HANDLERS:
-            data = [n for n in upstream([node]) if n.op in ("placeholder", "get_attr") and tensor(n) is not None]
+            data = [n for n in upstream(node) if n.op in ("placeholder", "get_attr") and tensor(n) is not None]
             if data:
                 raise Unproven(f"depends on the {_description(min(data))}, through {_name(node.target)}")
             raise Unproven(f"{node.name} ({_name(node.target)}) is not understood")
@@ -91,18 +91,6 @@ class Reader:
         if isinstance(read, Unproven):
             raise read
         return read
-
-
-def upstream(nodes: Iterable[Node]) -> set[Node]:
-    """`nodes` and all that they are computed from."""
-    found: set[Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
 
 
 def _shares(node: Node, other: Node) -> bool:
