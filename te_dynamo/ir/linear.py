@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from te_dynamo.ir.graph import fake
+from te_dynamo.ir.graph import fake, fake_like
 from te_dynamo.ir.meta import MEMBERS
 from te_dynamo.ir.op import Gemm, Invariant, ScaledTensor, operation
 from te_dynamo.ir.sizes import same
@@ -20,7 +20,7 @@ FORWARD, GRADIENT = ("input", "weight"), ("grad_output",)
 
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    return fake_like(x, (*x.shape[:-1], weight.shape[0]), out_dtype)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from te_dynamo.ir.graph import fake_like
 from te_dynamo.lowering.call import Call, flattened
 from te_dynamo.lowering.compute import compute_backward, compute_forward, scales_of, unflattened
 from te_dynamo.lowering.quantized import Quantized, Scale
@@ -120,11 +121,12 @@ def _apart(made: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tenso
 
 
 def _remembered(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A fake implementation that runs once for each call and shapes: the layers of a model repeat. Symbolic shapes are not kept."""
+    """A fake implementation that runs once for each call and shapes, wherever its slots are: the layers of a model repeat.
+    Symbolic shapes are not kept."""
     known: dict[Any, Any] = {}
 
     def fake(call: str, *args: Any) -> Any:
-        key = (call, *(_described(a) for a in args))
+        key = (call, *(_described(a) for a in args if not isinstance(a, int)))
         if _is_symbolic(key):
             return run(call, *args, fake=True)
         like = next(t for t in flattened(args) if isinstance(t, Tensor))
@@ -143,12 +145,11 @@ class _Like(NamedTuple):
     shape: tuple[Any, ...]
     stride: tuple[Any, ...]
     dtype: torch.dtype
-    device: torch.device
 
 
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return _Like(tuple(value.shape), value.stride(), value.dtype, value.device)
+        return _Like(tuple(value.shape), value.stride(), value.dtype)
     return tuple(map(_described, value)) if isinstance(value, (list, tuple)) else value
 
 
@@ -159,7 +160,7 @@ def _is_symbolic(description: Any) -> bool:
 def _made(description: Any, like: Tensor) -> Any:
     if not isinstance(description, _Like):
         return [_made(d, like) for d in description]
-    return like.new_empty_strided(description.shape, description.stride, dtype=description.dtype, device=description.device)
+    return fake_like(like, description.shape, description.dtype, description.stride)
 
 
 site_fwd = torch.library.custom_op("te_dynamo::site_fwd", mutates_args=(), tags=FORWARD_TAGS, schema=(

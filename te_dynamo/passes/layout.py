@@ -21,7 +21,7 @@ from te_dynamo.ir.graph import fake, is_call, is_method, tensor
 from te_dynamo.ir.layout import Layout, Packing, in_memory
 from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, NOTES, QKV_LAYOUT
 from te_dynamo.passes.effects import storage
-from te_dynamo.passes.memory import ValuesInMemory, described, first_copy
+from te_dynamo.passes.memory import Structure, ValuesInMemory, described, first_copy
 from te_dynamo.passes.weights import is_view
 
 
@@ -92,12 +92,16 @@ def choose_layouts(graph: Graph, short_sequence: int) -> None:
 def note_layouts(graph: Graph) -> None:
     """How q, k and v of each attention lie when it runs; and, if another layout was wanted, why it is not that."""
     values = ValuesInMemory(graph)
+    known: dict[Any, tuple[Layout | None, str]] = {}
     for node in graph.nodes:
         if not is_call(node, ops.attention):
             continue
-        operands = [values.of(x) for x in node.args[:3]]
-        layout, wanted = in_memory(*operands), node.meta[LAYOUT]
-        node.meta[IN_MEMORY] = described(*operands) if layout is None else layout.name
+        alike = Structure(node.args[:3]).key
+        if alike not in known:
+            operands = [values.of(x) for x in node.args[:3]]
+            found = in_memory(*operands)
+            known[alike] = (found, described(*operands) if found is None else found.name)
+        (layout, node.meta[IN_MEMORY]), wanted = known[alike], node.meta[LAYOUT]
         if layout is not None:
             node.meta[QKV_LAYOUT] = layout.name
         if wanted != layout and wanted.packing:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.ir import op_of, site_of
-from te_dynamo.ir.graph import EXAMPLE, emit, erase_if_dead, example, fake_mode_of, is_call, tensor
+from te_dynamo.ir.graph import EXAMPLE, emit, erase_if_dead, example, fake, fake_like, fake_mode_of, is_call, tensor
 from te_dynamo.ir.meta import PLAN, PRODUCER, SLOTS
 from te_dynamo.ir.op import Gemm, SemanticOp
 from te_dynamo.lowering import site
@@ -73,6 +74,33 @@ def lower(gm: GraphModule, *, calibrating: bool, keep_weights: bool = False) -> 
     return lowering.result
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """A graph that is lowered: `gm` itself (top) or one of its sub-graphs. What is asked of all its nodes is asked once."""
+
+    gm: GraphModule
+    top: bool
+
+    @cached_property
+    def by_name(self) -> dict[str, Node]:
+        return {n.name: n for n in self.gm.graph.nodes}
+
+    @cached_property
+    def written(self) -> set[int | None]:
+        """The memory that the graph itself writes."""
+        return {storage(w) for n in self.gm.graph.nodes for w in writes(n)}
+
+    def state_nodes(self, slots: Slots | None) -> tuple[Node | None, Node | None, Node | None]:
+        """The packed scales, the gradients' packed scales and the piece of the sink of a site."""
+        if slots is None:
+            return None, None, None
+        return self.by_name[slots.scale], self.by_name.get(slots.grad_scale or ""), self.by_name.get(slots.sink or "")
+
+    def takes_cached(self, refs: Sequence[WeightRef | None]) -> bool:
+        """Whether weights may come in quantized: made outside of the graph, which does not write them before it multiplies."""
+        return self.top and bool(refs) and all(r is not None and _replayable(r) and storage(r.root) not in self.written for r in refs)
+
+
 class _Lowering:
     def __init__(self, calibrating: bool, keep_weights: bool) -> None:
         self.calibrating, self.keep_weights = calibrating, keep_weights
@@ -81,7 +109,7 @@ class _Lowering:
 
     def graph(self, gm: GraphModule, *, top: bool) -> bool:
         """Whether the graph returns recorded amaxes as its last output."""
-        bodies = {call.node: call.body for call in calls(gm)}
+        unit, bodies = _Unit(gm, top), {call.node: call.body for call in calls(gm)}
         amaxes: list[Node] = []
         for node in list(gm.graph.nodes):
             if node in bodies:
@@ -93,15 +121,15 @@ class _Lowering:
                     with gm.graph.inserting_before(node.next):
                         amaxes.append(_last_output_of_call(gm.graph, node, body))
             elif (op := site_of(node)) is not None and node.meta[PLAN].implemented:
-                amaxes += self.site(gm, node, op, top)
+                amaxes += self.site(unit, node, op)
         if amaxes:
             _return_amaxes(gm, amaxes)
         self.result.records = bool(amaxes)
         return bool(amaxes)
 
-    def site(self, gm: GraphModule, node: Node, op: SemanticOp, top: bool) -> list[Node]:
+    def site(self, unit: _Unit, node: Node, op: SemanticOp) -> list[Node]:
         """Replaces a site by a call; gives its recorded amaxes, if it records."""
-        graph, plan, slots = gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
+        graph, plan, slots = unit.gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
         call = self.call(node, op, plan, slots)
         inputs: list[Any] = list(op.inputs(node).values())
         if call.producer is not None:
@@ -109,14 +137,14 @@ class _Lowering:
         gemms = op.gemms(node)
         refs = [weight_of(g.weight) for g in gemms]
         cached: list[tuple[Any, ...]] = []
-        if top and refs and (kind := self.cached(call, plan)) and all(map(_replayable, refs)) and not _written(graph, refs):
+        if unit.takes_cached(refs) and (kind := self.cached(call, plan)):
             call = call.but(cached=kind)
             if kind == "inference":  # the weights themselves are not given
                 inputs = [[] if isinstance(i, (list, tuple)) and gemms[0].weight in i else i for i in inputs]
                 call = call.but(inputs=tuple(() if i == [] else s for i, s in zip(inputs, call.inputs, strict=True)))
-            cached = self.cached_inputs(gm, call, gemms, refs)
+            cached = self.cached_inputs(unit.gm, call, gemms, refs)
         opaque = implementation_of(call).opaque
-        scale, grad_scale, sink = _state_nodes(gm, slots)
+        scale, grad_scale, sink = unit.state_nodes(slots)
         with graph.inserting_before(node):
             scales = _scales(scale, slots.start if slots else 0, _count(op, gemms, "forward"), opaque)
             grad_scales = _scales(grad_scale, slots.grad_start if slots else 0, _count(op, gemms, "gradient"), opaque)
@@ -124,7 +152,7 @@ class _Lowering:
             single = not isinstance(results, (list, tuple))
             values = [results] if single else list(results)
             if call.records:
-                values = [*values, _fake_amax(graph, values[0], _count(op, gemms, "forward"))]
+                values = [*values, fake_like(values[0], (_count(op, gemms, "forward"),), torch.float32)]
             args = (call.key, inputs, scales, grad_scales, sink, cached)
             new = emit(graph, site.site, args, like=node, value=values)
             amax = [emit(graph, operator.getitem, (new, len(values) - 1), like=node)] if call.records else []
@@ -213,11 +241,6 @@ def _count(op: SemanticOp, gemms: Sequence[Gemm], direction: str) -> int:
     return len(getattr(op.roles, direction)) * max(1, len(gemms))
 
 
-def _fake_amax(graph: Graph, like: torch.Tensor, count: int) -> torch.Tensor:
-    with fake_mode_of(graph):
-        return torch.empty(count, dtype=torch.float32, device=like.device)
-
-
 def _last_output_of_call(graph: Graph, call: Node, body: GraphModule) -> Node:
     outputs = body.graph.output_node().args[0]
     node = graph.call_function(operator.getitem, (call, len(outputs) - 1))
@@ -233,16 +256,9 @@ def _return_amaxes(gm: GraphModule, amaxes: Sequence[Node]) -> None:
     if not isinstance(results, (tuple, list)):
         raise NotImplementedError("a graph that returns a single value, not a tuple")
     with gm.graph.inserting_before(output):
-        packed = emit(gm.graph, site.record, (list(amaxes),), like=amaxes[-1])
+        first, count = fake(amaxes[0]), sum(fake(a).shape[0] for a in amaxes)
+        packed = emit(gm.graph, site.record, (list(amaxes),), like=amaxes[-1], value=fake_like(first, (count,), first.dtype))
     output.args = ((*results, packed),)
-
-
-def _state_nodes(gm: GraphModule, slots: Slots | None) -> tuple[Node | None, Node | None, Node | None]:
-    """The packed scales, the gradients' packed scales and the piece of the sink of a site."""
-    if slots is None:
-        return None, None, None
-    by_name = {n.name: n for n in gm.graph.nodes}
-    return by_name[slots.scale], by_name.get(slots.grad_scale or ""), by_name.get(slots.sink or "")
 
 
 def _scales(packed: Node | None, start: int, count: int, opaque: bool) -> Any:
@@ -271,15 +287,9 @@ def _unpacked(packed: Node) -> tuple[Node, Node]:
     return values, inverses
 
 
-def _replayable(ref: WeightRef | None) -> bool:
+def _replayable(ref: WeightRef) -> bool:
     """Whether the view of a weight can be made outside of the graph: it depends on nothing but the weight."""
-    return ref is not None and all(n.all_input_nodes == [p] for n, p in zip(ref.chain, (ref.root, *ref.chain), strict=False))
-
-
-def _written(graph: Graph, refs: Sequence[WeightRef | None]) -> bool:
-    """Whether the graph itself writes one of these weights: then what it was before is not what is multiplied."""
-    memory = {storage(r.root) for r in refs if r is not None}
-    return any(storage(w) in memory for n in graph.nodes for w in writes(n))
+    return all(n.all_input_nodes == [p] for n, p in zip(ref.chain, (ref.root, *ref.chain), strict=False))
 
 
 def _replay(ref: WeightRef) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -8,14 +8,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Graph, Node
 
 from te_dynamo.ir import site_of
 from te_dynamo.ir.graph import example, fake, fake_mode_of, infer
 from te_dynamo.ir.linear import GemmRows
+from te_dynamo.passes.effects import storage
 from te_dynamo.passes.weights import is_view
 from te_dynamo.sites import module_path
+
+
+class Structure:
+    """What a value is computed of, back to GEMMs and inputs, without names: `key` is equal for the attentions of equal layers."""
+
+    def __init__(self, value: Any) -> None:
+        self.numbers: dict[Any, int] = {}  # of nodes and of memory, in the order in which they are met
+        self.parts: list[Any] = []
+        self.key = (self._of(value), *self.parts)
+
+    def _of(self, value: Any) -> Any:
+        if isinstance(value, Node):
+            if value not in self.numbers:
+                self.parts.append(self._of_node(value))
+                self.numbers[value] = len(self.numbers)
+            return (Node, self.numbers[value])
+        if isinstance(value, slice):
+            return (slice, self._of((value.start, value.stop, value.step)))
+        return tuple(map(self._of, value)) if isinstance(value, (list, tuple)) else value
+
+    def _of_node(self, node: Node) -> Any:
+        value, op = example(node), site_of(node)
+        tensors = tuple(self._of_tensor(t) for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, Tensor))
+        if op is not None:
+            return (op.name, tensors, tuple(op.all_attributes(node, None).items()))
+        if node.op not in ("call_function", "call_method"):
+            return tensors
+        return (node.target, tensors, self._of(node.args), tuple((key, self._of(v)) for key, v in node.kwargs.items()))
+
+    def _of_tensor(self, t: Tensor) -> Any:
+        memory = self.numbers.setdefault(storage(t), len(self.numbers))
+        sizes = (n.node.expr if isinstance(n, SymInt) else n for n in (*t.shape, *t.stride(), t.storage_offset()))
+        return (memory, t.dtype, *sizes)
 
 
 class ValuesInMemory:
