@@ -10,14 +10,14 @@ from te_dynamo.config import Options, set_options
 
 if TYPE_CHECKING:
     from te_dynamo.report.explain import explain
-    from te_dynamo.runtime import weights_changed
     from te_dynamo.state.saved import scale_state
+    from te_dynamo.weight_cache import weights_changed
 
 __all__ = ["Options", "__version__", "explain", "recipe", "scale_state", "set_options", "weights_changed"]
 __version__ = "0.1.0"
 
 # Imported at first use: setting options must not cost the import of the compiler.
-_LAZY = {"explain": "te_dynamo.report.explain", "scale_state": "te_dynamo.state.saved", "weights_changed": "te_dynamo.runtime"}
+_LAZY = {"explain": "te_dynamo.report.explain", "scale_state": "te_dynamo.state.saved", "weights_changed": "te_dynamo.weight_cache"}
 
 
 def __getattr__(name: str) -> Any:

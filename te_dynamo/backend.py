@@ -38,7 +38,7 @@ from te_dynamo.passes.rules import apply
 from te_dynamo.passes.select import masks_uniform_rows, select, unmatched_absolute_patterns
 from te_dynamo.passes.undo import Rewrites
 from te_dynamo.report.stages import Stages
-from te_dynamo.runtime import CompiledGraph, Compiler, Variant, compile_inductor, compile_without_codegen
+from te_dynamo.runtime import CompiledGraph, CompiledIfItStays, Compiler, Variant, compile_inductor
 from te_dynamo.sites import Sites
 from te_dynamo.state.reduce import ranks
 
@@ -81,8 +81,9 @@ def te_fp8(
         return Variant(compiler(graph, inputs, chosen), lowered)
 
     steady = variant(calibrating=False)
-    # The graph that calibrates is run once or twice: it is not worth generating code for. In inference it may stay in use.
-    calibrating = variant(True, compile_without_codegen if grad_enabled else compile_inductor) if calibrates else None
+    # In inference, and where lengths are symbolic (later guards would come too late), the graph that calibrates is compiled at once.
+    at_once = not grad_enabled or any(isinstance(i, torch.SymInt) for i in example_inputs)
+    calibrating = variant(True, compile_inductor if at_once else CompiledIfItStays) if calibrates else None
     _warn_about_patterns(chosen, sites)
     for observer in observers:
         observer(fused, sites, chosen)

@@ -305,7 +305,7 @@ def test_inference_quantizes_weights_once_and_again_after_they_change():
 
 
 def test_weights_written_through_data_are_seen_after_weights_changed():
-    from te_dynamo.runtime import weights_changed
+    from te_dynamo import weights_changed
 
     model = MLP().eval()
     run = compiled(model)

@@ -59,7 +59,7 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.te_dynamo.site_fwd.default:
-            self.linears.append((memory(args[1][0]), memory(result[0][0])))
+            self.linears.append((memory(args[1][0]), memory(result[1])))
         elif "scaled_dot_product" in func.__name__ and "backward" not in func.__name__:
             self.attention = [memory(t) for t in (*args[:3], result[0])]
         return result

@@ -109,10 +109,9 @@ def test_what_is_recorded_between_two_rolls_counts_with_its_largest(steps):
     definition = Definition(FP8_MAX[FORWARD], 4)
     for amaxes in steps:
         for amax in amaxes:
-            together.record(torch.tensor([amax, amax / 2]))
-            apart.record(torch.tensor([amax, amax / 2]))
-            own = apart.grad_amax(recording=True)
-            own.copy_(torch.maximum(own, torch.tensor([amax, 1.0])))
+            together.record(FORWARD, torch.tensor([amax, amax / 2]))
+            apart.record(FORWARD, torch.tensor([amax, amax / 2]))
+            apart.record(GRADIENT, torch.tensor([amax, 1.0]))
         arena.roll()
         definition.update(max(amaxes))
         assert arena.scale[FORWARD, 1] == arena.scale[FORWARD, 4] == definition.scale
@@ -613,13 +612,12 @@ def test_a_rank_whose_slots_are_all_gone_still_takes_part(monkeypatch):
     assert [buffer.tolist() for buffer in buffers] == [[0, 3, 3], [0, 0, 3], [0, 0, 0]]
 
 
-def test_an_arena_grows_without_losing_what_a_pending_backward_writes():
+def test_an_arena_grows_without_losing_what_was_recorded():
     count = Arena(CPU).capacity - 1
     arena = arena_of(4, forward=count, gradient=count)
     group = Group(arena, (range(1, count + 1), range(1, count + 1)), [])
-    pending = group.grad_amax(recording=True)
+    group.record(GRADIENT, torch.full((count,), 2.0))
     more = arena.take(GRADIENT, 1)
-    pending.fill_(2.0)
     arena.roll()
     assert arena.scale.shape[1] > count + 1 and more == range(count + 1, count + 2)
     assert arena.scale[GRADIENT, 1] == arena.scale[GRADIENT, count] == 57344.0 / 2

@@ -176,7 +176,8 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     new_output = graph.output(output)
     new_output.meta = dict(old_output.meta)
     for old, new in mapping.items():
-        new.meta = dict(old.meta)
+        # Dynamo's record of an argument refers to it weakly, and goes when Dynamo is done.
+        new.meta = {key: value for key, value in old.meta.items() if key != "grapharg"}
         if old.op == "placeholder":
             new._dynamo_source = getattr(old, "_dynamo_source", None)
     copy = _make_graph_module(gm, graph)  # while Dynamo compiles, its code is not generated before it is asked for

@@ -10,8 +10,7 @@ class StateInput(IntEnum):
 
     SCALE = 0  # f32 [F]: the scales of the forward tensors
     GRAD_SCALE = 1  # f32 [G]: those of the gradients
-    GRAD_AMAX = 2  # f32 [G]: backward max-writes the gradients' amaxes here
-    SINK = 3  # f32 [G], requires grad, and used for nothing: its "gradient" carries the amaxes out of each site's backward
+    SINK = 2  # f32 [G], requires grad, and used for nothing: its "gradient" carries the amaxes out of backward
 
     @property
     def placeholder(self) -> str:

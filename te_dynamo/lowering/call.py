@@ -14,6 +14,8 @@ from torch import Tensor
 from te_dynamo.ir.op import SemanticOp, op_named
 from te_dynamo.recipe import Recipe, from_key
 
+# Inductor's C++ wrapper writes a text argument as it stands between quotation marks: a key has neither these nor backslashes.
+_PLAIN, _JSON = str.maketrans('"\\', "'~"), str.maketrans("'~", '"\\')
 # What an operation is given, by position: a dtype, None for an input that is not there, or a tuple of these for a list.
 Spec = Any
 
@@ -58,7 +60,7 @@ class Call:
 
     @cached_property
     def key(self) -> str:
-        return json.dumps(_encoded(self))
+        return json.dumps(_encoded(self)).translate(_PLAIN)
 
     def __str__(self) -> str:
         scaling = f"{self.scaling.name} scaling" if self.recipe else "high precision"
@@ -67,7 +69,7 @@ class Call:
     @staticmethod
     @cache
     def parse(key: str) -> Call:
-        return _decoded(json.loads(key))
+        return _decoded(json.loads(key.translate(_JSON)))
 
     @property
     def operation(self) -> SemanticOp:
@@ -125,9 +127,10 @@ def _encoded(value: Any) -> Any:
         return {key: _encoded(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_encoded(v) for v in value]
-    if value is None or isinstance(value, (str, int, float, bool)):
+    if value is None or isinstance(value, (int, float, bool)) or (isinstance(value, str) and not set("'~") & set(value)):
         return value
-    raise TypeError(f"te_fp8: an attribute of an operation must be a number, a text, a dtype or a sequence of these, not {value!r}")
+    kinds = "a number, a dtype, a text without ' and ~, or a sequence of these"
+    raise TypeError(f"te_fp8: an attribute of an operation must be {kinds}, not {value!r}")
 
 
 def _decoded(value: Any) -> Any:

@@ -11,9 +11,10 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 @torch.library.custom_op("te_dynamo::agreed", mutates_args=())
 def _agreed(amax: Tensor, slot: Tensor, amax_group: str) -> Tensor:
     """amax: f32, 0-d, of this rank; slot: the scale, f32, 0-d; amax_group: the name of a process group -> the largest amax of its
-    ranks where the slot is unset (0), which all of them must agree on; else `amax`."""
+    ranks where the slot is unset (0), which all of them must agree on; else `amax`. An unset slot of a rank that runs alone is
+    -0 (see `Group.scales`)."""
     result = amax.clone()
-    if not bool(slot > 0):
+    if slot == 0 and not torch.signbit(slot):
         dist.all_reduce(result, op=dist.ReduceOp.MAX, group=_resolve_process_group(amax_group))
     return result
 

@@ -139,7 +139,7 @@ class NVFP4:
     def dequantize(self, quantized: Quantized, columns: int) -> Tensor:
         data = quantized.data.int()
         codes = torch.stack([data & 15, data >> 4], -1).flatten(-2)
-        table = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], device=data.device)
+        table = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=torch.float32, device=data.device)
         values = _blocks(table[codes], self.rows, self.columns) * _spread(quantized.scale_inv)
         if self.hadamard:
             values = values @ _hadamard(data.device).t()
@@ -211,7 +211,7 @@ def _e2m1(values: Tensor, stochastic: bool) -> Tensor:
 
 def _hadamard(device: torch.device) -> Tensor:
     """The random Hadamard transform of 16 values as an orthonormal matrix, float32 [16, 16]; multiply by it from the right."""
-    matrix = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
     for _ in range(4):
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device), matrix)
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32, device=device), matrix)
     return torch.tensor(HADAMARD_SIGNS, dtype=torch.float32, device=device)[:, None] * matrix / 4

@@ -1,8 +1,11 @@
 """The pair of operators behind every opaque implementation: one for forward, one for backward, told by a `Call` what to do.
 
 Opaque because Inductor's C++ for every quantization, each reading its scale at another offset, would make compile time grow with
-the number of sites. An operator returns tensors only, which share memory with nothing: a field of a `Quantized` that was not
-made is an empty tensor, and a tensor that is a view of another is copied.
+the number of sites. An operator returns one list of tensors, which share memory with nothing: Inductor's C++ wrapper knows no other
+results. A field of a `Quantized` that was not made is an empty tensor, and a tensor that is a view of another is copied.
+
+    site_fwd   [amax, *outputs, empty, *fields of what is saved]
+    site_bwd   [amax, *gradients that are wanted]
 """
 
 from __future__ import annotations
@@ -46,8 +49,15 @@ def opaque_forward(
 ) -> tuple[list[Tensor], list[Quantized], Tensor | None]:
     """(outputs, saved, amax) of a site, by the operator."""
     packed, start = scales or (None, 0)
-    outputs, leaves, amax = torch.ops.te_dynamo.site_fwd(call.key, list(flat), packed, start, list(needs))
+    outputs, leaves, amax = forward_results(torch.ops.te_dynamo.site_fwd(call.key, list(flat), packed, start, list(needs)))
     return outputs, unflattened([None if _is_absent(t) else t for t in leaves]), amax if call.records else None
+
+
+def forward_results(made: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(outputs, fields of what is saved, amax) of what `site_fwd` gives."""
+    amax, *rest = made
+    end = next(i for i, t in enumerate(rest) if _is_absent(t))
+    return rest[:end], rest[end + 1 :], amax
 
 
 def opaque_backward(
@@ -60,14 +70,14 @@ def opaque_backward(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """(a gradient for each flat input, None where it is not wanted; amax), by the operator."""
     packed, start = scales or (None, 0)
-    made, amax = torch.ops.te_dynamo.site_bwd(call.key, list(read), flattened(saved), list(grads), packed, start, list(needs))
+    amax, *made = torch.ops.te_dynamo.site_bwd(call.key, list(read), flattened(saved), list(grads), packed, start, list(needs))
     present = iter(made)
     return [next(present) if needed else None for needed in needs], amax if call.records else None
 
 
 def _forward(
     call: str, inputs: list[Tensor | None], scale: Tensor | None, start: int, needs: list[bool], fake: bool = False
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+) -> list[Tensor]:
     parsed = Call.parse(call)
     done = compute_forward(parsed, inputs, scales_of(parsed, None if scale is None else PackedSlots(scale, start)), needs, fake=fake)
     return _packed(done, [*inputs, scale], any(needs) or parsed.records, parsed)
@@ -82,21 +92,18 @@ def _backward(
     start: int,
     needs: list[bool],
     fake: bool = False,
-) -> tuple[list[Tensor], Tensor]:
+) -> list[Tensor]:
     parsed = Call.parse(call)
     scales = scales_of(parsed, None if scale is None else PackedSlots(scale, start))
     done: Backward = compute_backward(parsed, inputs, unflattened(saved), grads, scales, needs, fake=fake)
     wanted = [g for g, needed in zip(flattened(done.gradients), needs, strict=True) if needed]
-    (*gradients,) = _apart(wanted, [*inputs, *saved, *grads, scale])
-    return gradients, _amax(done.amaxes, parsed, grads[0])
+    return [_amax(done.amaxes, parsed, grads[0]), *_apart(wanted, [*inputs, *saved, *grads, scale])]
 
 
-def _packed(done: Forward, inputs: Sequence[Tensor | None], saves: bool, call: Call) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _packed(done: Forward, inputs: Sequence[Tensor | None], saves: bool, call: Call) -> list[Tensor]:
     like = done.outputs[0]
     leaves = [like.new_empty(0) if t is None else t for q in done.saved for t in q] if saves else []
-    made = _apart([*done.outputs, *leaves], inputs)
-    count = len(done.outputs)
-    return made[:count], made[count:], _amax(done.amaxes, call, like)
+    return [_amax(done.amaxes, call, like), *_apart([*done.outputs, like.new_empty(0), *leaves], inputs)]
 
 
 def _amax(amaxes: Sequence[Tensor], call: Call, like: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ def _remembered(run: Callable[..., Any]) -> Callable[..., Any]:
             results = run(call, *args, fake=True)
             known[key] = _described(results)
             return results
-        return tuple(_made(description, like) for description in known[key])
+        return _made(known[key], like)
 
     return fake
 
@@ -164,10 +171,10 @@ def _made(description: Any, like: Tensor) -> Any:
 
 
 site_fwd = torch.library.custom_op("te_dynamo::site_fwd", mutates_args=(), tags=FORWARD_TAGS, schema=(
-    "(str call, Tensor?[] inputs, Tensor? scale, int start, bool[] needs) -> (Tensor[], Tensor[], Tensor)"
+    "(str call, Tensor?[] inputs, Tensor? scale, int start, bool[] needs) -> Tensor[]"
 ))(lambda call, inputs, scale, start, needs: _forward(call, inputs, scale, start, needs))  # fmt: skip
 site_bwd = torch.library.custom_op("te_dynamo::site_bwd", mutates_args=(), tags=BACKWARD_TAGS, schema=(
-    "(str call, Tensor?[] inputs, Tensor?[] saved, Tensor[] grads, Tensor? scale, int start, bool[] needs) -> (Tensor[], Tensor)"
+    "(str call, Tensor?[] inputs, Tensor?[] saved, Tensor[] grads, Tensor? scale, int start, bool[] needs) -> Tensor[]"
 ))(lambda call, inputs, saved, grads, scale, start, needs: _backward(call, inputs, saved, grads, scale, start, needs))  # fmt: skip
 site_fwd.register_fake(_remembered(_forward))
 site_bwd.register_fake(_remembered(_backward))

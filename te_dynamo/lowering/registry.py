@@ -341,5 +341,5 @@ def functions_in_graphs() -> list[str]:
     from te_dynamo.lowering import site
 
     load()
-    functions = [site.collect, site.record, site.site, site.unpack, *(op.definition for op in all_ops())]
+    functions = [site.record, site.site, site.unpack, *(op.definition for op in all_ops())]
     return [f"{f.__module__}.{f.__name__}" for f in functions]

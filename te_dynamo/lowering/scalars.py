@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 @torch.library.custom_op("te_dynamo::unpack", mutates_args=())
-def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """packed: f32 [F] -> F scalars (0-d), F reciprocals of them.
+def unpack(packed: Tensor) -> list[Tensor]:
+    """packed: f32 [F] -> F scalars (0-d), then F reciprocals of them.
 
     Each has memory of its own: an operator's outputs must not overlap, and kernels take pointers that are aligned.
     """
     values = torch._foreach_mul(packed.unbind(), 1.0)
-    return list(values), list(torch._foreach_reciprocal(values))
+    return [*values, *torch._foreach_reciprocal(values)]
 
 
 @unpack.register_fake
 def _(packed):
-    return [packed.new_empty(()) for _ in range(packed.shape[0])], [packed.new_empty(()) for _ in range(packed.shape[0])]
+    return [packed.new_empty(()) for _ in range(2 * packed.shape[0])]
 
 
 @torch.library.custom_op("te_dynamo::largest", mutates_args=())

@@ -1,8 +1,7 @@
 """What stands in a lowered graph: plain Python functions over tensors that AOTAutograd traces through.
 
 `site` is every site, whoever computes it: one autograd function, which also carries the amaxes of its gradients. It is given a
-piece of `sink`, a tensor that requires grad and is used for nothing, and the piece's "gradient" is what backward measured;
-`collect` gathers them.
+piece of `sink`, a tensor that requires grad and is used for nothing, and the piece's "gradient" is what backward measured.
 """
 
 from __future__ import annotations
@@ -27,27 +26,6 @@ from te_dynamo.lowering.scalars import largest_of
 SiteScales = tuple[Tensor, int] | tuple[list[Tensor], list[Tensor]] | None
 
 
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, sink: Tensor, grad_amax: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        ctx.grad_amax = grad_amax
-        return torch.split(sink, sizes)
-
-    @staticmethod
-    def backward(ctx: Any, *amaxes: Tensor) -> Any:
-        ctx.grad_amax.copy_(torch.maximum(ctx.grad_amax, torch.cat(amaxes)))
-        return None, None, None
-
-
-def collect(sink: Tensor, grad_amax: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Splits `sink` [G] into a piece for each site; in backward the pieces' amaxes are max-written into `grad_amax` [G].
-
-    One packed write, in the backward graph itself: it happens under `backward()`, `autograd.grad` and
-    `backward(inputs=...)` alike.
-    """
-    return _Collect.apply(sink, grad_amax, sizes)
-
-
 def record(amaxes: Sequence[Tensor]) -> Tensor:
     """The forward amaxes of a graph as one tensor [F], outside of autograd."""
     return torch.cat([torch.detach(a) for a in amaxes])
@@ -55,7 +33,8 @@ def record(amaxes: Sequence[Tensor]) -> Tensor:
 
 def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The scales [F] of a graph as F 0-d tensors, and their reciprocals."""
-    return torch.ops.te_dynamo.unpack(packed)
+    made = torch.ops.te_dynamo.unpack(packed)
+    return made[: len(made) // 2], made[len(made) // 2 :]
 
 
 class _Site(torch.autograd.Function):

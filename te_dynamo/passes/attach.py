@@ -20,7 +20,6 @@ from te_dynamo.ir.graph import EXAMPLE, emit, fake_mode_of
 from te_dynamo.ir.meta import MEMBERS, PATH, PLAN, SLOTS, site_path
 from te_dynamo.ir.op import ScaledTensor
 from te_dynamo.ir.state_inputs import StateInput
-from te_dynamo.lowering.site import collect
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.weights import weight_of
 from te_dynamo.state import SlotKey
@@ -91,9 +90,8 @@ def _attach(gm: GraphModule, done: dict[int, Attached], *, trains: bool, top: bo
     pieces: list[Node | None] = [None] * len(items)
     if with_gradient:
         grad_scale = _placeholder(gm, StateInput.GRAD_SCALE, size_g, placeholders)
-        grad_amax = _placeholder(gm, StateInput.GRAD_AMAX, size_g, placeholders) if top else None
         sink = _placeholder(gm, StateInput.SINK, size_g, placeholders)
-        pieces = _pieces(gm, sink, grad_amax, [i.count("gradient") for i in items])
+        pieces = _pieces(gm, sink, [i.count("gradient") for i in items])
     start = grad_start = 0
     by_body = {call.node: call.body for call in calls(gm)}
     for item, piece in zip(items, pieces, strict=True):
@@ -206,17 +204,14 @@ def _placeholder(gm: GraphModule, what: StateInput, size: int, others: list[Node
 def fake_vector(fake_mode: Any, size: int, device: torch.device, requires_grad: bool = False) -> torch.Tensor:
     """The fake value of a state input: made in the fake mode, or its size would become symbolic."""
     with fake_mode:
-        return torch.zeros(size, device=device, requires_grad=requires_grad)
+        return torch.zeros(size, dtype=torch.float32, device=device, requires_grad=requires_grad)
 
 
-def _pieces(gm: GraphModule, sink: Node, grad_amax: Node | None, sizes: list[int]) -> list[Node | None]:
+def _pieces(gm: GraphModule, sink: Node, sizes: list[int]) -> list[Node | None]:
     graph = gm.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_before(last.next):
-        if grad_amax is None:
-            split = emit(graph, torch.split, (sink, sizes), like=last)
-        else:
-            split = emit(graph, collect, (sink, grad_amax, sizes), like=last)
+        split = emit(graph, torch.split, (sink, sizes), like=last)
         return [emit(graph, operator.getitem, (split, i), like=last) for i in range(len(sizes))]
 
 

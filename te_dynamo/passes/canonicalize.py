@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 
 from te_dynamo.ir.graph import EXAMPLE, example, fake, fake_mode_of, infer, is_call, is_method, tensor
 from te_dynamo.passes.effects import storage, writes
+from te_dynamo.passes.regions import transformed
 
 LINEAR = torch._C._nn.linear
 SDPA = torch._C._nn.scaled_dot_product_attention
@@ -138,9 +139,9 @@ class Spelling:
 
 def canonicalize(gm: GraphModule) -> None:
     """Rewrites `gm` (a copy of Dynamo's graph), in place."""
-    graph = gm.graph
+    graph, inside = gm.graph, transformed(gm.graph)
     for node in list(graph.nodes):
-        if node.op not in ("call_function", "call_method") or _module_number(graph, node):
+        if node.op not in ("call_function", "call_method") or node in inside or _module_number(graph, node):
             continue
         _out_of_place(graph, node)
         for spelling in (_named, _positional, _formed):

@@ -31,7 +31,7 @@ class Plan:
     amaxes. implemented: whether an implementation of the provider computes it; otherwise its definition stands.
     opaque: whether that runs inside an operator, which sees for itself which scales were never set.
     calibrator: who computes it while a scale was never set: the provider itself, or another where that does not calibrate.
-    amax_group: the name of the process group whose ranks share first scales, or "".
+    amax_group: the name of the process group whose ranks share first scales, or "": in inference a rank may run alone.
     shared: roles that move as one because a kernel takes one scale for them (`Implementation.shared`).
     produces: whether the provider makes its operand together with what the model computes it with.
     """
@@ -123,7 +123,7 @@ class Planner:
             implemented=True,
             opaque=implementation.opaque,
             calibrator=provider if implementation.calibrates else registry.calibrator_of(op, recipe, self.device),
-            amax_group=self._group_of(recipe),
+            amax_group=self._group_of(recipe) if trains else "",
             shared=implementation.shared,
             produces=produces,
         )

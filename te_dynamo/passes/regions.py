@@ -1,4 +1,4 @@
-"""Inline regions of a Dynamo graph: autocast and grad mode are calls that stand before the nodes they govern."""
+"""Inline regions of a Dynamo graph: autocast, grad mode and torch.func's transforms are calls that stand before the nodes they govern."""
 
 from __future__ import annotations
 
@@ -20,4 +20,16 @@ def regions(graph: Graph, grad_enabled: bool) -> dict[Node, tuple[int, bool]]:
         elif is_call(node, *AUTOCAST):
             number += 1
         result[node] = (number, grad_enabled)
+    return result
+
+
+def transformed(graph: Graph) -> set[Node]:
+    """The nodes inside torch.func's transforms (vmap, grad, vjp, jvp, jacrev, ...) or at a level of forward-mode derivatives."""
+    depth, result = 0, set()
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        depth += name.endswith(("_increment_nesting", "_enter_dual_level"))
+        depth -= name.endswith(("_decrement_nesting", "_exit_dual_level"))
+        if depth:
+            result.add(node)
     return result

@@ -18,11 +18,18 @@ from torch.fx import Graph, GraphModule, Node
 from te_dynamo.ir import op_of
 from te_dynamo.ir.graph import EXAMPLE, erase_if_dead
 from te_dynamo.ir.meta import ORIGIN
+from te_dynamo.passes.canonicalize import LINEAR, SDPA
 from te_dynamo.passes.effects import written_between
+from te_dynamo.passes.regions import transformed
 from te_dynamo.passes.undo import Rewrite, Rewrites
 from te_dynamo.sites import Sites
 
 log = logging.getLogger(__name__)
+
+TRANSFORMED = (
+    "it is inside a transform of torch.func (vmap, grad, jvp, ...), whose derivatives FP8 has none of. Remedy: compile the model "
+    "itself, and call it where nothing is transformed"
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,14 @@ def apply(rules: Sequence[Rule], gm: GraphModule, sites: Sites, done: Rewrites |
     done: gets what was rewritten.
     """
     graph = gm.graph
+    inside = transformed(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node._erased:
+            continue
+        if node in inside:
+            for rule in rules if node.target in (LINEAR, SDPA) else ():
+                if node.target in rule.ends_at:
+                    sites.declined(node, rule.kind, TRANSFORMED)
             continue
         for rule in rules:
             if node.target in rule.ends_at and _try(rule, graph, node, sites, done):

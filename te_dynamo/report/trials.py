@@ -93,7 +93,7 @@ def _transformer_engine(device: torch.device) -> tuple[str, str]:
 
     torch.manual_seed(0)
     x, w = (torch.randn(size, 128, device=device, dtype=torch.bfloat16) for size in (64, 96))
-    scale, one = torch.tensor(3.5, device=device), torch.ones((), device=device)
+    scale, one = (torch.tensor(v, dtype=torch.float32, device=device) for v in (3.5, 1.0))
     ops = torch.ops.te_dynamo
     plain, transposed, peak = ops.te_quantize(x, scale, E4M3, True, True)
     if wrong := different((plain, transposed, peak.reshape(())), _definition(x, scale, E4M3)):
@@ -116,8 +116,8 @@ def _wrong_values(kernel: Kernel, definition: Kernel, device: torch.device) -> s
     found = []
     for dtype, name in ((E4M3, "E4M3"), (E5M2, "E5M2")):
         for shape in SHAPES:
-            x = torch.randn(shape, generator=generator).to(device, torch.bfloat16)
-            inputs = x, torch.tensor(FP8_MAX[dtype] / 3.0, device=device), dtype
+            x = torch.randn(shape, generator=generator, dtype=torch.float32).to(device, torch.bfloat16)
+            inputs = x, torch.tensor(FP8_MAX[dtype] / 3.0, dtype=torch.float32, device=device), dtype
             if wrong := different(kernel(*inputs), definition(*inputs)):
                 found.append(f"{wrong} wrong values of {list(shape)} in {name}")
     return "; ".join(found)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,16 +55,12 @@ class Arena:
         self.recipes: tuple[dict[int, DelayedScaling], dict[int, DelayedScaling]] = ({}, {})
         self.has_unions = False
         self.special = False  # whether any slot's recipe is like_te, or has an algorithm other than "max"
-        self.old_amaxes: list[Tensor] = []  # from before the arena grew: a backward that was pending then still writes them
-        self.scattered_groups: list[weakref.ref[Any]] = []  # they record gradients in a buffer of their own
         self.version = 0  # changes whenever a slot is set up, written or given back
         self._custom: tuple[int, list[tuple[DelayedScaling, int, Tensor]]] = (-1, [])
         self._allocate()
 
     def _allocate(self) -> None:
         """Makes the tensors, or makes them larger."""
-        if hasattr(self, "amax"):
-            self.old_amaxes.append(self.amax)
         with torch.inference_mode(False), torch.no_grad():
             for name, (fill, dtype) in COLUMNS.items():
                 shape = (2, self.capacity, self.longest) if name == "history" else (2, self.capacity)
@@ -187,17 +181,6 @@ class Arena:
 
     # -- the update
 
-    def collect_amaxes(self) -> None:
-        """Brings every recorded amax into `amax`."""
-        for reference in self.scattered_groups:
-            group = reference()
-            if group is not None:
-                group.flush()
-        for old in self.old_amaxes:
-            current = self.amax[:, : old.shape[1]]
-            current.copy_(torch.maximum(current, old))
-            old.zero_()
-
     @torch.no_grad()
     def roll(self, reduce: Callable[[Tensor], None] | None = None) -> None:
         """Recorded amaxes enter the histories, and new scales come out. A slot without a new amax does not move.
@@ -205,7 +188,6 @@ class Arena:
         A fixed number of kernels, however many slots there are; on a GPU one for the update itself. reduce: max-reduces the
         amaxes [2, n] over a group's ranks.
         """
-        self.collect_amaxes()
         n = max(self.used)
         amax = self.amax[:, :n]
         self.drop_infinite(amax)
@@ -254,7 +236,10 @@ class Arena:
                 for index, recipe in recipes.items():
                     if callable(recipe.amax_compute_algo) or recipe.scaling_factor_compute_algo is not None:
                         found.setdefault((recipe, direction), []).append(index)
-            slots = [(recipe, direction, torch.tensor(where, device=self.device)) for (recipe, direction), where in found.items()]
+            slots = [
+                (recipe, direction, torch.tensor(where, dtype=torch.int64, device=self.device))
+                for (recipe, direction), where in found.items()
+            ]
             self._custom = (self.version, slots)
         return self._custom[1]
 
@@ -269,8 +254,14 @@ def _custom_scale(recipe: DelayedScaling, direction: int, history: Tensor, old: 
     else:
         amax = history[0] if recipe.amax_compute_algo == "most_recent" else history.amax(0)
     if recipe.scaling_factor_compute_algo is not None:
-        return recipe.scaling_factor_compute_algo(amax, old.clone(), torch.tensor(FP8_MAX[dtype], device=old.device), recipe)
+        return recipe.scaling_factor_compute_algo(
+            amax, old.clone(), torch.tensor(FP8_MAX[dtype], dtype=torch.float32, device=old.device), recipe
+        )
     return torch.where(torch.isfinite(amax) & (amax > 0), scale_of(amax, dtype, recipe.margin), old)
+
+
+def _indices(where: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(where, dtype=torch.int64, device=device)
 
 
 def _dtype(recipe: DelayedScaling, direction: int) -> torch.dtype:

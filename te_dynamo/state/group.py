@@ -22,13 +22,11 @@ class Group:
         self.slots = frozenset((arena.device, direction, i) for direction in DIRECTIONS for i in indices[direction])
         self.where = tuple(_location(i, arena.device) for i in indices)
         self.owners = tuple({id(o): weakref.ref(o) for o in owners}.values())
+        self.sink_places: dict[int, int | None] = {}  # by the number of a graph's inputs: where the sink is among them
         self._complete = -1  # the arena's version at which all scales were set
         with torch.inference_mode(False):
-            self.sink = torch.zeros(len(indices[GRADIENT]), device=arena.device, requires_grad=True)
-            self.scratch = torch.zeros(len(indices[GRADIENT]), device=arena.device)  # for calls that must not record
-            self.own_grad_amax = None if isinstance(self.where[GRADIENT], slice) else torch.zeros_like(self.scratch)
-        if self.own_grad_amax is not None:
-            arena.scattered_groups.append(weakref.ref(self))
+            self.sink = torch.zeros(len(indices[GRADIENT]), dtype=torch.float32, device=arena.device, requires_grad=True)
+            self.sink.register_post_accumulate_grad_hook(_drop_gradient)
 
     def complete(self, gradients: bool) -> bool:
         """Whether all scales are set. Looked up once for each version of the arena, since on a GPU it waits for the device."""
@@ -46,34 +44,20 @@ class Group:
         owners = [owner for reference in self.owners if (owner := reference()) is not None]
         return not owners or any(owner.training for owner in owners)
 
-    def scales(self, direction: int, snapshot: bool) -> Tensor:
-        """[slots] f32; a snapshot is a copy that no later roll reaches."""
+    def scales(self, direction: int, snapshot: bool, alone: bool = False) -> Tensor:
+        """[slots] f32; a snapshot is a copy that no later roll reaches. alone: other ranks may not make this call, so what is unset
+        is -0: a first scale is not waited for."""
         where = self.where[direction]
         scale = self.arena.scale[direction]
         if isinstance(where, slice):
-            return scale[where].clone() if snapshot else scale[where]
-        return scale.index_select(0, where)
-
-    def grad_amax(self, recording: bool) -> Tensor:
-        """Where backward max-writes the gradients' amaxes [slots]."""
-        if not recording:
-            return self.scratch
-        if self.own_grad_amax is not None:
-            return self.own_grad_amax
-        return self.arena.amax.data[GRADIENT][self.where[GRADIENT]]
-
-    def record(self, amax: Tensor) -> None:
-        """Max-writes the forward amaxes [slots] of a call."""
-        self._record(FORWARD, amax)
-
-    def flush(self) -> None:
-        """Moves the gradients' amaxes into the arena, if the slots are scattered there."""
-        if self.own_grad_amax is not None:
-            self._record(GRADIENT, self.own_grad_amax)
-            self.own_grad_amax.zero_()
+            result = scale[where].clone() if snapshot else scale[where]
+        else:
+            result = scale.index_select(0, where)
+        return torch.where(result == 0, -0.0, result) if alone else result
 
     @torch.no_grad()
-    def _record(self, direction: int, amax: Tensor) -> None:
+    def record(self, direction: int, amax: Tensor) -> None:
+        """Max-writes the amaxes [slots] of a call or of a backward."""
         where, target = self.where[direction], self.arena.amax[direction]
         if isinstance(where, slice):
             torch.maximum(target[where], amax, out=target[where])
@@ -89,15 +73,17 @@ class FakeGroup(Group):
     def __init__(self, weight: Tensor, forward: int, gradient: int) -> None:
         assert isinstance(weight, FakeTensor)
         with weight.fake_mode, torch.inference_mode(False):
-            self._scales = [torch.zeros(n, device=weight.device) for n in (forward, gradient)]
-            self.sink = torch.zeros(gradient, device=weight.device, requires_grad=True)
-            self.scratch = torch.zeros(gradient, device=weight.device)
+            self._scales = [torch.zeros(n, dtype=torch.float32, device=weight.device) for n in (forward, gradient)]
+            self.sink = torch.zeros(gradient, dtype=torch.float32, device=weight.device, requires_grad=True)
 
-    def scales(self, direction: int, snapshot: bool) -> Tensor:
+    def scales(self, direction: int, snapshot: bool, alone: bool = False) -> Tensor:
         return self._scales[direction]
 
-    def grad_amax(self, recording: bool) -> Tensor:
-        return self.scratch
+
+@torch.compiler.disable
+def _drop_gradient(sink: Tensor) -> None:
+    """What arrives at a sink was taken on the way (`ScaleState.watch_backward`)."""
+    sink.grad = None
 
 
 def _location(indices: Sequence[int], device: torch.device) -> slice | Tensor:
@@ -105,4 +91,4 @@ def _location(indices: Sequence[int], device: torch.device) -> slice | Tensor:
     start = indices[0] if indices else 0
     if list(indices) == list(range(start, start + len(indices))):
         return slice(start, start + len(indices))
-    return torch.tensor(list(indices), device=device)
+    return torch.tensor(list(indices), dtype=torch.int64, device=device)

@@ -3,136 +3,171 @@
 A compiled graph gets tensors only, so slots are looked up by the weight's id; at its first call the garbage collector is
 asked which modules hold it. So a weight that replaces another takes over its slots, a deep copy gets slots of its own, and
 modules that share a weight share its slots.
+
+An id may become another tensor's, so what is found by it must still hold the weight (`Holders.has`). No weight that a module
+holds is referred to weakly, since `torch.utils.swap_tensors` refuses such tensors.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 Place = tuple[int, str]  # (id of the module, attribute)
 Slot = tuple[int, str]  # (ordinal of the visit in a call, role)
-Holder = tuple[weakref.ref[nn.Module], str]  # (module, attribute)
+
+
+class Holders:
+    """Who holds a weight: modules, each under an attribute; of a weight that no module holds, this does, weakly."""
+
+    def __init__(self, places: Sequence[tuple[nn.Module, str]], weight: Tensor | None = None) -> None:
+        self.modules: dict[Place, weakref.ref[nn.Module]] = {(id(m), attribute): weakref.ref(m) for m, attribute in places}
+        self.weight = None if places or weight is None else weakref.ref(weight)
+
+    def has(self, identity: int) -> bool:
+        """Whether the tensor of this id is held."""
+        if self.weight is not None and id(self.weight()) == identity:
+            return True
+        for (_, attribute), reference in self.modules.items():
+            module = reference()
+            if module is not None and id(module._parameters.get(attribute)) == identity:
+                return True
+        return False
+
+    def alive(self) -> list[Any]:
+        """The modules that are still there; the weight, where none holds it."""
+        references = self.modules.values() if self.weight is None else [self.weight]
+        return [thing for reference in references if (thing := reference()) is not None]
 
 
 class Home:
     """The slots of one weight: `slots[ordinal, role]` is (arena, direction, index).
 
-    routes: by ordinal, the relative path from the weight's module to a site without weights whose slots are kept here too (an
-    attention): how many names to strip from the module's path, and which to append.
+    identity: the id of the weight. routes: by ordinal, the relative path from the weight's module to a site without weights whose
+    slots are kept here too (an attention): how many names to strip from the module's path, and which to append.
     """
 
     def __init__(self) -> None:
         self.slots: dict[Slot, tuple[Any, int, int]] = {}
-        self.weight: weakref.ref[Tensor] | None = None
-        self.owners: dict[Place, weakref.ref[nn.Module]] = {}
+        self.identity = 0
+        self.holders = Holders(())
         self.routes: dict[int, tuple[int, tuple[str, ...]]] = {}
 
-    def current_weight(self) -> Tensor | None:
-        return None if self.weight is None else self.weight()
-
-    def occupied(self) -> bool:
-        """Whether an owner still holds the weight."""
-        weight = self.current_weight()
-        owners = ((reference(), attribute) for (_, attribute), reference in self.owners.items())
-        return weight is not None and any(owner is not None and owner._parameters.get(attribute) is weight for owner, attribute in owners)
-
-    def modules(self) -> list[nn.Module]:
-        return [m for reference in self.owners.values() if (m := reference()) is not None]
+    def owners(self) -> list[nn.Module]:
+        return [thing for thing in self.holders.alive() if isinstance(thing, nn.Module)]
 
 
 class Homes:
     """All homes, by weight and by the places that hold it."""
 
     def __init__(self, release: Callable[[Home], None], forget: Callable[[int], None]) -> None:
-        """release: called with a home that has no owner left; forget: called with the id of a weight that died."""
+        """release: called with a home that has no owner left; forget: with the id of a module or weight that is gone, or of a weight
+        that another replaced."""
         self.by_weight: dict[int, Home] = {}
         self.by_place: dict[Place, Home] = {}
         self.watched: dict[int, weakref.finalize] = {}
-        self.watched_modules: dict[int, weakref.finalize] = {}
-        self.holders: dict[int, list[Holder]] = {}  # by weight, as of the last search
+        self.known: dict[int, Holders] = {}  # by weight, as of the last search
         self.release, self.forget = release, forget
 
     def find(self, weight: Tensor) -> Home | None:
-        return self.by_weight.get(id(weight)) or self._vacant(self._holders(weight))
+        home = self.by_weight.get(id(weight))
+        return home if home is not None and home.holders.has(id(weight)) else self._vacant(self.holders(weight))
 
     def find_or_create(self, weight: Tensor) -> Home:
         home = self.by_weight.get(id(weight))
-        if home is not None:
+        if home is not None and home.holders.has(id(weight)):
             return home
-        holders = self._holders(weight)
+        holders = self.holders(weight)
         home = self._vacant(holders) or Home()
-        replaced = home.current_weight()
-        if replaced is not None:
-            self.by_weight.pop(id(replaced), None)
-        home.weight = weakref.ref(weight)
+        if home.identity:
+            self.by_weight.pop(home.identity, None)
+            self.forget(home.identity)
+        home.identity, home.holders = id(weight), holders
         self.by_weight[id(weight)] = home
-        for module, attribute in holders:
-            self.by_place[id(module), attribute] = home
-            home.owners[id(module), attribute] = weakref.ref(module)
-            _watch(module, self.watched_modules, self._module_died)
+        for place in holders.modules:
+            self.by_place[place] = home
         self.watch(weight)
         return home
 
-    def _vacant(self, holders: list[tuple[nn.Module, str]]) -> Home | None:
+    def _vacant(self, holders: Holders) -> Home | None:
         """The home in these places whose weight was replaced."""
-        homes = (self.by_place.get((id(module), attribute)) for module, attribute in holders)
-        return next((home for home in homes if home is not None and not home.occupied()), None)
+        homes = (self.by_place.get(place) for place in holders.modules)
+        return next((home for home in homes if home is not None and not home.holders.has(home.identity)), None)
 
-    def watch(self, weight: Tensor) -> None:
-        """Calls `forget` when this weight dies, since its id may then be another's."""
-        _watch(weight, self.watched, self._weight_died)
+    def holders(self, weight: Tensor) -> Holders:
+        """Who holds a weight."""
+        return self.all_holders([weight])[0]
+
+    def all_holders(self, weights: Sequence[Tensor]) -> list[Holders]:
+        """Who holds each weight; searches again, once, if those of the last search do not."""
+        if not all(map(self._is_known, weights)):
+            self.known = {i: holders for i, holders in self.known.items() if holders.weight is not None} | _all_holders()
+        for weight in weights:
+            if not self._is_known(weight):
+                self.known[id(weight)] = Holders((), weight)
+        return [self.known[id(weight)] for weight in weights]
+
+    def _is_known(self, weight: Tensor) -> bool:
+        return id(weight) in self.known and self.known[id(weight)].has(id(weight))
+
+    def watch(self, weight: Tensor) -> list[int]:
+        """Calls `forget` when one of those who hold this weight is gone: with one of these ids."""
+        things = self.holders(weight).alive()
+        for thing in things:
+            if id(thing) not in self.watched:
+                self.watched[id(thing)] = weakref.finalize(thing, self._gone, id(thing))
+                self.watched[id(thing)].atexit = False
+        return [id(thing) for thing in things]
 
     def detach(self) -> None:
         """Watches nothing any more."""
-        for finalizer in (*self.watched.values(), *self.watched_modules.values()):
+        for finalizer in self.watched.values():
             finalizer.detach()
 
-    def _weight_died(self, identity: int) -> None:
-        self.watched.pop(identity, None)
-        home = self.by_weight.pop(identity, None)
-        if home is not None and not home.owners:
-            self.release(home)
+    def _gone(self, identity: int) -> None:
+        """A module, or a weight that no module held, is gone."""
+        del self.watched[identity]
+        homes = [home for place, home in self.by_place.items() if place[0] == identity]
+        raw = self.by_weight.get(identity)
+        for home in [*homes, *([raw] if raw is not None and raw.holders.weight is not None else [])]:
+            if not home.holders.alive():
+                self.by_weight.pop(home.identity, None)
+                self.release(home)
+        self.by_place = {place: home for place, home in self.by_place.items() if place[0] != identity}
+        self.known.pop(identity, None)
         self.forget(identity)
 
-    def _module_died(self, identity: int) -> None:
-        self.watched_modules.pop(identity, None)
-        for place in [p for p in self.by_place if p[0] == identity]:
-            home = self.by_place.pop(place)
-            home.owners.pop(place, None)
-            weight = home.current_weight()
-            if not home.owners and (weight is None or id(weight) not in self.by_weight):
-                self.release(home)
 
-    def _holders(self, weight: Tensor) -> list[tuple[nn.Module, str]]:
-        """The modules that hold this weight, each with the attribute; searches again if those of the last search do not."""
-        for search in (False, True):
-            if search:
-                self.holders = _all_holders()
-            places = [(reference(), attribute) for reference, attribute in self.holders.get(id(weight), ())]
-            held = [(m, attribute) for m, attribute in places if m is not None and m._parameters.get(attribute) is weight]
-            if held:
-                return held
-        return []
-
-
-def _watch(thing: Any, table: dict[int, weakref.finalize], then: Callable[[int], None]) -> None:
-    """Calls `then` with the id of `thing` when it dies."""
-    if id(thing) not in table:
-        table[id(thing)] = weakref.finalize(thing, then, id(thing))
-        table[id(thing)].atexit = False
-
-
-def _all_holders() -> dict[int, list[Holder]]:
-    """Every module of this process that holds parameters, by the parameter's id."""
-    found: dict[int, list[Holder]] = {}
-    for candidate in gc.get_objects():
+def _all_holders() -> dict[int, Holders]:
+    """Who holds which parameter, by the parameter's id: every module of this process."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for candidate in _objects():
         if issubclass(type(candidate), nn.Module):
             for attribute, parameter in (candidate.__dict__.get("_parameters") or {}).items():
                 if parameter is not None:
-                    found.setdefault(id(parameter), []).append((weakref.ref(candidate), attribute))
-    return found
+                    found.setdefault(id(parameter), []).append((candidate, attribute))
+    return {identity: Holders(places) for identity, places in found.items()}
+
+
+def _objects() -> Iterable[Any]:
+    """Every object that the garbage collector knows; after `gc.freeze()`, which hides them from it, every one that can be reached."""
+    visible = gc.get_objects()
+    if not gc.get_freeze_count():
+        return visible
+    reached = {id(thing): thing for thing in visible}
+    layer: list[Any] = [*visible, sys.modules]
+    for frame in sys._current_frames().values():
+        step: Any = frame
+        while step is not None:
+            layer += [step.f_globals, *step.f_locals.values()]
+            step = step.f_back
+    while layer:
+        new = {id(thing): thing for thing in gc.get_referents(*layer) if id(thing) not in reached and gc.is_tracked(thing)}
+        reached |= new
+        layer = list(new.values())
+    return reached.values()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from te_dynamo.recipe import DelayedScaling
-from te_dynamo.state.arena import DIRECTIONS, Arena
+from te_dynamo.state.arena import DIRECTIONS, GRADIENT, Arena
 from te_dynamo.state.group import Group
 from te_dynamo.state.homes import Home, Homes, Slot
 from te_dynamo.state.reduce import Reduction
@@ -60,7 +61,7 @@ class ScaleState:
     def __init__(self) -> None:
         self.arenas: dict[torch.device, Arena] = {}
         self.homes = Homes(self._release, self._forget)
-        # By weight: the entries of tables that are dropped when it dies, each once: (id of the table, key) -> the table.
+        # By who holds a weight: the entries of tables that are dropped when that is gone: (id of the table, key) -> the table.
         self.cache_entries: dict[int, dict[tuple[int, Any], dict[Any, Any]]] = {}
         self.pending_loads: list[Any] = []  # scale states that were loaded before their slots existed
         self.reduction = Reduction()
@@ -133,7 +134,7 @@ class ScaleState:
         for direction in DIRECTIONS:
             for union in unions[direction]:
                 arena.unite(direction, [indices[direction][i] for i in union])
-        return Group(arena, indices, [module for home in homes for module in home.modules()])  # type: ignore[union-attr]
+        return Group(arena, indices, [module for home in homes for module in home.owners()])  # type: ignore[union-attr]
 
     def _create(self, arena: Arena, direction: int, wanted: Iterable[_Wanted]) -> list[tuple[Home, Slot]]:
         """Makes the slots that do not exist yet, side by side."""
@@ -153,9 +154,9 @@ class ScaleState:
             self.reduction.join(arena, direction, where, process_group if recipe.reduce_amax else None)
 
     def watch(self, weight: Tensor, table: dict[Any, Any], key: Any) -> None:
-        """Removes `table[key]` when the weight dies, since its id may then be another's."""
-        self.cache_entries.setdefault(id(weight), {})[id(table), key] = table
-        self.homes.watch(weight)
+        """Removes `table[key]` when one of those who hold the weight is gone, or the weight from its place."""
+        for identity in (id(weight), *self.homes.watch(weight)):
+            self.cache_entries.setdefault(identity, {})[id(table), key] = table
 
     def _forget(self, identity: int) -> None:
         for (_, key), table in self.cache_entries.pop(identity, {}).items():
@@ -188,25 +189,19 @@ class ScaleState:
         self.visited.clear()
         self.backward_seen = False
 
-    def watch_backward(self, outputs: Sequence[Any], grad_amax: Tensor, recording: bool) -> None:
-        """Notes when a backward of any form reaches these outputs, and rolls at its end.
+    def watch_backward(self, outputs: Sequence[Any], group: Group, inputs: int) -> None:
+        """Takes the gradients' amaxes out of every backward of these outputs, and rolls at its end. inputs: how many the graph was given.
 
-        A forward that was recomputed inside a backward has a nested backward of its own, whose end is not the end: its roll
-        waits for the next forward. Backward writes `grad_amax`, which autograd keeps as a saved tensor: its version is reset
-        before each backward, so that a second one (`retain_graph=True`) does not fail as a use after a write.
+        They are what the compiled backward gives as the gradient of the group's sink: under `backward()`, `autograd.grad` and
+        `backward(inputs=...)` alike. A forward that was recomputed inside a backward has a nested backward of its own, whose end
+        is not the end: its roll waits for the next forward.
         """
-        version = (grad_amax._version,)
         recomputed = torch._C._current_graph_task_id() != -1
-
-        def before_backward(*_: Any) -> None:
-            torch._C._autograd._unsafe_set_version_counter((grad_amax,), version)
-            if recording:
-                self.backward_seen = True
-                if not recomputed:
-                    self._roll_after_backward()
-
-        for function in {o.grad_fn for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None}:
-            function.register_prehook(before_backward)
+        for node in _compiled_backwards(outputs):
+            if inputs not in group.sink_places:  # looked up once: autograd makes an object of every input to tell
+                edges = [getattr(function, "variable", None) is group.sink for function, _ in node.next_functions]
+                group.sink_places[inputs] = edges.index(True) if any(edges) else None
+            node.register_hook(partial(_after_backward, self, recomputed, group, group.sink_places[inputs]))
 
     def _roll_after_backward(self) -> None:
         task = torch._C._current_graph_task_id()
@@ -214,6 +209,7 @@ class ScaleState:
             self.backward_task = task
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
+    @torch.compiler.disable
     def _backward_ended(self) -> None:
         self.backward_task = -1
         if self.backward_seen:
@@ -221,6 +217,36 @@ class ScaleState:
 
 
 STATE = ScaleState()
+
+
+def _compiled_backwards(outputs: Sequence[Any]) -> set[Any]:
+    """The backward of the call that gave these outputs, each of which may be a view of what the call computed."""
+    found: set[Any] = set()
+    for output in outputs:
+        node: Any = output.grad_fn if isinstance(output, Tensor) else None
+        while node is not None and not _is_compiled(node):
+            node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+        if node is not None and not hasattr(node, "te_watched"):  # else the output is a view of an input, which another call made
+            found.add(node)
+    for node in found:
+        node.te_watched = True
+    return found
+
+
+def _is_compiled(node: Any) -> bool:
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+@torch.compiler.disable
+def _after_backward(
+    state: ScaleState, recomputed: bool, group: Group, place: int | None, gradients: Sequence[Tensor | None], _: Any
+) -> None:
+    """A hook after the backward of a call. gradients: of its inputs; place: of the sink among these."""
+    if place is not None and (amax := gradients[place]) is not None:
+        group.record(GRADIENT, amax)
+    state.backward_seen = True
+    if not recomputed:
+        state._roll_after_backward()
 
 
 def _indices(slots: tuple[list[_Wanted], list[_Wanted]]) -> tuple[list[int], list[int]]:

@@ -123,7 +123,6 @@ class _Snapshot:
     """A copy of an arena as the next roll will leave it; as it is now, if that roll needs other ranks."""
 
     def __init__(self, arena: Arena) -> None:
-        arena.collect_amaxes()
         n = max(arena.used)
         self.length = arena.length
         self.amax, self.scale, self.history, self.cursor = (

@@ -15,6 +15,7 @@ from te_dynamo.ir import op_named
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fp8 import E4M3, E5M2
+from te_dynamo.lowering.opaque import forward_results
 from te_dynamo.lowering.quantized import Quantized, Scale
 from te_dynamo.lowering.reference import attention as definition
 from te_dynamo.lowering.registry import Case
@@ -61,7 +62,7 @@ def forward(q, k, v, mask, scale, start, causal, softmax_scale, quantize_output,
     """(o, o8, q8, k8, v8, scale_inv [5], lse, amax [5]) by the operator."""
     how = {"causal": causal, "softmax_scale": softmax_scale, "quantize_output": quantize_output, "form": form}
     call = attention_call(q, k, v, mask, **how)
-    (o,), saved, amax = OPS.site_fwd(call.key, [q, k, v, mask], scale, start, [True] * 3 + [False])
+    (o,), saved, amax = forward_results(OPS.site_fwd(call.key, [q, k, v, mask], scale, start, [True] * 3 + [False]))
     q8, k8, v8, s8, o8, lse = (Quantized(*saved[i : i + 6]) for i in range(0, len(saved), 6))
     scale_inv = [t.scale_inv for t in (q8, k8, v8, s8, o8)]
     return o, o8.data, q8.data, k8.data, v8.data, torch.stack([t for t in scale_inv if t.dim() == 0]), lse.data, amax
@@ -335,7 +336,7 @@ def sample(tensors, mask, scale, causal, quantized, form):
     how = {"causal": causal, "softmax_scale": 0.3, "quantize_output": quantized, "quantize_gradients": quantized, "form": form}
     call, needs = attention_call(*tensors, mask, **how), [True] * 3 + [False]
     arguments = (call.key, [*tensors, mask], scale, 3, needs)
-    (o,), saved, _ = OPS.site_fwd(*arguments)
+    (o,), saved, _ = forward_results(OPS.site_fwd(*arguments))
     saved = [None if t.shape == (0,) else t for t in saved]
     read = [None, None, None, mask, *([] if quantized else [o])]
     return arguments, (call.key, read, saved, [torch.randn_like(o)], scale, 9, needs)
@@ -358,7 +359,7 @@ def test_memory_format(form, order):
     q, k, v = qkv(s=6, d=8)
     out = forward(q, k, v, None, None, 0, False, 0.3, True, form)
     _, backward_arguments = sample((q, k, v), None, None, False, True, form)
-    again, _ = OPS.site_bwd(*backward_arguments)
+    _, *again = OPS.site_bwd(*backward_arguments)
     for x in (*out[:5], *again):
         assert x.permute(["bhsd".index(c) for c in order]).is_contiguous()
 

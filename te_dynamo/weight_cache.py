@@ -1,0 +1,153 @@
+"""FP8 copies of weights, kept until the weights change."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from te_dynamo.passes.lower import CachedWeights
+from te_dynamo.state import STATE, is_fake
+from te_dynamo.state.sharded import gathered
+
+SAMPLED = 64  # elements of each weight that are looked at
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size: NaN is equal to itself
+
+
+class WeightCache:
+    """FP8 copies of weights that did not change: by version counter, by address and, on a CPU, by `SAMPLED` of their elements.
+
+    So every write that autograd sees is seen, and on a CPU every change of a whole tensor, however it comes about: a collective,
+    `.data`, numpy, memory that a weight is a view of. An optimizer's step tells by itself, since fused ones leave no trace in a
+    version. `te_dynamo.weights_changed(model)` tells of the rest: a few elements written past autograd, and on a GPU any such write.
+    A tensor without a version counter (made in inference mode), or that FSDP gathers, is quantized at every call.
+    """
+
+    everyone: weakref.WeakSet[WeightCache] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[int, ...], _Copies] = {}  # by the ids of all weights of a call
+        _watch_optimizers()
+        WeightCache.everyone.add(self)
+
+    def inputs(self, wanted: Sequence[CachedWeights], args: Sequence[Any]) -> list[Tensor]:
+        """The FP8 weights of each GEMM, in the order of the graph's inputs."""
+        if not wanted:
+            return []
+        tensors = [args[i] for weights in wanted for i in weights.arguments]
+        if is_fake(tensors[0]) or _captured(wanted, tensors):
+            return [t for copies in _made(wanted, tensors) for t in copies]
+        key = tuple(map(id, tensors))
+        copies = self.entries.get(key)
+        if copies is None:
+            for replaced in [k for k, c in self.entries.items() if not c.held(k)]:
+                del self.entries[replaced]
+            copies = self.entries[key] = _Copies(wanted, tensors)
+            for t in tensors:
+                STATE.watch(t, self.entries, key)
+        return copies.current(tensors)
+
+    def forget(self, tensors: set[int]) -> None:
+        """What was made of any of these tensors, by id, is made anew when it is wanted."""
+        for key, copies in self.entries.items():
+            if not tensors.isdisjoint(key):
+                copies.states = [None if i in tensors else state for i, state in zip(key, copies.states, strict=True)]
+
+
+class _Copies:
+    """The copies of the weights of one call."""
+
+    def __init__(self, wanted: Sequence[CachedWeights], tensors: Sequence[Tensor]) -> None:
+        self.wanted = wanted
+        self.holders = STATE.homes.all_holders(tensors)
+        self.gathered = gathered(tensors)
+        self.states: list[Any] = [None] * len(tensors)
+        self.samples: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * len(tensors)
+        self.seen = self.samples[0]
+        self.made: list[list[Tensor]] = [[]] * len(wanted)
+
+    def held(self, identities: Sequence[int]) -> bool:
+        """Whether the weights are still where they were."""
+        return all(holders.has(identity) for holders, identity in zip(self.holders, identities, strict=True))
+
+    def current(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The copies of the weights as they are now."""
+        states = [None if self.gathered else _state(t) for t in tensors]
+        # In this order: what is sampled is read at the address that the state tells.
+        if None in states or states != self.states or not torch.equal(torch.cat(self.samples), self.seen):
+            self._make(tensors, states)
+        return [t for copies in self.made for t in copies]
+
+    def _make(self, tensors: Sequence[Tensor], states: list[Any]) -> None:
+        """Makes the copies of those that changed."""
+        known = self.seen.split([s.numel() for s in self.samples])
+        start, made = 0, list[list[Tensor]]()
+        for weights, copies in zip(self.wanted, self.made, strict=True):
+            of = slice(start, start := start + len(weights.arguments))
+            same = None not in states[of] and states[of] == self.states[of]
+            if same and all(map(torch.equal, self.samples[of], known[of])):
+                made.append(copies)
+            else:
+                made += _made([weights], tensors[of])
+        self.states, self.made = states, made
+        self.samples = [_sample(t) for t in tensors]
+        self.seen = torch.cat(self.samples)
+
+
+def _made(wanted: Sequence[CachedWeights], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    given = iter(tensors)
+    with torch.no_grad():
+        return [weights.make([next(given) for _ in weights.arguments]) for weights in wanted]
+
+
+def _state(t: Tensor) -> tuple[int, int] | None:
+    """Changes whenever a tensor is written in the ways that autograd sees; None where that cannot be told."""
+    try:
+        return t._version, t.data_ptr()
+    except RuntimeError:  # of inference mode
+        return None
+
+
+def _sample(t: Tensor) -> Tensor:
+    """Elements spread over a tensor on a CPU, as integers: a view that owns nothing, to be read while `t` has this address."""
+    if t.device.type != "cpu" or type(t) not in (Tensor, nn.Parameter) or not t.numel() or t.element_size() not in _BITS:
+        return torch.empty(0, dtype=torch.uint8)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    step = max(1, (span // SAMPLED - 1) | 1)  # odd, so that they are not all of one column
+    memory = (ctypes.c_char * (span * t.element_size())).from_address(t.data_ptr())
+    return torch.frombuffer(memory, dtype=_BITS[t.element_size()])[::step][:SAMPLED]
+
+
+def _captured(wanted: Sequence[CachedWeights], tensors: Sequence[Tensor]) -> bool:
+    """Whether a CUDA graph capture is running, in which cached weights of training would go stale."""
+    trains = any(weights.trains for weights in wanted)
+    return trains and any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """From now on, whatever an optimizer of torch's kind has stepped is forgotten."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    @torch.compiler.disable
+    def stepped(optimizer: Any, *_: Any) -> None:
+        _forget(id(p) for group in optimizer.param_groups for p in group["params"])
+
+    register_optimizer_step_post_hook(stepped)
+
+
+def _forget(tensors: Any) -> None:
+    identities = set(tensors)
+    for weight_cache in list(WeightCache.everyone):
+        weight_cache.forget(identities)
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Tells te_dynamo that parameters of `model` were written in a way that leaves no trace (see `WeightCache`): their FP8 copies are
+    made again at the next call."""
+    _forget(id(p) for p in model.parameters())
