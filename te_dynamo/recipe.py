@@ -93,12 +93,29 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+# Powers of two that delayed scaling leaves unused, by role. FP8 formats are floating: a scale that is 4 times too small costs nothing
+# measurable, one that is 2 times too large 2 to 13 dB, since the largest values saturate. Gradients change most from step to step,
+# weights least (but double, where they began at zero), and softmax's results are at most 1.
+MARGINS: Mapping[str, float] = {"weight": 1.0, "s": 0.0}
+FORWARD_MARGIN, GRADIENT_MARGIN = 2.0, 3.0
+
+
+def margin_of(margin: float | None, role: str, *, gradient: bool) -> float:
+    """A recipe's margin for a role. None: what `MARGINS` says, else what its direction has."""
+    if margin is not None:
+        return margin
+    return MARGINS.get(role.rpartition(".")[2], GRADIENT_MARGIN if gradient else FORWARD_MARGIN)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DelayedScaling(Recipe):
     """One scale per tensor, from the amaxes of earlier steps: fp8_max / amax / 2**margin.
 
+    A step whose amax saturates tells of growth: the next scale expects as much growth once more, up to 16 times.
+
     Attributes:
-        margin: Headroom between the largest magnitude and the format's, in powers of two.
+        margin: Headroom between the largest magnitude and the format's, in powers of two. None: 1 for weights, 2 for activations, 3
+            for gradients; 0 for all with `like_te` or a `scaling_factor_compute_algo`, as in TE.
         amax_history_len: The number of steps in the history.
         amax_compute_algo: "max" over the history, "most_recent", or a function of the history f32 [length, n] (entry 0: this
             step; entry 1: the oldest) that returns the amax f32 [n].
@@ -115,7 +132,7 @@ class DelayedScaling(Recipe):
     kernel_fields = ("fp8_format", "margin", "like_te")
 
     fp8_format: Any = Format.HYBRID
-    margin: int = 0
+    margin: float | None = None
     amax_history_len: int = 1024
     amax_compute_algo: AmaxAlgorithm = "max"
     scaling_factor_compute_algo: ScaleAlgorithm | None = None
@@ -127,11 +144,19 @@ class DelayedScaling(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("amax_history_len", type(self.amax_history_len) is int and self.amax_history_len > 0, "a number of steps, 1 or more")
-        self._check("margin", isinstance(self.margin, (int, float)) and abs(self.margin) < 64, "a number of powers of two")
+        valid = self.margin is None or (isinstance(self.margin, (int, float)) and abs(self.margin) < 64)
+        self._check("margin", valid, "a number of powers of two, or None")
         algorithm = self.amax_compute_algo
         self._check("amax_compute_algo", callable(algorithm) or algorithm in ("max", "most_recent"), "'max', 'most_recent' or a function")
         custom = self.scaling_factor_compute_algo
         self._check("scaling_factor_compute_algo", custom is None or callable(custom), "None or a function")
+        if self.margin is None and (self.like_te or custom is not None):
+            object.__setattr__(self, "margin", 0)
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether growth is expected to go on: not where the scale is made as the user, or TE, says."""
+        return not (self.like_te or callable(self.amax_compute_algo) or self.scaling_factor_compute_algo is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,7 +219,7 @@ def train(model: nn.Module, call: Any, steps: list[tuple[Tensor, Tensor]]) -> li
 def test_the_steps_follow_the_definition():
     model = nn.Linear(SIZE, SIZE)
     call = compiled(model, recipe=DelayedScaling(amax_history_len=4))
-    tensors = {role: Definition(FP8_MAX[direction], 4) for role, direction in ROLES.items()}
+    tensors = {role: Definition(FP8_MAX[ROLES[role]] / unused, 4) for role, unused in (("input", 4), ("weight", 2), ("grad_output", 8))}
     for step, (x, dy) in enumerate(batches(9)):
         x, dy = (x * 0, dy) if step == 3 else (x, dy * 0) if step == 5 else (x / (step + 1) ** 2, dy)
         for role, tensor in (("input", x), ("weight", model.weight), ("grad_output", dy)):

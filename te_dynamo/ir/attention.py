@@ -17,6 +17,13 @@ from te_dynamo.ir.op import Invariant, operation
 from te_dynamo.ir.sizes import product, same
 from te_dynamo.recipe import Recipe
 
+aten = torch.ops.aten
+FUSED = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
 FORWARD, GRADIENT = ("q", "k", "v", "s", "o"), ("do", "dp", "dqkv")
 
 
@@ -58,6 +65,7 @@ def _attributes(node: Node, recipe: Recipe | None) -> Mapping[str, Any]:
     prefix="attention.",
     attributes_of=_attributes,
     activation_flops=_flops,
+    in_aten=lambda q, k, v, mask: [(op, (q, k, v)) for op in FUSED],
     noted={LAYOUT: Layout},
     invariants=(
         Invariant("q is [B, H, S, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v]", lambda a: _shapes(a.q, a.k, a.v)),

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from te_dynamo.ir.graph import fake, fake_like
 from te_dynamo.ir.meta import MEMBERS
 from te_dynamo.ir.op import Gemm, Invariant, ScaledTensor, operation
-from te_dynamo.ir.sizes import same
+from te_dynamo.ir.sizes import product, same
+
+aten = torch.ops.aten
 
 FORWARD, GRADIENT = ("input", "weight"), ("grad_output",)
 
@@ -117,6 +120,15 @@ def _gemms(node: Node) -> list[Gemm]:
     return [Gemm(x, w, b, i) for i, (w, b) in enumerate(zip(weights, biases, strict=True))]
 
 
+def _in_aten(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[tuple[OpOverload, tuple[Any, ...]]]:
+    rows = fake_like(x, (product(x.shape[:-1]), weights[0].shape[1]), x.dtype)
+    found: list[tuple[OpOverload, tuple[Any, ...]]] = []
+    for w, b in zip(weights, biases, strict=True):
+        columns = fake_like(w, (w.shape[1], w.shape[0]), w.dtype, (1, w.shape[1]))
+        found.append((aten.mm.default, (rows, columns)) if b is None else (aten.addmm.default, (b, rows, columns)))
+    return found
+
+
 def _shared(attributes: Mapping[str, Any], members: int) -> list[list[ScaledTensor]]:
     """The one input of all has one scale; so has each of the others, where the members are one GEMM."""
     shared = FORWARD + GRADIENT if attributes["merged"] else ("input",)
@@ -129,6 +141,7 @@ def _shared(attributes: Mapping[str, Any], members: int) -> list[list[ScaledTens
     forward=FORWARD,
     gradient=GRADIENT,
     gemms=_gemms,
+    in_aten=_in_aten,
     shared=_shared,
     attributes_of=lambda node, recipe: {
         "sizes": tuple(int(fake(w).shape[0]) for w in node.args[1]),

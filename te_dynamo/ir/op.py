@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -103,6 +104,8 @@ class SemanticOp:
     by_rows: whether, with these attributes, each row [..., :] of the result is made of the same rows of the inputs, so that it
         could be the operand of a GEMM as it is made.
     invariants: what must hold between a node's arguments and result.
+    in_aten: the operators that stand in its place where the model is not rewritten, each with tensors like those that it takes, out of
+        the tensor inputs: a checkpoint policy is asked about them.
     """
 
     definition: Callable[..., Any]
@@ -118,6 +121,7 @@ class SemanticOp:
     noted: Mapping[str, type] = field(default_factory=dict)
     by_rows: Callable[[Mapping[str, Any]], bool] = lambda attributes: True
     invariants: tuple[Invariant, ...] = ()
+    in_aten: Callable[..., Sequence[tuple[OpOverload, tuple[Any, ...]]]] = _none
 
     @property
     def name(self) -> str:

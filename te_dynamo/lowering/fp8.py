@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from te_dynamo.recipe import from_key
+from te_dynamo.recipe import from_key, margin_of
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
@@ -44,14 +44,14 @@ def amax(x: Tensor) -> Tensor:
 class Casting:
     """How a recipe with one scale a tensor casts: the dtypes of forward tensors and of gradients, and how an amax gives a scale.
 
-    margin: powers of two left unused; power_2_scale: scales are rounded down to a power of two; amax_epsilon: the least amax;
-    amax_group: the name of the process group whose ranks share the first scale of a slot, "" for none; saturates_infinite: as
-    TE's casts do.
+    margin: powers of two left unused, None for those of each role; power_2_scale: scales are rounded down to a power of two;
+    amax_epsilon: the least amax; amax_group: the name of the process group whose ranks share the first scale of a slot, "" for
+    none; saturates_infinite: as TE's casts do.
     """
 
     forward: torch.dtype = E4M3
     gradient: torch.dtype = E5M2
-    margin: float = 0
+    margin: float | None = 0
     power_2_scale: bool = False
     amax_epsilon: float = 0.0
     amax_group: str = ""
@@ -63,11 +63,11 @@ class Casting:
         values = saturated(x, scale, dtype)
         return values if self.saturates_infinite else torch.where(torch.isinf(x), torch.nan, values)
 
-    def scale_of(self, amax: Tensor, dtype: torch.dtype) -> Tensor:
-        """The scale for an amax under this recipe (see `scale_of`)."""
+    def scale_of(self, amax: Tensor, role: str, *, gradient: bool) -> Tensor:
+        """The scale for an amax of a role under this recipe (see `scale_of`)."""
         if self.amax_epsilon:
             amax = amax.clamp(min=self.amax_epsilon)
-        scale = scale_of(amax, dtype, self.margin)
+        scale = scale_of(amax, self.gradient if gradient else self.forward, margin_of(self.margin, role, gradient=gradient))
         return power_of_2(scale) if self.power_2_scale else scale
 
 

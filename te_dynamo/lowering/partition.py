@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
+import torch
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
+
+from te_dynamo.lowering.call import Call
 
 _recompute_inputs: ContextVar[bool] = ContextVar("recompute_inputs", default=False)
 
@@ -55,3 +60,31 @@ def _marked(policy: CheckpointPolicy) -> Iterator[None]:
         yield
     finally:
         meta.pop("recompute", None)
+
+
+def asks_about_gemms(context_fn: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """The contexts of a selective checkpoint, whose policy is asked about what a site stands for too: the GEMMs of the model as it was
+    written. What says that one of these is saved has the site's results saved."""
+    contexts = context_fn()
+    for context in contexts:
+        if hasattr(context, "policy_fn"):
+            context.policy_fn = partial(_policy, context.policy_fn)
+    return contexts
+
+
+def _policy(policy: Callable[..., Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    answers = [policy(ctx, op, *args, **kwargs), *(policy(ctx, other, *tensors) for other, tensors in _stands_for(op, args))]
+    return next((a for a in answers if a in (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)), answers[0])
+
+
+def _stands_for(op: Any, args: Sequence[Any]) -> Sequence[tuple[Any, tuple[Any, ...]]]:
+    """The operators of the model that one of ours, or an FP8 GEMM, takes the place of."""
+    if op is torch.ops.aten._scaled_mm.default:
+        return [(torch.ops.aten.mm.default, tuple(args[:2]))]
+    if op is not torch.ops.te_dynamo.site_fwd.default:
+        return []
+    call = Call.parse(args[0])
+    inputs = call.nested(args[1][: call.count])
+    if call.producer is not None:
+        inputs[0] = inputs[0][0]  # of the operand's leading sizes
+    return call.operation.in_aten(*inputs)

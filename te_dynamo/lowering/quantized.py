@@ -82,8 +82,11 @@ class ScaleOf:
     @property
     def dtype(self) -> torch.dtype:
         """The FP8 dtype of the tensor."""
-        casting = self.scales.casting
-        return casting.forward if self.role in self.scales.roles.forward else casting.gradient
+        return self.casting.gradient if self.gradient else self.casting.forward
+
+    @property
+    def gradient(self) -> bool:
+        return self.role not in self.scales.roles.forward
 
     @property
     def casting(self) -> Casting:
@@ -105,9 +108,9 @@ class ScaleOf:
             return known
         largest = amaxes.amax() if amaxes.numel() else amaxes.sum()
         if self.slot is None:
-            own = self.casting.scale_of(largest, self.dtype)
+            own = self.casting.scale_of(largest, self.role, gradient=self.gradient)
         else:
             slot = self.slot.value
             shared = agreed(largest, slot, self.casting.amax_group)
-            own = torch.where(slot > 0, slot, self.casting.scale_of(shared, self.dtype))
+            own = torch.where(slot > 0, slot, self.casting.scale_of(shared, self.role, gradient=self.gradient))
         return Scale(own, own.reciprocal())

@@ -21,7 +21,7 @@ from te_dynamo.ir.meta import MEMBERS, PATH, PLAN, SLOTS, site_path
 from te_dynamo.ir.op import ScaledTensor
 from te_dynamo.ir.state_inputs import StateInput
 from te_dynamo.passes.higher_order import calls
-from te_dynamo.passes.weights import weight_of
+from te_dynamo.passes.weights import weight_of_gemm
 from te_dynamo.state import SlotKey
 
 Unions = tuple[list[list[int]], list[list[int]]]  # places that move as one, in forward and in gradient
@@ -150,7 +150,7 @@ def _roles(node: Node) -> list[tuple[Node, SlotKey]]:
     like = SlotKey(0, 0, op.roles.saved_forward, op.roles.saved_gradient, recipe)
     gemms = op.gemms(node)
     if gemms:
-        return [(weight_of(gemm.weight).root, like) for gemm in gemms]
+        return [(weight_of_gemm(gemm.weight).root, like) for gemm in gemms]
     anchor = anchor_of(node)
     return [] if anchor is None else [(anchor[0], replace(like, route=_route(anchor[1], site_path(node))))]
 
@@ -176,7 +176,7 @@ def anchor_of(site: Node) -> tuple[Node, str] | None:
         op = site_of(node)
         gemms = op.gemms(node) if op is not None else ()
         if gemms:
-            ref = weight_of(gemms[0].weight)
+            ref = weight_of_gemm(gemms[0].weight)
             return None if ref is None else (ref.root, node.meta[MEMBERS][0].get(PATH, ""))
     return None
 

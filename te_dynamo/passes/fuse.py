@@ -22,6 +22,7 @@ from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
 from te_dynamo.passes.effects import storage, written_between
 from te_dynamo.passes.layout import choose_layouts, note_layouts, qkv_linears
 from te_dynamo.passes.regions import regions
+from te_dynamo.passes.weights import is_view
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _can_precede(node: Node, place: Node) -> bool:
     """Whether a node stands before `place`, or depends only on what does and can be moved there (views of weights)."""
     if node < place:
         return True
-    return node.op in ("call_function", "call_method") and all(_can_precede(n, place) for n in node.all_input_nodes)
+    return is_view(node) and all(_can_precede(n, place) for n in node.all_input_nodes)
 
 
 def _emit_group(graph: Graph, members: list[Node], *, merged: bool = False, interleave: int = 0) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,12 +23,15 @@ from te_dynamo.ir.meta import PLAN, PRODUCER, SLOTS
 from te_dynamo.ir.op import Gemm, SemanticOp
 from te_dynamo.lowering import site
 from te_dynamo.lowering.call import Call, spec_of
+from te_dynamo.lowering.partition import asks_about_gemms
 from te_dynamo.lowering.registry import implementation_of, producer_of
 from te_dynamo.passes.attach import Slots
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.plan import Plan
-from te_dynamo.passes.weights import WeightRef, weight_of
+from te_dynamo.passes.weights import WeightRef, weight_of_gemm
+
+CHECKPOINT = "_checkpoint_context_fn"  # where Dynamo puts the contexts of a selective checkpoint
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class _Lowering:
             if node in bodies:
                 body = bodies[node]
                 if id(body) not in self.done:
+                    if (context_fn := body.meta.get(CHECKPOINT)) is not None:
+                        body.meta[CHECKPOINT] = partial(asks_about_gemms, context_fn)
                     self.done[id(body)] = self.graph(body, top=False)
                     body.recompile()
                 if self.done[id(body)]:
@@ -135,7 +140,7 @@ class _Lowering:
         if call.producer is not None:
             inputs[0] = list(op_of(inputs[0]).inputs(inputs[0]).values())
         gemms = op.gemms(node)
-        refs = [weight_of(g.weight) for g in gemms]
+        refs = [weight_of_gemm(g.weight) for g in gemms]
         cached: list[tuple[Any, ...]] = []
         if unit.takes_cached(refs) and (kind := self.cached(call, plan)):
             call = call.but(cached=kind)
@@ -289,7 +294,7 @@ def _unpacked(packed: Node) -> tuple[Node, Node]:
 
 def _replayable(ref: WeightRef) -> bool:
     """Whether the view of a weight can be made outside of the graph: it depends on nothing but the weight."""
-    return all(n.all_input_nodes == [p] for n, p in zip(ref.chain, (ref.root, *ref.chain), strict=False))
+    return not ref.computed and all(n.all_input_nodes == [p] for n, p in zip(ref.chain, (ref.root, *ref.chain), strict=False))
 
 
 def _replay(ref: WeightRef) -> Callable[[torch.Tensor], torch.Tensor]:

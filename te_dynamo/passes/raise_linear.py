@@ -22,7 +22,7 @@ from te_dynamo import ops
 from te_dynamo.ir.graph import emit, emit_contiguous, emit_permuted, fake, is_call, operands, tensor
 from te_dynamo.ir.meta import PATH
 from te_dynamo.passes.rules import Declined, Match, Rule
-from te_dynamo.passes.weights import WeightRef, depends_on_weights_only, is_buffer, is_owned, origin, path_of, weight_of
+from te_dynamo.passes.weights import WeightRef, depends_on_weights_only, is_buffer, is_owned, origin, path_of, weight_of, weight_of_gemm
 from te_dynamo.sites import module_path
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -37,7 +37,8 @@ def _not_a_weight(operand: Any) -> Declined | None:
     if root is None or value is None or value.dim() != 2:
         return None
     if root.op == "get_attr":
-        return Declined("the weight is a constant, frozen in the graph")
+        remedy = "Remedy: torch._inductor.config.freezing = False; FP8 weights are kept in eval anyway"
+        return Declined(f"the weight is a constant, frozen in the graph. {remedy}")
     if root.op == "placeholder" and is_buffer(root):
         return Declined("the weight is a buffer, not a parameter")
     return Declined("the weight is computed in the graph") if depends_on_weights_only(operand) else None
@@ -91,7 +92,7 @@ class Linear(Rule):
 
     def match(self, node: Node) -> Match | Declined | None:
         x, weight, bias = node.args
-        ref = weight_of(weight)
+        ref = weight_of_gemm(weight)
         if ref is None:
             root, _ = origin(weight)
             argument = root is not None and root.op == "placeholder"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from te_dynamo.ir.graph import is_call, is_method, tensor, upstream
+from te_dynamo.ir.graph import fake, is_call, is_method, same_shape, tensor, upstream
 from te_dynamo.ir.meta import PARAMETER
 from te_dynamo.sites import clean_path
 
@@ -35,16 +35,29 @@ METHOD_VIEWS = ("to", "type", "contiguous", "detach")
 
 @dataclass(frozen=True)
 class WeightRef:
-    """root: the parameter's placeholder; chain: the casts and views that lead from it to the node asked about, in order."""
+    """root: the parameter's placeholder; chain: the casts and views that lead from it to the node asked about, in order.
+    computed: it is more than cast and viewed on the way, and others may go into it too."""
 
     root: Node
     chain: tuple[Node, ...]
+    computed: bool = False
 
 
 def weight_of(node: Any) -> WeightRef | None:
     """The parameter behind `node`, or None where there is none, or where it is more than cast and viewed."""
     root, chain = origin(node)
     return WeightRef(root, chain) if root is not None and is_parameter(root) else None
+
+
+def weight_of_gemm(node: Any) -> WeightRef | None:
+    """The parameter by which the weight of a GEMM is known: the one that it is, or, where it is computed from parameters (weight norm,
+    pruning and other parametrizations, a merged adapter), the first of them that has its shape. None where there is none."""
+    ref, value = weight_of(node), tensor(node)
+    if ref is not None or value is None or not depends_on_weights_only(node):
+        return ref
+    sources = sorted(n for n in upstream(node) if is_owned(n))
+    alike = [n for n in sources if same_shape(fake(n).shape, value.shape)]
+    return WeightRef(alike[0], (), computed=True) if alike else None
 
 
 def origin(node: Any) -> tuple[Node | None, tuple[Node, ...]]:

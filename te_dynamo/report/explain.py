@@ -270,7 +270,8 @@ def _untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
     whole = next((site.reason for site in sites if site.kind == "graph"), None)
     for name, path in {gemm.node: gemm.path for gemm in visit.gemms if gemm.weight and gemm.node not in told}.items():
         operation = re.sub(r"_\d+$", "", name)
-        yield Site("linear", path, name, reason=whole or f"{UNRECOGNIZED} ({operation})")
+        inside = f"it is in a sub-graph of {visit.within}, which is left to Inductor. Remedy: move it out" if visit.within else None
+        yield Site("linear", path, name, reason=whole or inside or f"{UNRECOGNIZED} ({operation})")
 
 
 def _report(recorder: Recorder, backward: bool, notes: Sequence[str]) -> Report:

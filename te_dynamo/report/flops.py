@@ -29,6 +29,7 @@ from te_dynamo.ir.graph import example, fake, fake_mode_of, is_call, submodules,
 from te_dynamo.ir.meta import ORIGIN, PATH, PLAN, members_of
 from te_dynamo.ir.sizes import number
 from te_dynamo.lowering.cost import flops_of_gemm
+from te_dynamo.passes.higher_order import OPERANDS
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.weights import is_owned, source_of
 from te_dynamo.report.isolation import Memory
@@ -71,12 +72,13 @@ class Visit:
     """One run through a graph, or through a sub-graph of it.
 
     unit: the graph; places: for the name of each node that a site may tell of, the path that the site has; gemms: what runs
-    in the graph itself, not in its sub-graphs.
+    in the graph itself, not in its sub-graphs; within: the operator whose sub-graph it is, "" where that is rewritten too.
     """
 
     unit: GraphModule
     places: dict[str, str]
     gemms: list[CountedGemm]
+    within: str = ""
 
 
 class Origin(Enum):
@@ -106,7 +108,7 @@ def visits_of(gm: GraphModule, grad_enabled: bool) -> list[Visit]:
     return list(_visit(gm, [_input(node, i) for i, node in enumerate(placeholders)], grad_enabled))
 
 
-def _visit(gm: GraphModule, arguments: Sequence[Value], grad_enabled: bool) -> Iterator[Visit]:
+def _visit(gm: GraphModule, arguments: Sequence[Value], grad_enabled: bool, within: str = "") -> Iterator[Visit]:
     where = regions(gm.graph, grad_enabled)
     bodies = {node: body for node, _, body in submodules(gm)}
     inputs = iter(arguments)
@@ -123,10 +125,11 @@ def _visit(gm: GraphModule, arguments: Sequence[Value], grad_enabled: bool) -> I
         for body in called:
             operands = [values[n] for n in tree_leaves((node.args, node.kwargs)) if isinstance(n, Node) and n not in bodies]
             count = sum(n.op == "placeholder" for n in body.graph.nodes)
-            yield from _visit(body, operands[-count:] if count <= len(operands) else [], grad)
+            operator = within if node.target in OPERANDS else getattr(node.target, "__name__", str(node.target))
+            yield from _visit(body, operands[-count:] if count <= len(operands) else [], grad, operator)
         if not called:
             gemms += _gemms_at(node, values, grad)
-    yield Visit(gm, places, gemms)
+    yield Visit(gm, places, gemms, within)
 
 
 def _input(placeholder: Node, position: int) -> Value:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from te_dynamo.lowering.fp8 import FLOAT32_MAX, FP8_MAX, scale_of
 from te_dynamo.lowering.kernels import roll
-from te_dynamo.recipe import DelayedScaling, Format
+from te_dynamo.recipe import DelayedScaling, Format, margin_of
 
 FORWARD, GRADIENT = DIRECTIONS = (0, 1)
 INITIAL_CAPACITY = 1024
@@ -20,6 +20,7 @@ COLUMNS = {
     "history": (0.0, torch.float32),
     "cursor": (0, torch.int64),
     "top": (1.0, torch.float32),
+    "limit": (float("inf"), torch.float32),
     "length": (1, torch.int64),
     "most_recent": (False, torch.bool),
     "keeps_infinite": (False, torch.bool),
@@ -32,8 +33,8 @@ class Arena:
 
     scale, amax (recorded since the last roll), history [2, capacity, longest] (a ring buffer for each slot; `cursor` points
     to its newest entry), union (slots with the same number share a scale), and what a slot's recipe says: top
-    (fp8_max / 2**margin), length of the history, most_recent (the last amax alone decides), keeps_infinite (amaxes),
-    initial_scale.
+    (fp8_max / 2**margin), limit (the scaled amax above which growth is extrapolated), length of the history, most_recent (the
+    last amax alone decides), keeps_infinite (amaxes), initial_scale.
     """
 
     scale: Tensor
@@ -41,6 +42,7 @@ class Arena:
     history: Tensor
     cursor: Tensor
     top: Tensor
+    limit: Tensor
     length: Tensor
     most_recent: Tensor
     keeps_infinite: Tensor
@@ -109,8 +111,12 @@ class Arena:
         self.version += 1
 
     @torch.no_grad()
-    def configure(self, direction: int, indices: Sequence[int], recipe: DelayedScaling) -> None:
-        """Gives slots their recipe. A history keeps what fits its new length, a scale is adapted to the new range."""
+    def configure(self, direction: int, indices: Sequence[int], recipe: DelayedScaling, roles: Sequence[str] = ()) -> None:
+        """Gives slots their recipe. A history keeps what fits its new length, a scale is adapted to the new range.
+
+        roles: of each slot, for its margin; without them the recipe's own, or 0.
+        """
+        role = dict(zip(indices, roles, strict=True)) if roles else {}
         where = [i for i in indices if self.recipes[direction].get(i) != recipe]
         if not where:
             return
@@ -118,11 +124,14 @@ class Arena:
         if recipe.amax_history_len > self.longest:
             self.longest = recipe.amax_history_len
             self._allocate()
-        top = FP8_MAX[_dtype(recipe, direction)] * 2.0**-recipe.margin
+        limit = FP8_MAX[_dtype(recipe, direction)]
+        margins = [margin_of(recipe.margin, role[i], gradient=direction == GRADIENT) if role else recipe.margin or 0 for i in where]
+        top = torch.tensor([limit * 2.0**-margin for margin in margins], dtype=torch.float32, device=self.device)
         old_top = self.top[direction, where]
         self.scale[direction, where] *= torch.where(old_top == top, 1.0, top / old_top)
         values = {
             "top": top,
+            "limit": limit if recipe.extrapolates else float("inf"),
             "length": recipe.amax_history_len,
             "most_recent": recipe.amax_compute_algo == "most_recent",
             "keeps_infinite": recipe.like_te,
@@ -210,7 +219,7 @@ class Arena:
             union = self.union[:, :n]
             amax = torch.zeros_like(amax).scatter_reduce(1, union, amax, "amax").gather(1, union)
         if self.device.type == "cuda" and self.longest <= roll.LONGEST and not self._custom_slots():
-            roll.launch(amax, scale, history, cursor, self.top, self.length, self.most_recent)
+            roll.launch(amax, scale, history, cursor, self.top, self.limit, self.length, self.most_recent)
             return
         moved = amax != 0
         # The cursor's entry is 0, so writing the 0 of a slot that does not move changes nothing.
@@ -218,7 +227,9 @@ class Arena:
         deciding = history.amax(-1)  # the oldest entry counts once more, then makes room
         if self.special:
             deciding = torch.where(self.most_recent[:, :n], amax, deciding)
-        fresh = (self.top[:, :n] / deciding).clamp_(max=FLOAT32_MAX)
+        top, scaled = self.top[:, :n], amax * scale
+        growth = torch.where(scaled > self.limit[:, :n], scaled / top, 1.0).clamp_(max=roll.MOST_GROWTH)
+        fresh = (top / deciding / growth).clamp_(max=FLOAT32_MAX)
         new = torch.where(moved & torch.isfinite(deciding) if self.special else moved, fresh, scale)
         for recipe, direction, where in self._custom_slots():
             at = (direction, where)
@@ -248,7 +259,8 @@ def _custom_scale(recipe: DelayedScaling, direction: int, history: Tensor, old: 
     """The scales [n] by a recipe's own functions. history: [n, length] in TE's order; old: the scales [n] so far."""
     dtype, history = _dtype(recipe, direction), history.t().contiguous()
     # A scale that was never set: the first batch was scaled by its own amax.
-    old = torch.where((old == 0) & (history[0] != 0), scale_of(history[0], dtype, recipe.margin), old)
+    margin = recipe.margin or 0
+    old = torch.where((old == 0) & (history[0] != 0), scale_of(history[0], dtype, margin), old)
     if callable(recipe.amax_compute_algo):
         amax = recipe.amax_compute_algo(history)
     else:
@@ -257,7 +269,7 @@ def _custom_scale(recipe: DelayedScaling, direction: int, history: Tensor, old: 
         return recipe.scaling_factor_compute_algo(
             amax, old.clone(), torch.tensor(FP8_MAX[dtype], dtype=torch.float32, device=old.device), recipe
         )
-    return torch.where(torch.isfinite(amax) & (amax > 0), scale_of(amax, dtype, recipe.margin), old)
+    return torch.where(torch.isfinite(amax) & (amax > 0), scale_of(amax, dtype, margin), old)
 
 
 def _indices(where: Sequence[int], device: torch.device) -> Tensor:

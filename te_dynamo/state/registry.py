@@ -122,7 +122,7 @@ class ScaleState:
                 home.routes[key.ordinal] = key.route  # type: ignore[union-attr]
         indices = _indices(slots)
         for direction in DIRECTIONS:
-            self._configure(arena, direction, [slot.recipe for slot in slots[direction]], indices[direction], process_group)
+            self._configure(arena, direction, slots[direction], indices[direction], process_group)
         try:
             for load in list(self.pending_loads):
                 load.apply(new)
@@ -145,12 +145,11 @@ class ScaleState:
             self.version += 1
         return missing
 
-    def _configure(
-        self, arena: Arena, direction: int, recipes: Sequence[DelayedScaling], indices: Sequence[int], process_group: Any
-    ) -> None:
-        for recipe in dict.fromkeys(recipes):
-            where = [index for index, its_recipe in zip(indices, recipes, strict=True) if its_recipe == recipe]
-            arena.configure(direction, where, recipe)
+    def _configure(self, arena: Arena, direction: int, wanted: Sequence[_Wanted], indices: Sequence[int], process_group: Any) -> None:
+        for recipe in dict.fromkeys(w.recipe for w in wanted):
+            of_recipe = [(index, w.slot[1]) for index, w in zip(indices, wanted, strict=True) if w.recipe == recipe]
+            where, roles = zip(*of_recipe, strict=True)
+            arena.configure(direction, where, recipe, roles)
             self.reduction.join(arena, direction, where, process_group if recipe.reduce_amax else None)
 
     def watch(self, weight: Tensor, table: dict[Any, Any], key: Any) -> None:

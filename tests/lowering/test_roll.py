@@ -30,7 +30,7 @@ STEPS = """
         if two.has_unions:
             union = two.union[:, : amax.shape[1]]
             amax = torch.zeros_like(amax).scatter_reduce(1, union, amax, "amax").gather(1, union)
-        roll.launch(amax, scale, history, cursor, two.top, two.length, two.most_recent)
+        roll.launch(amax, scale, history, cursor, two.top, two.limit, two.length, two.most_recent)
 
     two.advance = by_kernel
     n = one.used[0]

@@ -203,8 +203,6 @@ class Odd(nn.Module):
 
 
 DECLINED: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
-    "weight norm": (lambda m, x: F.linear(x, torch._weight_norm(m.w, m.v[:, :1])), "computed in the graph"),
-    "LoRA merged": (lambda m, x: F.linear(x, m.w + 2 * m.v), "computed in the graph"),
     "matmul of a sum": (lambda m, x: x @ (m.w + m.v), "computed in the graph"),
     "masked": (lambda m, x: x @ (m.w * m.buffer), "computed in the graph"),
     "product of parameters": (lambda m, x: m.w @ m.v, "product of parameters"),

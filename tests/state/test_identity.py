@@ -282,7 +282,7 @@ def test_wild_numbers_for_some_steps_do_not_poison_the_state(where, bad, like_te
 @pytest.mark.inductor
 def test_overflow_saturates():
     model = nn.Linear(SIZE, SIZE, bias=False)
-    call = compiled(model, recipe=DelayedScaling(amax_history_len=4))
+    call = compiled(model, recipe=DelayedScaling(amax_history_len=4, margin=0))
     x = torch.randn(8, SIZE)
     call(x).sum().backward()
     y = call(100 * x)  # beyond what the scale was made for

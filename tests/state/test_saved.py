@@ -224,7 +224,7 @@ def test_what_is_one_gemm_has_one_scale_that_of_the_largest_amax():
     found = scales(model)
     largest = model.k_proj.weight.abs().max()
     for name in ("q_proj", "k_proj", "v_proj"):
-        assert found[f"{name}.weight.scale"] == torch.tensor(448.0) / largest
+        assert found[f"{name}.weight.scale"] == torch.tensor(448.0 / 2) / largest  # a weight's margin is 1
     assert_equal({k[2:]: v for k, v in found.items() if k[:2] == "q_"}, {k[2:]: v for k, v in found.items() if k[:2] == "v_"})
     assert found["o_proj.weight.scale"] != found["q_proj.weight.scale"]
 
