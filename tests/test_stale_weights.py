@@ -108,3 +108,14 @@ def test_what_the_graph_writes_in_training_is_not_kept(keep: bool, write: Callab
         for y in (expected, found):
             y.sum().backward()
         assert sqnr(reference.second.weight.grad, model.second.weight.grad) > 18
+
+
+def test_like_te_a_weight_is_quantized_by_its_slot_s_scale():
+    """Which a kept copy has not: nothing is kept, and what is asked for changes no bit."""
+    x, results, model = torch.randn(16, SIZE), [], Pair()
+    for keep in (True, False):
+        torch._dynamo.reset()
+        te_dynamo.scale_state(model).reset()
+        call = torch.compile(model, backend=te_fp8, options={"provider": "reference", "like_te": True, "keep_weights": keep})
+        results.append([call(x).detach() for _ in range(3)])  # the first by a scale of 1
+    assert all(map(torch.equal, *results))

@@ -123,3 +123,26 @@ def test_te_s_norm_in_a_graph_has_the_gradients_of_the_model(norm: Any):
             ours = results(call, model, x, dy)
     assert [s.detail["norm"] for s in sites if s.kind == "norm_linear"] == ["TE's kernel"]
     assert all(sqnr(a, b) > 21 for a, b in zip(results(exact, exact, x.double(), dy.double()), ours, strict=True))
+
+
+class ReadBefore(nn.Module):
+    """Something else reads the norm's result: before the linear does, or after."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.norm, self.linear, self.before = nn.LayerNorm(SIZE), nn.Linear(SIZE, SIZE), before
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        if self.before:
+            return torch.relu(h) + self.linear(h)
+        y = self.linear(h)
+        return torch.relu(h) + y
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_norm_is_one_site_with_its_first_reader(before):
+    found: list[Any] = []
+    with observing(lambda gm, sites, _: found.extend(s.kind for s in sites.taken())):
+        torch.compile(ReadBefore(before), backend=te_fp8, fullgraph=True)(torch.randn(16, SIZE))
+    assert [kind for kind in found if "linear" in kind] == ["linear" if before else "norm_linear"]

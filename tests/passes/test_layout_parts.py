@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from te_dynamo import ops
-from te_dynamo.ir.graph import EXAMPLE
+from te_dynamo.ir.graph import EXAMPLE, copy_graph_module
+from te_dynamo.ir.layout import in_memory
 from te_dynamo.passes.layout import _indexed
 from te_dynamo.passes.masks.proof import compare
 from te_dynamo.passes.memory import first_copy
@@ -71,3 +72,23 @@ def test_a_window_is_as_wide_as_it_is(window, added):
     assert proof is not None and (proof.kind, proof.window) == ("window", window)
     assert compare(mask[:, :7], 8, 7) is None and compare(~sees, 8, 8) is None
     assert compare(torch.ones(8, 8).tril().bool(), 8, 8).kind == "causal"
+
+
+@pytest.mark.parametrize(("order", "name"), [((0, 1, 2), "bs3hd"), ((2, 1, 0), None), ((0, 2, 1), None), ((1, 0, 2), None)])
+def test_parts_of_a_buffer_in_another_order_have_no_name(order, name):
+    """A kernel that is told the name reads q, k and v one after the other."""
+    parts = torch.randn(2, 8, 3, 4, 16).unbind(2)
+    found = in_memory(*(parts[i].transpose(1, 2) for i in order))
+    assert (None if found is None else found.name) == name
+
+
+def test_what_is_noted_on_a_copy_is_not_noted_on_the_graph():
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.relu, (x,)),))
+    for node in graph.nodes:
+        node.meta["list"] = 1
+    gm = GraphModule({}, graph)
+    for node in copy_graph_module(gm).graph.nodes:
+        node.meta["list"] = node.meta["other"] = 2
+    assert all(node.meta == {"list": 1} for node in gm.graph.nodes)
