@@ -235,7 +235,10 @@ def test_fp8_mha_rounds_what_attention_gives_and_gets_back():
         call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": recipe})
         errors.append([sqnr(a, b) for a, b in zip(gradients(model, model, x), gradients(call, model, x), strict=True)])
     assert all(found > 12 for found in errors[1])
-    assert errors[0] != errors[1]
+    # o_proj rounds its input anyway, and with the same scale. What is rounded once more is the O by which S's gradient goes: that
+    # of q and of k has more noise.
+    (y, _, q, k, *_), (rounded_y, _, rounded_q, rounded_k, *_) = errors
+    assert rounded_y == y and rounded_q < q - 0.3 and rounded_k < k - 0.3
 
 
 # --- changed during a run

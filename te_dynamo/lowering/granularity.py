@@ -7,7 +7,8 @@ An operand is a matrix [R, C], and the GEMM sums over C. A granularity turns it 
     NVFP4    E2M1, an E4M3 scale for each 1 x 16 or 16 x 16, and a float32 scale for the tensor
 
 The last blocks of a matrix may be smaller than the others. In all of them a NaN element does not count towards an amax, and
-stays NaN; casts saturate.
+stays NaN; casts saturate. Of a block with an infinite element no value is finite but zeros, so that a GradScaler finds the
+overflow: its scale_inv is NaN, or, in MX, the largest.
 
 Sources: for blocks arXiv 2412.19437 (DeepSeek-V3, section 3.3); for MX the OCP Microscaling specification 1.0, with the scale
 rounded up (arXiv 2506.08027), so that no element saturates; for NVFP4 arXiv 2509.25149. What these leave open is done as in
@@ -66,7 +67,8 @@ class Blocks(_FP8):
 
     data [R, C] in `dtype`; scale_inv float32 [blocks down, blocks across].
 
-    power_of_2: the scale's mantissa is cut off. epsilon: the least amax. An amax of 0, or an infinite one, has scale 1.
+    power_of_2: the scale's mantissa is cut off. epsilon: the least amax. An amax of 0, or an infinite one, has scale 1; that of
+    an infinite one has scale_inv NaN.
     """
 
     scale_dtype = torch.float32
@@ -76,11 +78,12 @@ class Blocks(_FP8):
 
     def quantize(self, t: Tensor) -> Quantized:
         blocks = _blocks(t.float(), self.rows, self.columns)
-        scale = scale_of(_amax(blocks).clamp(min=self.epsilon), self.dtype)
+        amax = _amax(blocks).clamp(min=self.epsilon)
+        scale = scale_of(amax, self.dtype)
         if self.power_of_2:
             scale = fp8.power_of_2(scale)
         data = fp8.quantize(blocks, _spread(scale), self.dtype)
-        return Quantized(_matrix(data, *t.shape), scale.reciprocal())
+        return Quantized(_matrix(data, *t.shape), scale.reciprocal().masked_fill(amax.isinf(), torch.nan))
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class NVFP4:
     """E2M1 with a scale for each `rows` x 16, itself rounded to E4M3 under one float32 scale for the tensor.
 
     data: uint8 [R, 8 for each block across], two codes a byte, the first of each pair in the low half. scale_inv: float32
-    [blocks down, blocks across], the product of the two levels. E2M1 has no NaN: a block with a NaN has scale_inv NaN.
+    [blocks down, blocks across], the product of the two levels. E2M1 has no NaN: a block with a NaN or an infinity has scale_inv NaN.
 
     hadamard: each 16 columns are multiplied by a randomly signed Hadamard matrix before they are quantized, which spreads
     outliers; `dequantize` multiplies by its inverse. stochastic: rounds up or down at random, so that the expected value is
@@ -130,10 +133,10 @@ class NVFP4:
         decode = encode.reciprocal()
         scale = (amaxes * (encode * (1 / E2M1_MAX))).clamp(max=FP8_MAX[E4M3]).to(E4M3).float()
         values = blocks * _spread((scale * decode).reciprocal().clamp(max=FLOAT32_MAX))
-        nans = values.isnan()
-        codes = _e2m1(values.masked_fill(nans, 0), self.stochastic)
+        lost = ~blocks.isfinite()
+        codes = _e2m1(values.masked_fill(lost, 0), self.stochastic)
         data = codes[..., ::2] | (codes[..., 1::2] << 4)
-        scale_inv = (scale * decode).masked_fill(nans.any(3).any(1), float("nan"))
+        scale_inv = (scale * decode).masked_fill(lost.any(3).any(1), torch.nan)
         return Quantized(_matrix(data, t.shape[0], data.shape[2] * data.shape[3]), scale_inv)
 
     def dequantize(self, quantized: Quantized, columns: int) -> Tensor:

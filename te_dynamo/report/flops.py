@@ -177,11 +177,14 @@ def _gemms_at(node: Node, values: dict[Node, Value], grad: bool) -> Iterator[Cou
             learning = values[x].learns + values[weight].learns
             yield gemm([values[weight]], flops_of_gemm(fake(x), fake(weight)), learning, in_fp8, member)
     elif _may_multiply(node):
-        inputs = [values[n] for n in node.all_input_nodes]
-        owned, others = ([v for v in inputs if (v.origin is Origin.WEIGHT) == is_weight] for is_weight in (True, False))
-        owned_learns, other_learns = (any(v.learns for v in group) for group in (owned, others))
+        inputs = [(n, values[n]) for n in node.all_input_nodes]
+        owned, others = ([(n, v) for n, v in inputs if (v.origin is Origin.WEIGHT) == is_weight] for is_weight in (True, False))
+        factors = [(n, v) for n, v in owned if (t := tensor(n)) is None or t.dim() > 1] or owned  # a bias is added: its gradient is no GEMM
+        owned_learns, other_learns = (any(v.learns for _, v in group) for group in (factors, others))
         for is_weight, forward in _executed(node, values):
-            yield gemm(owned if is_weight else [], forward, owned_learns + other_learns if is_weight else 2 * other_learns, in_fp8)
+            yield gemm(
+                [v for _, v in owned] if is_weight else [], forward, owned_learns + other_learns if is_weight else 2 * other_learns, in_fp8
+            )
 
 
 def _may_multiply(node: Node) -> bool:

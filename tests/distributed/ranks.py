@@ -256,7 +256,36 @@ def tensor_parallel(folder: Path) -> None:
     y.sum().backward()
 
 
-CASES = {f.__name__: f for f in (ddp, collectives, apart, fsdp, fsdp_inference, fsdp_save, fsdp_resume, tensor_parallel)}
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(64, 3 * 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def fp8_attention(folder: Path) -> None:
+    """From the first step on, which scales by this batch's own amaxes, as one process that sees all of it."""
+    x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(2)) * torch.tensor([1.0, 8.0])[:, None, None]
+    results = []
+    for each, recipe in ((mine, DelayedScaling()), (lambda x: x, DelayedScaling(reduce_amax=False))):
+        torch._dynamo.reset()
+        model = Attention()
+        compiled = torch.compile(model, backend="te_fp8", options={"attention": "fp8", "recipe": recipe})
+        leaf = x.clone().requires_grad_()
+        y = compiled(each(leaf))
+        y.square().sum().backward()
+        results.append((y.detach(), mine(leaf.grad), scales(model)))
+    (y, dx, found), (whole_y, whole_dx, whole) = results
+    assert same_on_all_ranks(found) and any("attention" in name for name in found)
+    assert torch.equal(y, mine(whole_y)) and torch.equal(dx, whole_dx)
+    assert_same(found, whole)
+
+
+CASES = {f.__name__: f for f in (fp8_attention, ddp, collectives, apart, fsdp, fsdp_inference, fsdp_save, fsdp_resume, tensor_parallel)}
 
 GENERATED = ("ddp", "fsdp", "tensor_parallel")  # by Inductor; of the others the state and the collectives are the subject
 

@@ -25,7 +25,7 @@ def run(folder: Path, *cases: str, ranks: int = 2) -> None:
 
 def test_on_two_ranks(tmp_path):
     """All in one launch: to start a process takes longer than most cases do."""
-    run(tmp_path, "ddp", "collectives", "apart", "fsdp", "fsdp_inference", "tensor_parallel")
+    run(tmp_path, "ddp", "collectives", "apart", "fp8_attention", "fsdp", "fsdp_inference", "tensor_parallel")
 
 
 def test_a_sharded_checkpoint_resumes_on_another_number_of_ranks(tmp_path):

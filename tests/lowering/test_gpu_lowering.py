@@ -1,7 +1,6 @@
 """What Inductor is given for a GPU: the graphs after AOTAutograd's partition, made and run on a CPU."""
 
 import contextlib
-import operator
 import os
 import subprocess
 import sys
@@ -127,9 +126,9 @@ def test_under_current_scaling_every_cast_waits_for_its_amax(graphs):
     """The control of the test above."""
     model, x = model_and_input()
     train(model, x, recipe="current")
-    for gm in graphs[:1]:
+    for gm in graphs[:2]:
         goals = {*casts(gm, E4M3, E5M2), *calls(gm, ours.cast_transpose.default)}
-        assert goals and any(reaches(amax, goals) for amax in calls(gm, aten.amax.default))
+        assert goals and all(any(reaches(amax, {goal}) for amax in calls(gm, aten.amax.default)) for goal in goals)
 
 
 def test_scales_are_taken_apart_once_and_never_selected(steady):
@@ -281,14 +280,6 @@ def test_a_cpu_is_not_a_gpu():
     """What is generated for a GPU is not what a CPU gets, where it is opaque."""
     found = [registry.find(op_named("linears"), "native", DelayedScaling(), torch.device(d)) for d in ("cpu", "cuda")]
     assert [implementation.opaque for implementation in found] == [True, False]
-
-
-def test_graph_helpers():
-    """`reaches` follows users."""
-    gm = make_fx(lambda a: (a + 1) * 2)(torch.rand(2))
-    (add,), (mul,) = calls(gm, aten.add.Tensor), calls(gm, aten.mul.Tensor)
-    assert reaches(add, {mul}) and not reaches(mul, {add})
-    assert not calls(gm, operator.getitem)
 
 
 def test_the_transposing_kernel():

@@ -56,7 +56,8 @@ def quantized_block(kind: Blocks | MX | NVFP4, block: np.ndarray, whole: np.ndar
         scale = f32(1) if amax == 0 or np.isinf(amax) else min(top / amax, np.finfo(f32).max)
         if kind.power_of_2:
             scale = f32(2.0 ** math.floor(math.log2(scale)))
-        return nearest(block * scale, kind.dtype).astype(f32) * (f32(1) / scale)
+        values = nearest(block * scale, kind.dtype).astype(f32) * (f32(1) / scale)
+        return np.full_like(values, np.nan) if np.isinf(amax) else values  # an overflow is to be seen
     if isinstance(kind, MX):
         ratio = float(amax) / TABLES[kind.dtype][-1]
         exponent = 127 if np.isinf(ratio) else -127 if ratio == 0 else max(math.ceil(math.log2(ratio)), -127)
@@ -66,7 +67,7 @@ def quantized_block(kind: Blocks | MX | NVFP4, block: np.ndarray, whole: np.ndar
     decode = f32(1) / encode
     scale = f32(nearest(np.array([amax * (encode * f32(1 / 6))]), E4M3)[0]) * decode
     values = nearest(block * min(f32(1) / scale, np.finfo(f32).max), "e2m1").astype(f32) * scale
-    return np.full_like(values, np.nan) if np.isnan(block).any() else values
+    return np.full_like(values, np.nan) if not np.isfinite(block).all() else values
 
 
 @np.errstate(all="ignore")

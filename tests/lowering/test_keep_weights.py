@@ -14,6 +14,7 @@ import te_dynamo
 from te_dynamo.backend import te_fp8
 from te_dynamo.lowering.per_tensor import PerTensorLinears
 from tests import te_on_cpu
+from tests.numerics import sqnr
 
 
 class Model(nn.Module):
@@ -75,6 +76,12 @@ def accumulate(model: nn.Module, steps: int = 3, microbatches: int = 3, **option
     return seen, te_dynamo.scale_state(model).state_dict()
 
 
+def in_high_precision(model: nn.Module) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda model, **_: model)
+        return accumulate(copy.deepcopy(model))[0]
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 def test_over_an_accumulation(provider, made, recipe):
     model = Model()
@@ -87,9 +94,9 @@ def test_over_an_accumulation(provider, made, recipe):
     assert not made
     if recipe == "current":
         assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
-    else:  # a kept copy is scaled by its own amax, a fresh one by its slot's scale
-        for a, b in zip(kept, fresh, strict=True):
-            assert (a - b).norm() <= 0.2 * b.norm()
+    else:  # a kept copy is scaled by its own amax, a fresh one by its slot's scale: neither is nearer to high precision
+        exact = in_high_precision(model)
+        assert all(sqnr(e, a) > 13 and abs(sqnr(e, a) - sqnr(e, b)) < 3 for e, a, b in zip(exact, kept, fresh, strict=True))
 
 
 def test_the_amax_is_recorded_at_each_call(provider):
@@ -104,11 +111,12 @@ def test_weights_that_are_frozen(provider, made):
     model = Model()
     for linear in (model.gate, model.up, model.down):
         linear.requires_grad_(False)
+    fresh, _ = accumulate(copy.deepcopy(model), provider=provider, recipe="current")
+    torch._dynamo.reset()
+    made.clear()
     seen, _ = accumulate(model, provider=provider, recipe="current", keep_weights=True)
     assert made == [2, 1]  # for good
-    torch._dynamo.reset()
-    fresh, _ = accumulate(copy.deepcopy(model), steps=1, provider=provider, recipe="current")
-    assert (seen[0] - fresh[0]).norm() < 0.2 * fresh[0].norm()  # the norm has learnt since
+    assert all(torch.equal(a, b) for a, b in zip(seen, fresh, strict=True))
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["training", "inference"])
@@ -156,7 +164,9 @@ def test_verify_knows_them(provider):
     options = {"provider": provider, "keep_weights": True, "verify": True, "recompute_inputs": True}
     run = torch.compile(model, backend=te_fp8, options=options)
     for _ in range(3):
-        run(x).sum().backward()
+        y = run(x)
+        y.sum().backward()
+    assert sqnr(model(x), y) > 20
 
 
 def test_whoever_writes_them_unseen_says_so(provider, made):

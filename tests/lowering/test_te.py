@@ -228,7 +228,10 @@ def test_the_lowered_graph_s_script_runs(stand_in, tmp_path, capsys):
     for _ in range(2):
         run(torch.randn(32, 64)).sum().backward()
     (script,) = tmp_path.glob("*/*_lower.py")
+    capsys.readouterr()
     runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "(32, 32)" in printed and "nan" not in printed, printed
     assert '"op": "norm"' in script.read_text()  # as a producer
 
 

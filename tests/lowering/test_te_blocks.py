@@ -118,7 +118,10 @@ def test_a_cast_is_the_definition(name, dtype):
         kept = ~t.isnan()  # which NaN a NaN becomes is nobody's business
         assert torch.equal(found.data.float().isnan(), ~kept)
         assert torch.equal(bits(found.data.contiguous())[kept], bits(expected.data)[kept])
-        assert torch.equal(bits(found.scale_inv.contiguous()), bits(expected.scale_inv))
+        # TE's kernel saturates an infinity, and nobody sees it; by definition its block is NaN.
+        visible = ~expected.scale_inv.float().isnan()
+        assert (~visible).sum() == isinstance(how, Blocks)
+        assert torch.equal(bits(found.scale_inv.contiguous())[visible], bits(expected.scale_inv)[visible])
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -285,6 +285,5 @@ def test_overflow_saturates():
     call = compiled(model, recipe=DelayedScaling(amax_history_len=4, margin=0))
     x = torch.randn(8, SIZE)
     call(x).sum().backward()
-    y = call(100 * x)  # beyond what the scale was made for
-    assert y.isfinite().all()
-    assert y.abs().max() < 2 * (x.abs().max() * model.weight.abs().sum(1).max())
+    y = call(100 * x)  # beyond what the scale was made for: each element counts as the largest that has a value
+    assert sqnr(model((100 * x).clamp(-x.abs().max(), x.abs().max())), y) > 25

@@ -11,6 +11,8 @@ TE's own tests passes.
         ...
     with te_on_cpu.pretended((10, 0)):   # around anything: what is a device there is a Blackwell
         ...
+    with te_on_cpu.heard() as flags:     # what TE's kernels were told that changes no number here
+        ...
 
     signatures.json  the built module's functions and enums (2.20.2)
     extension.py     makes the module of them, each stand-in checked against its signature
@@ -36,10 +38,10 @@ from typing import Any
 
 import torch
 
-from tests.te_on_cpu.device import capability, cuda_is_cpu, pretended
+from tests.te_on_cpu.device import capability, cuda_is_cpu, heard, pretended
 from tests.te_on_cpu.extension import VERSION, extension
 
-__all__ = ["cuda_is_cpu", "install", "missing", "pretended"]
+__all__ = ["cuda_is_cpu", "heard", "install", "missing", "pretended"]
 
 
 def missing() -> str | None:

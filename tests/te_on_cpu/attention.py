@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.te_on_cpu import device
 from tests.te_on_cpu.layout import Layout, in_format
 from tests.te_on_cpu.quantize import create_empty_quantized_tensor, format_of, is_delayed, quantize, store
 from tests.te_on_cpu.rounding import FP8, amax_of, cast, write
@@ -127,6 +128,7 @@ def fused_attn_bwd(
     P/csrc/extensions/attention.cpp:318.
     """
     _refuse(dropout, bias_type, None)
+    device.hear("deterministic", deterministic)
     layout = Layout.of(qkv_layout)
     q, k, v = _operands(layout, q, k, v)
     problem = Problem.of(

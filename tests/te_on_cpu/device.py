@@ -17,6 +17,7 @@ HOPPER = (9, 0)
 CUDNN = 92400  # 9.24.0
 CUBLAS_LT = 130000
 _pretended = [HOPPER]
+_listeners: list[list[tuple[str, Any]]] = []
 _engine_run_backward = torch.autograd._engine_run_backward
 _make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 
@@ -41,6 +42,22 @@ def get_cublasLt_version() -> int:
 
 def get_num_cublas_streams() -> int:
     return 4
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[tuple[str, Any]]]:
+    """While it is open, collects what stand-ins are told that no result shows, in order: (what, its value)."""
+    _listeners.append([])
+    try:
+        yield _listeners[-1]
+    finally:
+        _listeners.pop()
+
+
+def hear(what: str, value: Any) -> None:
+    """Of a stand-in: notes an argument that changes nothing here."""
+    for listener in _listeners:
+        listener.append((what, value))
 
 
 class _DeviceArguments(TorchFunctionMode):

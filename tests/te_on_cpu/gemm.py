@@ -48,6 +48,7 @@ def generic_gemm(
         raise NotImplementedError("a GEMM that overlaps communication has no stand-in")
     if not accumulate and beta:
         raise RuntimeError("beta without accumulation has nothing to be applied to")
+    device.hear("use_split_accumulator", use_split_accumulator)
     format = _common_format(A, B)
     _refuse_epilogue(format, A, B, bias, gelu, grad)
     a, b = _operand(A, not transA, format), _operand(B, transB, format)  # both [rows, K]

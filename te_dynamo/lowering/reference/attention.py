@@ -30,7 +30,7 @@ from te_dynamo.ir.layout import ORDER, Form, as_bhsd
 from te_dynamo.ir.sizes import product
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.fp8 import E4M3
+from te_dynamo.lowering.fp8 import E4M3, Casting
 from te_dynamo.lowering.limits import DTYPES
 from te_dynamo.lowering.quantized import Quantized, Scale, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements, missing
@@ -132,10 +132,10 @@ class FP8Attention(Implementation):
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         """Saved: q, k and v, the scale of S, o where it is quantized, and lse [B, H, S], the log of the sum of exp(scores)."""
         q, k, v, mask = inputs
-        form, causal = call["form"], call["causal"]
+        form, causal, casting = call["form"], call["causal"], scales.casting
         b, h, s, _ = q.shape
         peaks = [fp8.amax(x) for x in (q, k, v)]
-        q8, k8, v8 = (_quantized(x, scales.at(role).of(peak), form) for x, role, peak in zip((q, k, v), "qkv", peaks, strict=True))
+        q8, k8, v8 = (_quantized(x, scales.at(role).of(peak), casting, form) for x, role, peak in zip((q, k, v), "qkv", peaks, strict=True))
         qf, kf, vf = q8.data.float(), _per_head(k8.data, h), _per_head(v8.data, h)
         factor = q8.scale_inv * k8.scale_inv * softmax_scale(call, q)
         blocks = list(_blocks(b, h, s, k.shape[2], causal))
@@ -160,7 +160,7 @@ class FP8Attention(Implementation):
         peak_o = fp8.amax(out)
         o, o8 = _empty(q, out.shape, form, q.dtype), Quantized()
         if call["quantize_output"]:
-            o8 = _quantized(out, scales.at("o").of(peak_o), form)
+            o8 = _quantized(out, scales.at("o").of(peak_o), casting, form)
             o.copy_(fp8.dequantize(o8.data, o8.scale_inv))
         else:
             o.copy_(out)
@@ -172,13 +172,14 @@ class FP8Attention(Implementation):
     ) -> Backward:
         q8, k8, v8, s8, o8, (lse, *_) = saved
         mask, (do,) = inputs[3], grads
-        form, causal, gradient = call["form"], call["causal"], scales.casting.gradient
+        form, causal, casting = call["form"], call["causal"], scales.casting
+        gradient = casting.gradient
         b, h, s, _ = q8.data.shape
         h_kv, s_kv = k8.data.shape[1:3]
         peak_do = fp8.amax(do)
         scale_do = scales.at("do").of(peak_do)
         inv_do = scale_do.inverse
-        dof = fp8.quantize(do, scale_do.value, gradient).float()
+        dof = casting.saturated(do, scale_do.value, gradient).to(gradient).float()
         qf, kf, vf = q8.data.float(), _per_head(k8.data, h), _per_head(v8.data, h)
         o, o_inv = (o8.data, o8.scale_inv) if call["quantize_output"] else (inputs[4][0], 1.0)
         delta = (dof * o.float()).sum(-1, keepdim=True) * (inv_do * o_inv)
@@ -202,7 +203,7 @@ class FP8Attention(Implementation):
         for i, block in enumerate(blocks):
             probabilities, dp = softmax_and_gradient(i)
             rounded = fp8.quantize(probabilities, s8.scale, E4M3).float()
-            dp8 = fp8.quantize(dp, scale_dp.value, gradient).float()
+            dp8 = casting.saturated(dp, scale_dp.value, gradient).to(gradient).float()
             dq[block.queries] = dp8 @ kf[block.keys]
             dk[block.keys] += dp8.mT @ qf[block.queries]
             dv[block.keys] += rounded.mT @ dof[block.queries]
@@ -214,7 +215,7 @@ class FP8Attention(Implementation):
         peak_dqkv = torch.stack([fp8.amax(x) for x in gradients]).amax()
         if call["quantize_gradients"]:
             shared = scales.at("dqkv").of(peak_dqkv)
-            gradients = [fp8.dequantize(fp8.quantize(x, shared.value, gradient), shared.inverse) for x in gradients]
+            gradients = [fp8.dequantize(casting.saturated(x, shared.value, gradient).to(gradient), shared.inverse) for x in gradients]
         made = [_empty(do, x.shape, form, do.dtype).copy_(x) for x in gradients]
         return Backward([*made, None], [peak_do, peak_dp, peak_dqkv])
 
@@ -246,8 +247,8 @@ class FP8Attention(Implementation):
         return 2 * product((*q[:3], k[2], 3 * q[3] + 2 * v[3]))
 
 
-def _quantized(x: Tensor, scale: Scale, form: str) -> Quantized:
-    data = _empty(x, x.shape, form, E4M3).copy_(fp8.quantize(x, scale.value, E4M3))
+def _quantized(x: Tensor, scale: Scale, casting: Casting, form: str) -> Quantized:
+    data = _empty(x, x.shape, form, E4M3).copy_(casting.saturated(x, scale.value, E4M3).to(E4M3))
     return Quantized(data, scale.inverse, scale=scale.value)
 
 
