@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 
 from tests.forks import Forks
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: no collection needs to look at it again, and there is a million of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

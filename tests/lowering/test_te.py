@@ -18,7 +18,7 @@ from te_dynamo.lowering.fp8 import amax, quantize
 from te_dynamo.lowering.te import library
 from te_dynamo.lowering.te.linear import gemm
 from tests import te_on_cpu
-from tests.models import CASES, output
+from tests.models import CASES, SMALL, Case, output
 from tests.numerics import sqnr
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -269,7 +269,7 @@ TRAINED = [(name, recipe) for recipe in ("delayed", "current") for name in ("lla
 )
 def test_a_model_trains_as_with_the_reference(stand_in, name, recipe):
     """8 steps, one graph: losses and scale state as the definition's; to the bit, but that Inductor sums otherwise around other GEMMs."""
-    check_training(name, recipe, exactly=(name, recipe) not in INDUCTOR)
+    check_training(SMALL[name], recipe, exactly=(name, recipe) not in INDUCTOR)
 
 
 @pytest.mark.slow
@@ -277,13 +277,11 @@ def test_a_model_trains_as_with_the_reference(stand_in, name, recipe):
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
 def test_a_model_trains_as_with_the_reference_under_inductor(stand_in, name, recipe):
-    if (name, recipe) in INDUCTOR:
-        pytest.skip("the test above has it")
-    check_training(name, recipe, exactly=False)
+    check_training(CASES[name], recipe, exactly=False)
 
 
-def check_training(name: str, recipe: str, exactly: bool) -> None:
-    case, losses, states, providers = CASES[name], [], [], []
+def check_training(case: Case, recipe: str, exactly: bool) -> None:
+    losses, states, providers = [], [], []
     for provider in ("te", "reference"):
         torch._dynamo.reset()
         model = case.model()
