@@ -350,10 +350,11 @@ def test_where_native_is_available():
 
 
 def samples(count=2):
-    """Linears with so many weights, of which the last is not trained where there are two."""
+    """Linears with so many weights; where there are two, the last is not trained, and their input has 3 dimensions."""
     torch.manual_seed(0)
-    x, weights, biases = torch.randn(2, 8, 32), [torch.randn(16, 32) for _ in range(count)], [torch.randn(16), None][:count]
-    grads = [torch.randn(2, 8, 16) for _ in weights]
+    rows = (2, 8) if count == 2 else (16,)
+    x, weights, biases = torch.randn(*rows, 32), [torch.randn(16, 32) for _ in range(count)], [torch.randn(16), None][:count]
+    grads = [torch.randn(*rows, 16) for _ in weights]
     ops, some = torch.ops.te_dynamo, [True, True, False, True, False] if count == 2 else [True] * 3
     needs, nothing = [True, *(True for _ in weights), *(b is not None for b in biases)], [None] * count
     found = {}
@@ -391,7 +392,8 @@ def test_opcheck(name, monkeypatch):
         return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
 
     monkeypatch.setattr(torch, "allclose", lambda a, b, **k: allclose(bits(a), bits(b), **k))
-    # A weight in blocks takes seconds under symbolic shapes; that there are several is the operator's, whatever the recipe.
+    # Blocks take seconds under symbolic shapes: for each weight, and for each dimension of the input that is not a symbol of its own.
+    # How many of both there are concerns the operator, whatever the recipe.
     op, args = samples(2 if "rowwise" in name else 1)[name]
     torch.library.opcheck(op.default, args)
 
