@@ -214,7 +214,7 @@ PROVIDERS, DTYPES = ("native", "reference", "te"), (torch.bfloat16, torch.float3
 @pytest.mark.parametrize(
     ("provider", "recipe", "dtype", "bias"),
     [
-        pytest.param(*how, marks=pytest.mark.inductor if how in GENERATED else ())
+        pytest.param(*how, marks=pytest.mark.inductor if how in GENERATED else (), id="-".join(map(str, how)))
         for how in itertools.product(PROVIDERS, ("delayed", "current"), DTYPES, (True, False))
     ],
 )

@@ -69,7 +69,7 @@ GENERATED = {("native", "delayed", torch.bfloat16), ("native", "current", torch.
 @pytest.mark.parametrize(
     ("provider", "recipe", "dtype"),
     [
-        pytest.param(*how, marks=pytest.mark.inductor if how in GENERATED else ())
+        pytest.param(*how, marks=pytest.mark.inductor if how in GENERATED else (), id="-".join(map(str, how)))
         for how in itertools.product(["native", "reference"], ["delayed", "current"], [torch.float32, torch.bfloat16, torch.float16])
     ],
 )
