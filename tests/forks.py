@@ -1,4 +1,4 @@
-"""Processes of their own that start at once: forks of one that has imported torch, and done nothing else."""
+"""Processes of their own that start at once: forks of one that has imported torch, and has compiled a linear if need be."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from types import TracebackType
 SERVER = """
 import json, os, sys, tempfile, traceback
 import torch, torch._dynamo, torch._inductor.compile_fx
-answers = os.dup(1)
+answers, ready = os.dup(1), False
 for line in sys.stdin:
-    code, sys.argv, path = json.loads(line)
+    code, sys.argv, path, generates = json.loads(line)
+    if generates and not ready:
+        with torch.no_grad():  # autograd's engine could not be used in a fork of a process that has used it
+            torch.compile(torch.nn.Linear(4, 4))(torch.ones(2, 4).relu())
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        ready = True
     printed, said = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
     child = os.fork()
     if child == 0:
@@ -38,7 +44,7 @@ class Forks:
     """Outside the repository: only what is installed can be imported, unless a path is given."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a fork has none of the threads
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", env=environment
         )
@@ -49,10 +55,13 @@ class Forks:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.process.communicate()
 
-    def run(self, code: str, *arguments: str, path: Sequence[str] = ()) -> str:
-        """What the code prints. Fails with what it says where it fails."""
+    def run(self, code: str, *arguments: str, path: Sequence[str] = (), generates: bool = False) -> str:
+        """What the code prints. Fails with what it says where it fails.
+
+        generates: the code has Inductor generate some. What that needs once a process is then done before the fork, in seconds.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([code, ["-c", *arguments], list(path)]) + "\n")
+        self.process.stdin.write(json.dumps([code, ["-c", *arguments], list(path), generates]) + "\n")
         self.process.stdin.flush()
         status, printed, said = json.loads(self.process.stdout.readline())
         assert status == 0, said

@@ -10,14 +10,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-VOCABULARY, HIDDEN, LAYERS, LENGTH = 320, 64, 2, 24
+VOCABULARY, HIDDEN, LENGTH = 320, 64, 24
 DECODER = {
     "hidden_size": HIDDEN,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 128,
     "vocab_size": VOCABULARY,
-    "num_hidden_layers": LAYERS,
     "use_cache": False,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -27,7 +26,6 @@ ENCODER = {
     "hidden_size": HIDDEN,
     "num_attention_heads": 4,
     "intermediate_size": 128,
-    "num_hidden_layers": LAYERS,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
@@ -59,42 +57,54 @@ def output(result: Any) -> Tensor:
     return result.logits if "logits" in result else result.last_hidden_state
 
 
-def decoder(model: str, config: str, linears: int = 7 * LAYERS, **extra: Any) -> Case:
+def decoder(layers: int, model: str, config: str, **extra: Any) -> Case:
     def build(attention: str) -> nn.Module:
-        return getattr(hf, model)(getattr(hf, config)(**DECODER, **extra, attn_implementation=attention))
+        return getattr(hf, model)(getattr(hf, config)(**DECODER, **extra, num_hidden_layers=layers, attn_implementation=attention))
 
-    return Case(build, linears, LAYERS)
+    return Case(build, 7 * layers, layers)
 
 
-def gpt2(attention: str) -> nn.Module:
+def gpt2(layers: int) -> Case:
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False, "bos_token_id": 0, "eos_token_id": 1}
-    return hf.GPT2LMHeadModel(
-        hf.GPT2Config(n_embd=HIDDEN, n_head=4, n_layer=LAYERS, vocab_size=VOCABULARY, attn_implementation=attention, **off)
-    )
+
+    def build(attention: str) -> nn.Module:
+        sizes = {"n_embd": HIDDEN, "n_head": 4, "n_layer": layers, "vocab_size": VOCABULARY}
+        return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, attn_implementation=attention, **off))
+
+    return Case(build, 4 * layers, layers)
 
 
-def bert(attention: str) -> nn.Module:
-    return hf.BertModel(hf.BertConfig(vocab_size=VOCABULARY, attn_implementation=attention, **ENCODER))
+def encoder(layers: int, model: str, config: str, kind: str = "text", **extra: Any) -> Case:
+    def build(attention: str) -> nn.Module:
+        return getattr(hf, model)(getattr(hf, config)(**ENCODER, **extra, num_hidden_layers=layers, attn_implementation=attention))
+
+    return Case(build, 6 * layers + 1, layers, kind)
 
 
-def vit(attention: str) -> nn.Module:
-    return hf.ViTModel(hf.ViTConfig(image_size=32, patch_size=8, attn_implementation=attention, **ENCODER))
+def t5(layers: int) -> Case:
+    sizes = {"d_model": HIDDEN, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": layers, "vocab_size": VOCABULARY}
+
+    def build(attention: str) -> nn.Module:
+        config = hf.T5Config(**sizes, decoder_start_token_id=0, use_cache=False, dropout_rate=0.0)
+        config._attn_implementation = attention
+        return hf.T5ForConditionalGeneration(config)
+
+    return Case(build, (6 + 10) * layers, 3 * layers, "seq2seq")
 
 
-def t5(attention: str) -> nn.Module:
-    sizes = {"d_model": HIDDEN, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": LAYERS, "vocab_size": VOCABULARY}
-    config = hf.T5Config(**sizes, decoder_start_token_id=0, use_cache=False, dropout_rate=0.0)
-    config._attn_implementation = attention
-    return hf.T5ForConditionalGeneration(config)
+def cases(layers: int) -> dict[str, Case]:
+    return {
+        "llama": decoder(layers, "LlamaForCausalLM", "LlamaConfig"),
+        "mistral": decoder(layers, "MistralForCausalLM", "MistralConfig"),
+        "qwen3": decoder(layers, "Qwen3ForCausalLM", "Qwen3Config", head_dim=16),
+        "gemma3": decoder(layers, "Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=16),
+        "gpt2": gpt2(layers),
+        "bert": encoder(layers, "BertModel", "BertConfig", vocab_size=VOCABULARY),
+        "vit": encoder(layers, "ViTModel", "ViTConfig", "image", image_size=32, patch_size=8),
+        "t5": t5(layers),
+    }
 
 
-CASES = {
-    "llama": decoder("LlamaForCausalLM", "LlamaConfig"),
-    "mistral": decoder("MistralForCausalLM", "MistralConfig"),
-    "qwen3": decoder("Qwen3ForCausalLM", "Qwen3Config", head_dim=16),
-    "gemma3": decoder("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=16),
-    "gpt2": Case(gpt2, 4 * LAYERS, LAYERS),
-    "bert": Case(bert, 6 * LAYERS + 1, LAYERS),
-    "vit": Case(vit, 6 * LAYERS + 1, LAYERS, "image"),
-    "t5": Case(t5, (6 + 10) * LAYERS, 3 * LAYERS, "seq2seq"),
-}
+CASES = cases(layers=2)
+# To trace and compile a model takes as long as it has layers. T5 keeps two: its second reads the first's bias, and both the same memory.
+SMALL = cases(layers=1) | {"t5": CASES["t5"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import warnings
 
@@ -62,10 +63,17 @@ def sites_of(model, *args, **options) -> list[Site]:
     return found
 
 
-@pytest.mark.inductor
-@pytest.mark.parametrize("provider", ["native", "reference"])
-@pytest.mark.parametrize("recipe", ["delayed", "current"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# Each value of each parameter is compiled by Inductor once; what else there is runs without generated code.
+GENERATED = {("native", "delayed", torch.bfloat16), ("native", "current", torch.float32), ("reference", "delayed", torch.float16)}
+
+
+@pytest.mark.parametrize(
+    ("provider", "recipe", "dtype"),
+    [
+        pytest.param(*how, marks=pytest.mark.inductor if how in GENERATED else (), id="-".join(map(str, how)))
+        for how in itertools.product(["native", "reference"], ["delayed", "current"], [torch.float32, torch.bfloat16, torch.float16])
+    ],
+)
 def test_trains_as_the_eager_model_to_fp8_error(provider, recipe, dtype):
     model = Stack().to(dtype)
     reference = copy.deepcopy(model)
@@ -194,7 +202,6 @@ def test_state_dict_and_modules_are_untouched():
     assert {name: type(m) for name, m in model.named_modules()} == modules
 
 
-@pytest.mark.inductor
 def test_lengths_that_change_every_step_recompile_once_more_at_most():
     def graphs(backend) -> int:
         torch._dynamo.reset()
@@ -209,9 +216,7 @@ def test_lengths_that_change_every_step_recompile_once_more_at_most():
             run(torch.randn(length, 64)).sum().backward()
         return len(count)
 
-    from torch._inductor.compile_fx import compile_fx
-
-    assert graphs(te_fp8) <= graphs(compile_fx) + 1
+    assert graphs(te_fp8) <= graphs(torch._dynamo.lookup_backend("aot_eager")) + 1
 
 
 @pytest.mark.inductor

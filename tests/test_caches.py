@@ -37,7 +37,7 @@ print(json.dumps({
 
 
 def run(forks: Forks, cache: Path, package_root: Path, options: dict | None = None) -> dict:
-    printed = forks.run(SCRIPT, json.dumps(options or {}), str(cache), path=[str(package_root)])
+    printed = forks.run(SCRIPT, json.dumps(options or {}), str(cache), path=[str(package_root)], generates=True)
     return json.loads(printed.splitlines()[-1])
 
 

@@ -14,7 +14,7 @@ from te_dynamo.backend import observing, te_fp8
 from te_dynamo.ir.layout import in_memory
 from te_dynamo.passes.memory import described
 from te_dynamo.sites import Site
-from tests.models import CASES
+from tests.models import SMALL
 
 EXPECTED = {
     "llama": "as the model left it",  # grouped heads, and RoPE writes q and k anew
@@ -46,7 +46,7 @@ class Operands(TorchDispatchMode):
 
 
 def reported_and_seen(name: str, **options: Any) -> tuple[list[Site], list[str]]:
-    case = CASES[name]
+    case = SMALL[name]
     model, inputs, sites = case.model(), case.inputs(), []
     run = torch.compile(model, backend=te_fp8, fullgraph=True, options=options)
     torch._dynamo.reset()
@@ -61,7 +61,7 @@ def reported_and_seen(name: str, **options: Any) -> tuple[list[Site], list[str]]
 
 def check(name: str, short: int, expected: str) -> None:
     sites, seen = reported_and_seen(name, short_sequence=short)
-    assert len(sites) == len(seen) == CASES[name].attentions
+    assert len(sites) == len(seen) == SMALL[name].attentions
     assert sorted(s.layout or "" for s in sites) == sorted(seen)
     assert any(layout.startswith(expected) for layout in seen)
     for site in sites:

@@ -10,7 +10,7 @@ import torch
 import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.sites import Site
-from tests.models import CASES, Case, output
+from tests.models import CASES, SMALL, Case, output
 from tests.numerics import sqnr
 
 pytestmark = pytest.mark.usefixtures("no_codegen")
@@ -53,8 +53,9 @@ def check_sites(case: Case, sites: list[Site]) -> None:
 
 
 @pytest.mark.parametrize(("name", "attention", "dtype"), MATRIX)
-def test_trains_and_infers_as_one_graph(name, attention, dtype):
-    case = CASES[name]
+def test_trains_and_infers_as_one_graph(name, attention, dtype, request):
+    quick = request.node.get_closest_marker("slow") is None
+    case = (SMALL if quick else CASES)[name]
     model = case.model(attention, dtype)
     reference = copy.deepcopy(model)
     graphs: list[list[Site]] = []
@@ -96,7 +97,7 @@ def weights_of(y: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("plain", ["aot_eager", pytest.param("inductor", marks=slow)])
 @pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_lengths_that_change_recompile_once_more_at_most(name, plain):
-    case = CASES[name]
+    case = SMALL[name]
 
     def graphs(backend) -> int:
         torch._dynamo.reset()

@@ -23,11 +23,8 @@ def run(folder: Path, *cases: str, ranks: int = 2) -> None:
     assert done.returncode == 0, done.stderr[-6000:]
 
 
-def test_on_two_ranks(tmp_path):
-    """All in one launch: to start a process takes longer than most cases do."""
-    run(tmp_path, "ddp", "collectives", "apart", "fp8_attention", "fsdp", "fsdp_inference", "tensor_parallel")
-
-
-def test_a_sharded_checkpoint_resumes_on_another_number_of_ranks(tmp_path):
-    run(tmp_path, "fsdp_save", "fsdp_resume")
+def test_on_two_ranks_and_a_sharded_checkpoint_on_one(tmp_path):
+    """All that two ranks run in one launch: to start a process takes longer than most cases do. The checkpoint resumes on one rank too."""
+    on_two = ("ddp", "collectives", "apart", "fp8_attention", "fsdp", "fsdp_inference", "tensor_parallel", "fsdp_save", "fsdp_resume")
+    run(tmp_path, *on_two)
     run(tmp_path, "fsdp_resume", ranks=1)

@@ -24,7 +24,7 @@ from te_dynamo.lowering.te.block_linears import BlockLinears
 from te_dynamo.recipe import DelayedScaling, Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 from tests import calls as sites
 from tests import te_on_cpu
-from tests.models import CASES, output
+from tests.models import SMALL, output
 from tests.numerics import sqnr
 
 CPU = torch.device("cpu")
@@ -444,7 +444,7 @@ def test_a_linear_is_te_s(te, name, dtype, bias):
 
 @pytest.mark.parametrize("name", ["block", "mxfp8"])
 def test_a_llama_trains_as_with_the_reference(name):
-    case, losses, providers = CASES["llama"], [], []
+    case, losses, providers = SMALL["llama"], [], []
     for provider in ("te", "reference"):
         torch._dynamo.reset()
         torch.manual_seed(0)

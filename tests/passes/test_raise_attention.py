@@ -21,7 +21,7 @@ from te_dynamo.passes.rules import apply
 from te_dynamo.passes.spec import RAISED, check
 from te_dynamo.sites import Sites
 from tests.capture import capture
-from tests.models import CASES
+from tests.models import CASES, SMALL
 
 B, H, G, S, T, D = 2, 4, 2, 6, 5, 8  # batch, heads, heads of k and v where they are fewer, queries, keys, head size
 SCALE = 1 / math.sqrt(D)
@@ -661,9 +661,9 @@ def test_a_sink_is_declined() -> None:  # gpt-oss
 
 
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SMALL)
 def test_models(name: str, attention: str) -> None:
-    case = CASES[name]
+    case = SMALL[name]
     model = case.model(attention)
     gm, found, reasons = raised(model, **case.inputs(), tolerance=2e-4)
     assert (len(found), reasons, products(gm)) == (case.attentions, [], [])

@@ -17,7 +17,7 @@ from te_dynamo.ir.graph import EXAMPLE
 from te_dynamo.report.dump import Dump, fill, index_bounds
 from tests.capture import capture
 from tests.forks import Forks
-from tests.models import CASES
+from tests.models import SMALL
 from tests.pipeline import stages_of
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_each_stage_runs_by_itself_and_gives_the_same(forks: Forks, tmp_path: Pa
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_llama(forks: Forks, tmp_path: Path, dynamic: bool | None) -> None:
-    case = CASES["llama"]
+    case = SMALL["llama"]
     inputs = case.inputs()
     model = case.model()
     model.gradient_checkpointing_enable()
@@ -94,7 +94,7 @@ def test_a_llama(forks: Forks, tmp_path: Path, dynamic: bool | None) -> None:
 
 
 def test_a_file_is_readable(forks: Forks, tmp_path: Path) -> None:
-    recorded = stages_of(CASES["llama"].model(), **CASES["llama"].inputs())
+    recorded = stages_of(SMALL["llama"].model(), **SMALL["llama"].inputs())
     dump = Dump(tmp_path, 0)
     raised = dump.stage(2, "raise", recorded.graphs["raise"], recorded.inputs)
     planned = dump.stage(4, "plan", recorded.graphs["plan"], recorded.inputs)
