@@ -1,6 +1,6 @@
 """Stage 5: the scale state becomes graph inputs.
 
-Every site gets its place in the packed scales. A graph that trains gains four inputs, whatever the number of sites (see
+Every site gets its place in the packed scales. A graph that trains gains three inputs, whatever the number of sites (see
 `te_dynamo.ir.state_inputs`), one that infers the first of them. A sub-graph of a higher-order operator gains the slices that
 belong to it.
 """
