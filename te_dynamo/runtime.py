@@ -125,14 +125,13 @@ class CompiledGraph:
         variant = self._variant(group)
         state = self._state_inputs(group, args, recording)
         weights = self.weights.inputs(variant.lowered.weights, args)
-        inputs = (*args, *state, *weights)
-        outputs = variant.run(*inputs)
+        outputs = variant.run(*args, *state, *weights)
         if not variant.lowered.records:
             return outputs
         *outputs, amax = outputs
         if recording:
             group.record(FORWARD, amax)  # type: ignore[union-attr]
-            STATE.watch_backward(outputs, group, len(inputs))  # type: ignore[arg-type]
+            STATE.watch_backward(outputs, group)  # type: ignore[arg-type]
         return outputs
 
     def _group(self, args: Sequence[Any]) -> Group | None:

@@ -486,3 +486,32 @@ def test_a_weight_that_is_computed_is_a_weight(make):
         for p in model.parameters():
             p.data.mul_(0.5)
         assert sqnr(model(x), call(x)) > 20
+
+
+class ThroughAndBack(nn.Module):
+    """Returns a view of its input, whose backward another graph made, beside its own result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view(-1, SIZE), self.net(x)
+
+
+@pytest.mark.parametrize("before", ["inductor's graph", "an own function", "our graph"])
+def test_an_output_that_is_a_view_of_an_input_has_another_backward(before):
+    last, first = ThroughAndBack(), Net()
+    call = torch.compile(last, backend=te_fp8, options={"recipe": DelayedScaling(margin=0)})
+    make = {
+        "inductor's graph": torch.compile(lambda x: first(x), backend="aot_eager"),
+        "an own function": lambda x: Twice.apply(x, first.a.weight)[:, :SIZE].clone(),
+        "our graph": torch.compile(lambda x: first(x), backend=te_fp8),
+    }[before]
+    for _ in range(2):
+        through, y = call(make(torch.randn(32, SIZE)))
+        y.retain_grad()
+        (through.sum() + y.pow(2).mean()).backward()
+        STATE.roll()
+        scale = te_dynamo.scale_state(last).state_dict()["net.b.grad_output.amax_history"]
+        assert y.grad.abs().max() in scale

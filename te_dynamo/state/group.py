@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Group:
         self.slots = frozenset((arena.device, direction, i) for direction in DIRECTIONS for i in indices[direction])
         self.where = tuple(_location(i, arena.device) for i in indices)
         self.owners = tuple({id(o): weakref.ref(o) for o in owners}.values())
-        self.sink_places: dict[int, int | None] = {}  # by the number of a graph's inputs: where the sink is among them
+        self._sink_places: dict[type, int | None] = {}
         self._complete = -1  # the arena's version at which all scales were set
         with torch.inference_mode(False):
             self.sink = torch.zeros(len(indices[GRADIENT]), dtype=torch.float32, device=arena.device, requires_grad=True)
@@ -54,6 +55,14 @@ class Group:
         else:
             result = scale.index_select(0, where)
         return torch.where(result == 0, -0.0, result) if alone else result
+
+    def sink_place(self, node: Any) -> int | None:
+        """Where the sink is among the inputs of an autograd function; None where it is not. Looked up once for each compiled graph,
+        which is a class of these: autograd makes an object of every input to tell."""
+        if type(node) not in self._sink_places:
+            edges = [getattr(function, "variable", None) is self.sink for function, _ in node.next_functions]
+            self._sink_places[type(node)] = edges.index(True) if any(edges) else None
+        return self._sink_places[type(node)]
 
     @torch.no_grad()
     def record(self, direction: int, amax: Tensor) -> None:

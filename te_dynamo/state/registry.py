@@ -188,19 +188,19 @@ class ScaleState:
         self.visited.clear()
         self.backward_seen = False
 
-    def watch_backward(self, outputs: Sequence[Any], group: Group, inputs: int) -> None:
-        """Takes the gradients' amaxes out of every backward of these outputs, and rolls at its end. inputs: how many the graph was given.
+    def watch_backward(self, outputs: Sequence[Any], group: Group) -> None:
+        """Takes the gradients' amaxes out of every backward of these outputs, and rolls at its end.
 
         They are what the compiled backward gives as the gradient of the group's sink: under `backward()`, `autograd.grad` and
         `backward(inputs=...)` alike. A forward that was recomputed inside a backward has a nested backward of its own, whose end
         is not the end: its roll waits for the next forward.
         """
         recomputed = torch._C._current_graph_task_id() != -1
-        for node in _compiled_backwards(outputs):
-            if inputs not in group.sink_places:  # looked up once: autograd makes an object of every input to tell
-                edges = [getattr(function, "variable", None) is group.sink for function, _ in node.next_functions]
-                group.sink_places[inputs] = edges.index(True) if any(edges) else None
-            node.register_hook(partial(_after_backward, self, recomputed, group, group.sink_places[inputs]))
+        for node in _backwards(outputs):
+            place = group.sink_place(node)
+            if place is not None:
+                node.te_watched = True
+                node.register_hook(partial(_after_backward, self, recomputed, group, place))
 
     def _roll_after_backward(self) -> None:
         task = torch._C._current_graph_task_id()
@@ -218,30 +218,22 @@ class ScaleState:
 STATE = ScaleState()
 
 
-def _compiled_backwards(outputs: Sequence[Any]) -> set[Any]:
-    """The backward of the call that gave these outputs, each of which may be a view of what the call computed."""
+def _backwards(outputs: Sequence[Any]) -> set[Any]:
+    """The autograd functions that gave these outputs, or what these are views of: among them that of the compiled call."""
     found: set[Any] = set()
     for output in outputs:
         node: Any = output.grad_fn if isinstance(output, Tensor) else None
-        while node is not None and not _is_compiled(node):
+        while node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction):
             node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
-        if node is not None and not hasattr(node, "te_watched"):  # else the output is a view of an input, which another call made
+        if node is not None and not hasattr(node, "te_watched"):  # else it is of another call: the output is a view of an input
             found.add(node)
-    for node in found:
-        node.te_watched = True
     return found
 
 
-def _is_compiled(node: Any) -> bool:
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
 @torch.compiler.disable
-def _after_backward(
-    state: ScaleState, recomputed: bool, group: Group, place: int | None, gradients: Sequence[Tensor | None], _: Any
-) -> None:
+def _after_backward(state: ScaleState, recomputed: bool, group: Group, place: int, gradients: Sequence[Tensor | None], _: Any) -> None:
     """A hook after the backward of a call. gradients: of its inputs; place: of the sink among these."""
-    if place is not None and (amax := gradients[place]) is not None:
+    if (amax := gradients[place]) is not None:
         group.record(GRADIENT, amax)
     state.backward_seen = True
     if not recomputed:
