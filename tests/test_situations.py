@@ -44,6 +44,7 @@ def fresh() -> None:
 
 
 def sqnr(truth: Tensor, other: Tensor) -> float:
+    truth, other = truth.detach(), other.detach()
     return float(10 * torch.log10(truth.square().sum() / (truth - other).square().sum()))
 
 
@@ -172,6 +173,20 @@ def test_an_eval_uses_weights_that_are_views_of_what_was_written():
         call(x)
         flat.mul_(-0.5)
         assert sqnr(model(x), call(x)) > 20
+
+
+def test_weights_that_are_away_between_calls():
+    """As where layers are offloaded: a parameter's memory is there for the call only."""
+    model, x = Net().eval(), torch.randn(16, SIZE)
+    kept, expected = {n: p.detach().clone() for n, p in model.named_parameters()}, model(x)
+    call = torch.compile(model, backend=te_fp8)
+    with torch.no_grad():
+        for _ in range(3):
+            for name, p in model.named_parameters():
+                p.data = kept[name].clone()
+            assert sqnr(expected, call(x)) > 20
+            for p in model.parameters():
+                p.data = torch.empty(0)
 
 
 def test_weights_that_did_not_change_are_not_quantized_again(monkeypatch):
@@ -515,3 +530,29 @@ def test_an_output_that_is_a_view_of_an_input_has_another_backward(before):
         STATE.roll()
         scale = te_dynamo.scale_state(last).state_dict()["net.b.grad_output.amax_history"]
         assert y.grad.abs().max() in scale
+
+
+# --- exported programs
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(SIZE), nn.Linear(SIZE, 3 * SIZE), nn.Linear(SIZE, SIZE)
+        self.last, self.up, self.down = nn.RMSNorm(SIZE), nn.Linear(SIZE, 128), nn.Linear(128, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.out(y)
+        return x + self.down(F.gelu(self.up(self.last(x))))
+
+
+def test_an_exported_program_is_taken_as_its_model_is():
+    model, x = Block(), torch.randn(2, 16, SIZE)
+    exported = torch.export.export(model, (x,)).module()
+    reports = [te_dynamo.explain(m, x) for m in (model, exported)]
+    taken = [sorted((site.kind, site.layout, site.provider is not None) for site in report.sites) for report in reports]
+    assert taken[0] == taken[1] and reports[1].fp8_flop_fraction == 1
+    call = torch.compile(exported, backend=te_fp8)
+    assert sqnr(model(x), call(x)) > 20

@@ -81,6 +81,17 @@ ALIASES: dict[Any, Callable[..., Any]] = {
     torch.layer_norm: F.layer_norm,
     torch.rms_norm: F.rms_norm,
 }
+# The operators of an exported program: those that a function of torch is called by; any other that is a method is spelled so.
+ATEN: dict[str, Callable[..., Any]] = {
+    "cat": torch.cat,
+    "layer_norm": F.layer_norm,
+    "linear": LINEAR,
+    "rms_norm": F.rms_norm,
+    "scaled_dot_product_attention": SDPA,
+    "stack": torch.stack,
+    "where": torch.where,
+}
+ATEN_METHODS = METHODS | {"contiguous", "expand", "reshape", "to", "view"}
 # Where keyword arguments go; what is not named here stays a keyword. A default of `...` ends what must be present.
 SIGNATURES: dict[Callable[..., Any], tuple[tuple[str, Any], ...]] = {
     LINEAR: (("input", ...), ("weight", ...), ("bias", None)),
@@ -144,7 +155,7 @@ def canonicalize(gm: GraphModule) -> None:
         if node.op not in ("call_function", "call_method") or node in inside or _module_number(graph, node):
             continue
         _out_of_place(graph, node)
-        for spelling in (_named, _positional, _formed):
+        for spelling in (_from_aten, _named, _positional, _formed):
             call = spelling(node)
             if call is not None:
                 node.op = "call_method" if isinstance(call.target, str) else "call_function"
@@ -171,6 +182,17 @@ def _module_number(graph: Graph, node: Node) -> bool:
         user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
     graph.erase_node(node)
     return True
+
+
+def _from_aten(node: Node) -> Spelling | None:
+    """The function or method that an operator of `torch.ops.aten` is."""
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    name = target._opname
+    if name in ATEN:
+        return Spelling(ATEN[name], node.args, dict(node.kwargs))
+    return Spelling(name, node.args, dict(node.kwargs)) if name in ATEN_METHODS and tensor(node.args[0]) is not None else None
 
 
 def _named(node: Node) -> Spelling | None:

@@ -90,7 +90,7 @@ def _skipped(model: nn.Module, recorder: Recorder) -> Iterator[str]:
     """Notes on modules of torch.nn whose `.compile()` had no effect (before torch 2.14)."""
     outside = {seen.path for seen in recorder.observer.seen}
     for name, module in model.named_modules():
-        own = type(module).forward.__module__.startswith("torch.nn.") and module._compiled_call_impl is not None
+        own = str(type(module).forward.__module__).startswith("torch.nn.") and module._compiled_call_impl is not None
         if own and (not recorder.graphs or any(path == name or path.startswith(f"{name}.") for path in outside)):
             yield (
                 f"{type(module).__name__}.compile() compiled nothing: Dynamo skips the frames of torch.nn's own modules. "
