@@ -23,7 +23,7 @@ import torch
 from torch.fx import GraphModule
 
 from te_dynamo.config import Options
-from te_dynamo.ir.graph import EXAMPLE, copy_graph_module
+from te_dynamo.ir.graph import EXAMPLE, copy_graph_module, fake
 from te_dynamo.ir.meta import PLAN, SLOTS
 from te_dynamo.lowering.registry import choose
 from te_dynamo.passes.attach import attach
@@ -37,8 +37,9 @@ from te_dynamo.passes.raising import FAMILIES
 from te_dynamo.passes.rules import apply
 from te_dynamo.passes.select import masks_uniform_rows, select, unmatched_absolute_patterns
 from te_dynamo.passes.undo import Rewrites
+from te_dynamo.passes.weights import is_owned
 from te_dynamo.report.stages import Stages
-from te_dynamo.runtime import CompiledGraph, CompiledIfItStays, Compiler, Variant, compile_inductor
+from te_dynamo.runtime import CompiledGraph, CompiledIfItStays, Compiler, Variant, compile_inductor, compile_without_codegen
 from te_dynamo.sites import Sites
 from te_dynamo.state.reduce import ranks
 
@@ -81,9 +82,7 @@ def te_fp8(
         return Variant(compiler(graph, inputs, chosen), lowered)
 
     steady = variant(calibrating=False)
-    # In inference, and where lengths are symbolic (later guards would come too late), the graph that calibrates is compiled at once.
-    at_once = not grad_enabled or any(isinstance(i, torch.SymInt) for i in example_inputs)
-    calibrating = variant(True, compile_inductor if at_once else CompiledIfItStays) if calibrates else None
+    calibrating = variant(True, _compiler_of_calibration(fused, example_inputs, grad_enabled)) if calibrates else None
     _warn_about_patterns(chosen, sites)
     for observer in observers:
         observer(fused, sites, chosen)
@@ -139,6 +138,14 @@ def _needs_calibration(gm: GraphModule) -> bool:
     """Whether a site cannot tell by itself that a scale was never set, so that a graph of its own calibrates. Opaque ones can."""
     nodes = (node for unit in rewritable_units(gm) for node in unit.graph.nodes)
     return any(SLOTS in node.meta and node.meta[PLAN].needs_calibration for node in nodes)
+
+
+def _compiler_of_calibration(gm: GraphModule, example_inputs: Sequence[Any], grad_enabled: bool) -> Compiler:
+    """How the graph that calibrates is compiled. Where nothing sets scales it stays in use: in inference, or if no weight learns. Else
+    it is run once or twice, and compiled only if it stays; with symbolic lengths not then either, as its guards would come too late."""
+    if not grad_enabled or not any(is_owned(n) and fake(n).requires_grad for n in gm.graph.nodes):
+        return compile_inductor
+    return compile_without_codegen if any(isinstance(i, torch.SymInt) for i in example_inputs) else CompiledIfItStays
 
 
 def _wants_gradients(gm: GraphModule) -> bool:

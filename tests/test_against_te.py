@@ -327,7 +327,8 @@ def test_without_like_te_an_infinite_amax_freezes_nothing(te, arena):
     STATE.roll()
     ours_now, te_now = our_slots(arena, linear.weight)[0], their_slots(pair.theirs)[0]
     assert te_now.history.isinf().any() and ours_now.history.isfinite().all()
-    assert ours_now.scale == 448 / ours_now.history.max() and te_now.scale > ours_now.scale
+    # A margin of 2, and as the last step saturated, up to 16 times the growth that it showed.
+    assert 448 / 4 / 16 <= ours_now.scale * ours_now.history.max() <= 448 / 4 and te_now.scale > ours_now.scale
 
 
 # --- the instrument refuses what a Hopper refuses

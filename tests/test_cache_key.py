@@ -83,6 +83,8 @@ def others(recipe: Recipe, name: str) -> Any:
     value = getattr(recipe, name)
     if name == "fp8_format":
         return "E4M3" if value.name == "HYBRID" else "HYBRID"
+    if value is None:
+        return 1
     if isinstance(value, bool):
         return not value
     return {1: 2, 2: 1}.get(value, value + 1) if not isinstance(value, float) else value + 0.5

@@ -340,7 +340,7 @@ def test_a_graph_that_stays_in_use_is_compiled(monkeypatch):
     compiled: list[Any] = []
     plain = runtime.compile_without_codegen
     monkeypatch.setattr(runtime, "compile_inductor", lambda *args: compiled.append(args) or plain(*args))
-    model = Net().eval().requires_grad_(False)
+    model = Net().eval()
     call = torch.compile(model, backend=te_fp8, options={"provider": "reference"})  # whose first scales want a graph of their own
     results = []
     for _ in range(6):

@@ -65,7 +65,7 @@ def test_the_larger_gradient_of_a_recorded_step_is_in_the_scale():
     outputs = [call(torch.randn(8, SIZE)) for _ in range(2)]
     ((outputs[0] * large).sum() + (outputs[1] * small).sum()).backward()
     scale = te_dynamo.scale_state(model).state_dict()["grad_output.scale"]
-    assert scale.item() == pytest.approx(E5M2_MAX / large.abs().max().item(), rel=1e-6)
+    assert scale.item() == pytest.approx(E5M2_MAX / 8 / large.abs().max().item(), rel=1e-6)  # a margin of 3
 
 
 # --- other ranks
@@ -106,24 +106,24 @@ def test_slots_that_join_later_are_reduced_too(triple):
 
 @pytest.mark.parametrize("leaver", [0, 1, 2])
 def test_who_leaves_a_union_neither_moves_nor_is_moved(leaver):
-    arena = Arena(CPU)
+    arena, TOP = Arena(CPU), E4M3_MAX / 4
     slots = list(arena.take(FORWARD, 3))
-    arena.configure(FORWARD, slots, DelayedScaling(amax_history_len=2))
+    arena.configure(FORWARD, slots, DelayedScaling(amax_history_len=2, margin=2))
     arena.unite(FORWARD, slots)
     gone = slots.pop(leaver)
     arena.give_back(FORWARD, gone)
     (again,) = arena.take(FORWARD, 1)
     assert again == gone
-    arena.configure(FORWARD, [again], DelayedScaling(amax_history_len=2))
+    arena.configure(FORWARD, [again], DelayedScaling(amax_history_len=2, margin=2))
 
     def rolled(index: int, amax: float) -> list[float]:
         arena.amax[FORWARD, index] = amax
         arena.roll()
         return arena.scale[FORWARD, [again, *slots]].tolist()
 
-    assert rolled(again, 2.0) == [E4M3_MAX / 2, 0, 0]
-    assert rolled(slots[0], 4.0) == [E4M3_MAX / 2, E4M3_MAX / 4, E4M3_MAX / 4]
-    assert rolled(slots[1], 8.0) == [E4M3_MAX / 2, E4M3_MAX / 8, E4M3_MAX / 8]
+    assert rolled(again, 2.0) == [TOP / 2, 0, 0]
+    assert rolled(slots[0], 4.0) == [TOP / 2, TOP / 4, TOP / 4]
+    assert rolled(slots[1], 8.0) == [TOP / 2, TOP / 8, TOP / 8]
 
 
 # --- saved between a forward and its backward
