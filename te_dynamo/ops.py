@@ -3,5 +3,6 @@
 from te_dynamo.ir.attention import attention
 from te_dynamo.ir.linear import linear, linears
 from te_dynamo.ir.norm import NormKind, norm
+from te_dynamo.ir.qkv import qkv
 
-__all__ = ["NormKind", "attention", "linear", "linears", "norm"]
+__all__ = ["NormKind", "attention", "linear", "linears", "norm", "qkv"]

@@ -1,13 +1,14 @@
 """The semantic operations: what a site of the model means, independent of how it is computed. One file each.
 
 op.py               what an operation tells of itself
-linear.py norm.py attention.py      the operations; `te_dynamo.ops` has them by name
+linear.py norm.py qkv.py attention.py      the operations; `te_dynamo.ops` has them by name
 graph.py sizes.py meta.py           reading and writing FX graphs, and what passes note on a node
 """
 
 import te_dynamo.ir.attention
 import te_dynamo.ir.linear
-import te_dynamo.ir.norm  # noqa: F401  (they declare their operations)
+import te_dynamo.ir.norm
+import te_dynamo.ir.qkv  # noqa: F401  (they declare their operations)
 from te_dynamo.ir.op import all_ops, op_named, op_of, operation, site_of
 
 __all__ = ["all_ops", "op_named", "op_of", "operation", "site_of"]

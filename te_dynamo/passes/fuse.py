@@ -7,7 +7,7 @@ become one GEMM that writes the attention's layout. The result still runs in hig
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from te_dynamo.ir.graph import EXAMPLE, emit, is_call, is_method, tensor
 from te_dynamo.ir.layout import Layout
 from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
 from te_dynamo.passes.effects import storage, written_between
+from te_dynamo.passes.heads import emit_qkv, read_heads
 from te_dynamo.passes.layout import choose_layouts, note_layouts, qkv_linears
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.weights import is_view
@@ -34,9 +35,12 @@ class Merge:
 
 def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
     """Groups the linears of `gm`, in place."""
-    choose_layouts(gm.graph, short_sequence)
+    heads = {n: found for n in gm.graph.nodes if is_call(n, ops.attention) and (found := read_heads(n)) is not None}
+    choose_layouts(gm.graph, short_sequence, set(heads))
     where = regions(gm.graph, grad_enabled)
-    merges = _merges(gm.graph)
+    merges = _merges(gm.graph, heads)
+    for attention, prepared in heads.items():
+        emit_qkv(gm.graph, attention, prepared)
     for group in _groups(gm.graph, where):
         _group(gm.graph, group, merges)
     _note_producers(gm.graph, regions(gm.graph, grad_enabled))
@@ -45,8 +49,8 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
     gm.recompile()
 
 
-def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
-    """The q, k, v linears that become one GEMM, by attention."""
+def _merges(graph: Graph, heads: Container[Node]) -> dict[tuple[Node, Node, Node], Merge]:
+    """The q, k, v linears that become one GEMM, by attention. heads: the attentions whose q, k and v are written anew on the way."""
     result = {}
     for node in graph.nodes:
         trio = qkv_linears(node) if is_call(node, ops.attention) else None
@@ -54,7 +58,7 @@ def _merges(graph: Graph) -> dict[tuple[Node, Node, Node], Merge]:
             continue
         layout: Layout = node.meta[LAYOUT]
         head = tensor(node.args[0]).shape[-1]
-        interleaved = _is_interleaved(layout) and all(_heads_only(n, head) for n in trio)
+        interleaved = node not in heads and _is_interleaved(layout) and all(_heads_only(n, head) for n in trio)
         equal = len({tensor(n).shape[-1] for n in trio}) == 1
         result[trio] = Merge(int(head) if interleaved and equal else 0)
     return result

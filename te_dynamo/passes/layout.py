@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -82,11 +82,14 @@ def choose_layout(site: AttentionShape, short_sequence: int) -> Layout:
     return Layout("bshd" if site.batch_first else "sbhd", row.short if short else row.long)
 
 
-def choose_layouts(graph: Graph, short_sequence: int) -> None:
-    """Gives each attention the layout that is wanted for it, in `meta[LAYOUT]`."""
+def choose_layouts(graph: Graph, short_sequence: int, written_anew: Container[Node] = ()) -> None:
+    """Gives each attention the layout that is wanted for it, in `meta[LAYOUT]`. written_anew: where its q, k and v are written on the
+    way, as a norm or RoPE does, so that it makes no difference how the user packed them."""
     for node in graph.nodes:
         if is_call(node, ops.attention):
-            node.meta[LAYOUT] = choose_layout(attention_shape(node), short_sequence)
+            shape = attention_shape(node)
+            shape = replace(shape, packed_by_user=None) if node in written_anew else shape
+            node.meta[LAYOUT] = choose_layout(shape, short_sequence)
 
 
 def note_layouts(graph: Graph) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from te_dynamo.ir import op_of, site_of
+from te_dynamo.ir import op_of
 from te_dynamo.ir.graph import EXAMPLE, emit, erase_if_dead, example, fake, fake_like, fake_mode_of, is_call, tensor
 from te_dynamo.ir.meta import PLAN, PRODUCER, SLOTS
 from te_dynamo.ir.op import Gemm, SemanticOp
@@ -125,7 +125,7 @@ class _Lowering:
                 if self.done[id(body)]:
                     with gm.graph.inserting_before(node.next):
                         amaxes.append(_last_output_of_call(gm.graph, node, body))
-            elif (op := site_of(node)) is not None and node.meta[PLAN].implemented:
+            elif (op := op_of(node)) is not None and node.meta[PLAN].implemented:
                 amaxes += self.site(unit, node, op)
         if amaxes:
             _return_amaxes(gm, amaxes)

@@ -106,8 +106,15 @@ class Planner:
             elif op.is_site:
                 self._alone(node, op, trains)
             else:
-                node.meta[PLAN] = Plan(self.provider, None, trains)
+                node.meta[PLAN] = self._without_scales(node, op, trains)
                 node.meta[SITE] = Site(op.kind, module_path(node), node.name, provider=self.provider)
+
+    def _without_scales(self, node: Node, op: SemanticOp, trains: bool) -> Plan:
+        """An operation that is never in FP8 by itself: by the provider's kernel, where it has one; else by its definition."""
+        found = registry.find(op, self.provider, None, self.device)
+        if found is None or found.unsupported(self.case(node, op, None, trains)) is not None:
+            return Plan(self.provider, None, trains)
+        return self._computed_by(self.provider, found, op, None, trains)
 
     def _group_of(self, recipe: Recipe | None) -> str:
         """The ranks that share the first scales of a site: those that share its amaxes."""

@@ -12,6 +12,7 @@ from te_dynamo.ir import op_of, site_of
 from te_dynamo.ir.graph import fake
 from te_dynamo.ir.meta import RECIPE, UNIFORM_ROWS, origin_of, site_path
 from te_dynamo.lowering.cost import not_worth_it
+from te_dynamo.passes.heads import read_norms
 from te_dynamo.passes.logits import find_logits
 
 UNIFORM = (
@@ -44,10 +45,12 @@ def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_ena
             taken.add(node)
         else:
             excluded[origin_of(node)] = reason
+    of_heads = set(read_norms(gm.graph))
     for node in gm.graph.nodes:
         op = op_of(node)
-        if op is not None and not op.is_site and not any(user in taken and op_of(user).gemms(user) for user in node.users):
-            excluded[origin_of(node)] = "no FP8 linear reads it"
+        if op is None or op.is_site or node in of_heads or any(user in taken and op_of(user).gemms(user) for user in node.users):
+            continue
+        excluded[origin_of(node)] = "no FP8 linear or attention reads it"
     return excluded
 
 

@@ -1,0 +1,174 @@
+"""What stands between the GEMM that makes q, k and v and the attention that reads them: a norm of each head, RoPE, transposes.
+
+It is read backwards from the attention, and becomes `ops.qkv`, which writes q, k and v in the layout that is wanted.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from te_dynamo import ops
+from te_dynamo.ir.graph import EXAMPLE, emit, emit_permuted, erase_if_dead, fake, is_call, is_method, tensor
+from te_dynamo.ir.meta import LAYOUT
+from te_dynamo.passes.attention_site import Names, cast, transposed
+from te_dynamo.passes.effects import written_between
+from te_dynamo.passes.rotary import Rope, Table, read_rope
+
+BHSD: Names = ("b", "h", "s", "d")
+
+
+@dataclass(frozen=True)
+class Head:
+    """How q, or k, came to be. x: what it was before, its dimensions named; turned: the dimensions of what RoPE turned."""
+
+    x: Node
+    names: Names
+    rope: Rope | None = None
+    turned: Names = BHSD
+    norm: Node | None = None
+    norm_last: bool = False
+    nodes: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Heads:
+    q: Head
+    k: Head
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return (*self.q.nodes, *self.k.nodes)
+
+
+def read_heads(attention: Node) -> Heads | None:
+    """What `ops.qkv` can express of how q and k of an attention came to be; None where that is nothing, or another reads it too."""
+    q, k = (_read(x) for x in attention.args[:2])
+    if q is None or k is None or not _alike(q, k):
+        return None
+    heads = Heads(q, k)
+    inside = {*heads.nodes, attention}
+    if any(user not in inside for n in heads.nodes for user in n.users) or written_between([*heads.nodes, attention]) is not None:
+        return None
+    return heads
+
+
+def _read(value: Any) -> Head | None:
+    """The steps back from q or k: at most one RoPE and one norm, in either order."""
+    if tensor(value) is None or fake(value).dim() != 4:
+        return None
+    head = _before(Head(value, BHSD))
+    if (found := _normalized(head)) is not None:
+        head = replace(found, norm_last=True)
+    if (rope := read_rope(head.x)) is not None and head.names[-1] == "d":
+        head = _before(replace(head, x=rope.x, rope=rope, turned=head.names, nodes=(*head.nodes, *rope.nodes)))
+    if head.norm is None:
+        head = _normalized(head) or head
+    return head if head.rope is not None or head.norm is not None else None
+
+
+def _normalized(head: Head) -> Head | None:
+    x = head.x
+    if not is_call(x, ops.norm) or x.kwargs.get("dims", 1) != 1 or head.names[-1] != "d" or x.kwargs["out_dtype"] != fake(x.args[0]).dtype:
+        return None
+    return _before(replace(head, x=x.args[0], norm=x, nodes=(*head.nodes, x)))
+
+
+def _before(head: Head) -> Head:
+    """Before transposes and casts."""
+    while isinstance(head.x, Node):
+        x, names = head.x, head.names
+        if (swapped := transposed(x, names)) is not None:
+            names = swapped
+        elif is_call(x, torch.permute) and len(x.args) == 2:
+            order = [d % 4 for d in x.args[1]]
+            names = tuple(names[order.index(i)] for i in range(4))
+        elif not is_method(x, "contiguous") and cast(x) is None:
+            break
+        source = x.args[0]
+        if not isinstance(source, Node) or fake(source).dim() != 4:
+            break
+        head = replace(head, x=source, names=names, nodes=(*head.nodes, x))
+    return head
+
+
+def _alike(q: Head, k: Head) -> bool:
+    """Whether q and k are prepared in the same way: by the same tables, and by norms that differ in their weights only."""
+    if (q.rope is None) != (k.rope is None) or (q.norm is None) != (k.norm is None) or q.norm_last != k.norm_last:
+        return False
+    if q.norm is not None and k.norm is not None and dict(q.norm.kwargs) != dict(k.norm.kwargs):
+        return False
+    if q.rope is None or k.rope is None:
+        return True
+    same = (q.rope.rotary, q.rope.width, q.turned) == (k.rope.rotary, k.rope.width, k.turned)
+    return same and all(_same_table(a, b) for a, b in ((q.rope.cos, k.rope.cos), (q.rope.sin, k.rope.sin)))
+
+
+def _same_table(a: Table, b: Table) -> bool:
+    return a.part == b.part and _same(a.node, b.node)
+
+
+def _same(a: Any, b: Any, depth: int = 8) -> bool:
+    """Whether two values are one, or were computed in the same way of the same."""
+    if a is b or not isinstance(a, Node) or not isinstance(b, Node):
+        return a is b or (isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and _all_same(a, b, depth)) or _equal(a, b)
+    if not depth or a.op != b.op or a.op not in ("call_function", "call_method") or a.target != b.target:
+        return False
+    return _all_same(a.args, b.args, depth - 1) and dict(a.kwargs) == dict(b.kwargs)
+
+
+def _all_same(a: Any, b: Any, depth: int) -> bool:
+    return len(a) == len(b) and all(_same(x, y, depth) for x, y in zip(a, b, strict=True))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return not isinstance(a, Node) and not isinstance(b, Node) and type(a) is type(b) and bool(a == b)
+
+
+def read_norms(graph: Graph) -> Iterator[Node]:
+    """The norms of heads that become a part of `ops.qkv`."""
+    if not any(is_call(n, ops.norm) and fake(n).dim() == 4 for n in graph.nodes):
+        return
+    for node in graph.nodes:
+        if is_call(node, ops.attention) and (heads := read_heads(node)) is not None:
+            yield from (head.norm for head in (heads.q, heads.k) if head.norm is not None)
+
+
+def emit_qkv(graph: Graph, attention: Node, heads: Heads) -> None:
+    """Puts an `ops.qkv` before an attention, in the layout that is wanted for it."""
+    layout, like = attention.meta[LAYOUT], attention
+    q, k = heads.q, heads.k
+    with graph.inserting_before(attention):
+        inputs: list[Any] = [emit_permuted(graph, h.x, [h.names.index(n) for n in BHSD], like) for h in (q, k)]
+        inputs.append(attention.args[2] if layout.packing else None)
+        attributes: dict[str, Any] = {"form": layout.form, "packing": layout.packing, "out_dtype": fake(attention.args[0]).dtype}
+        if q.rope is not None:
+            inputs += [_emit_table(graph, t, q.turned, like) for t in (q.rope.cos, q.rope.sin)]
+            attributes |= {"rotary": q.rope.rotary, "width": q.rope.width}
+        else:
+            inputs += [None, None]
+        if q.norm is not None and k.norm is not None:
+            vectors = [[*n.args[1:], None, None][:2] for n in (q.norm, k.norm)]
+            inputs += [vectors[0][0], vectors[1][0], vectors[0][1], vectors[1][1]]
+            given = {name: q.norm.kwargs[name] for name in ("eps", "zero_centered", "round_before_weight") if name in q.norm.kwargs}
+            attributes |= {"normalized": q.norm.kwargs["kind"], "norm_last": q.norm_last, **given}
+        node = emit(graph, ops.qkv, inputs, attributes, like=like)
+        values = node.meta[EXAMPLE]
+        made = [emit(graph, operator.getitem, (node, i), like=like, value=value) for i, value in enumerate(values)]
+    attention.args = (*made, *attention.args[len(made) :])
+    erase_if_dead(graph, heads.nodes)
+
+
+def _emit_table(graph: Graph, table: Table, names: Names, like: Node) -> Node:
+    """A table that broadcasts against a value of dimensions `names`, as one that does against [B, H, S, D]."""
+    node = table.node
+    if table.part is not None:
+        node = emit(graph, torch.select, (emit(graph, torch.view_as_real, (node,), like=like), -1, table.part), like=like)
+    for _ in range(4 - fake(node).dim()):
+        node = emit(graph, torch.unsqueeze, (node, 0), like=like)
+    return emit_permuted(graph, node, [names.index(n) for n in BHSD], like)
