@@ -17,8 +17,8 @@ from te_dynamo.sites import Site
 from tests.models import SMALL
 
 EXPECTED = {
-    "llama": "as the model left it",  # grouped heads, and RoPE writes q and k anew
-    "qwen3": "as the model left it",  # and so does its norm of q and k
+    "llama": "bshd_bs2hd",  # grouped heads
+    "qwen3": "bshd_bs2hd",  # and a norm of each
     "gpt2": "bs3hd",
     "bert": "bs3hd",
     "vit": "bs3hd",
@@ -74,9 +74,9 @@ def test_the_reported_layout_is_in_memory(name: str, no_codegen: None) -> None:
     check(name, 512, EXPECTED[name])
 
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
-def test_above_the_short_length_it_is_interleaved(name: str, no_codegen: None) -> None:
-    check(name, 4, "bsh3d")
+@pytest.mark.parametrize(("name", "expected"), [("bert", "bsh3d"), ("vit", "bsh3d"), ("llama", "bshd_bsh2d"), ("gemma3", "bshd_bsh2d")])
+def test_above_the_short_length_it_is_interleaved(name: str, expected: str, no_codegen: None) -> None:
+    check(name, 4, expected)
 
 
 def test_generated_code_keeps_it() -> None:

@@ -24,9 +24,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, width: int) -> T
 
     cos, sin: broadcastable to [..., width], or to [..., width / 2]: an angle for each pair.
     """
-    cos, sin = (t.to(x.dtype) if t.shape[-1] == width else _of_pairs(t.to(x.dtype), rotary) for t in (cos, sin))
+    cos, sin = _tables_of(cos, sin, x.dtype, rotary, width)
     turned = x[..., :width] * cos + _by_90_degrees(x[..., :width], rotary) * sin
     return torch.cat((turned, x[..., width:]), -1) if width < x.shape[-1] else turned
+
+
+def rotate_gradient(grad: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, width: int) -> Tensor:
+    """The gradient of x, of that of `rotate`'s result."""
+    cos, sin = _tables_of(cos, sin, grad.dtype, rotary, width)
+    turned = grad[..., :width] * cos - _by_90_degrees(grad[..., :width] * sin, rotary)
+    return torch.cat((turned, grad[..., width:]), -1) if width < grad.shape[-1] else turned
+
+
+def _tables_of(cos: Tensor, sin: Tensor, dtype: torch.dtype, rotary: Rotary, width: int) -> list[Tensor]:
+    """Tables with an entry for each feature that turns."""
+    return [t.to(dtype) if t.shape[-1] == width else _of_pairs(t.to(dtype), rotary) for t in (cos, sin)]
 
 
 def _by_90_degrees(x: Tensor, rotary: Rotary) -> Tensor:

@@ -15,10 +15,10 @@ from torch.fx import Graph, Node
 
 from te_dynamo import ops
 from te_dynamo.ir.graph import EXAMPLE, emit, emit_permuted, erase_if_dead, fake, is_call, is_method, tensor
-from te_dynamo.ir.meta import LAYOUT
+from te_dynamo.ir.meta import LAYOUT, NOTES
 from te_dynamo.passes.attention_site import Names, cast, transposed
 from te_dynamo.passes.effects import written_between
-from te_dynamo.passes.rotary import Rope, Table, read_rope
+from te_dynamo.passes.rotary import Rope, Table, read_rope, same_table
 
 BHSD: Names = ("b", "h", "s", "d")
 
@@ -106,28 +106,7 @@ def _alike(q: Head, k: Head) -> bool:
     if q.rope is None or k.rope is None:
         return True
     same = (q.rope.rotary, q.rope.width, q.turned) == (k.rope.rotary, k.rope.width, k.turned)
-    return same and all(_same_table(a, b) for a, b in ((q.rope.cos, k.rope.cos), (q.rope.sin, k.rope.sin)))
-
-
-def _same_table(a: Table, b: Table) -> bool:
-    return a.part == b.part and _same(a.node, b.node)
-
-
-def _same(a: Any, b: Any, depth: int = 8) -> bool:
-    """Whether two values are one, or were computed in the same way of the same."""
-    if a is b or not isinstance(a, Node) or not isinstance(b, Node):
-        return a is b or (isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and _all_same(a, b, depth)) or _equal(a, b)
-    if not depth or a.op != b.op or a.op not in ("call_function", "call_method") or a.target != b.target:
-        return False
-    return _all_same(a.args, b.args, depth - 1) and dict(a.kwargs) == dict(b.kwargs)
-
-
-def _all_same(a: Any, b: Any, depth: int) -> bool:
-    return len(a) == len(b) and all(_same(x, y, depth) for x, y in zip(a, b, strict=True))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return not isinstance(a, Node) and not isinstance(b, Node) and type(a) is type(b) and bool(a == b)
+    return same and same_table(q.rope.cos, k.rope.cos) and same_table(q.rope.sin, k.rope.sin)
 
 
 def read_norms(graph: Graph) -> Iterator[Node]:
@@ -155,13 +134,27 @@ def emit_qkv(graph: Graph, attention: Node, heads: Heads) -> None:
         if q.norm is not None and k.norm is not None:
             vectors = [[*n.args[1:], None, None][:2] for n in (q.norm, k.norm)]
             inputs += [vectors[0][0], vectors[1][0], vectors[0][1], vectors[1][1]]
-            given = {name: q.norm.kwargs[name] for name in ("eps", "zero_centered", "round_before_weight") if name in q.norm.kwargs}
+            names = ("eps", "zero_centered", "round_before_weight")
+            given: dict[str, Any] = {name: value for name, value in q.norm.kwargs.items() if name in names}
             attributes |= {"normalized": q.norm.kwargs["kind"], "norm_last": q.norm_last, **given}
         node = emit(graph, ops.qkv, inputs, attributes, like=like)
         values = node.meta[EXAMPLE]
         made = [emit(graph, operator.getitem, (node, i), like=like, value=value) for i, value in enumerate(values)]
+    attention.meta[NOTES] = {**attention.meta.get(NOTES, {}), "heads": _described(q)}
     attention.args = (*made, *attention.args[len(made) :])
     erase_if_dead(graph, heads.nodes)
+
+
+def _described(head: Head) -> str:
+    """What is done to q and k, for a report."""
+    steps = []
+    if head.rope is not None:
+        size = int(fake(head.rope.x).shape[-1])
+        some = "" if head.rope.width == size else f", {head.rope.width} of {size} features"
+        steps.append(f"RoPE ({head.rope.rotary}{some})")
+    if head.norm is not None:
+        steps.insert(len(steps) if head.norm_last else 0, {"rms": "RMSNorm", "layer": "LayerNorm"}[head.norm.kwargs["kind"]])
+    return ", then ".join(steps)
 
 
 def _emit_table(graph: Graph, table: Table, names: Names, like: Node) -> Node:

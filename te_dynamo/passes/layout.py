@@ -110,7 +110,7 @@ def note_layouts(graph: Graph) -> None:
         if wanted != layout and wanted.packing:
             copies = {name: copy for name, x in zip("qkv", node.args, strict=False) if (copy := first_copy(x))}
             why = "; ".join(f"{copy} copies {name}" for name, copy in copies.items()) or "they come from different GEMMs"
-            node.meta[NOTES] = {"layout": f"wanted {wanted.name}, but {why}"}
+            node.meta[NOTES] = {**node.meta.get(NOTES, {}), "layout": f"wanted {wanted.name}, but {why}"}
 
 
 def _is_one(size: int | SymInt) -> bool:

@@ -32,6 +32,27 @@ class Table(NamedTuple):
     part: int | None = None
 
 
+def same_table(a: Table, b: Table) -> bool:
+    return a.part == b.part and _same(a.node, b.node)
+
+
+def _same(a: Any, b: Any, depth: int = 8) -> bool:
+    """Whether two values are one, or were computed in the same way of the same."""
+    if a is b or not isinstance(a, Node) or not isinstance(b, Node):
+        return a is b or (isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and _all_same(a, b, depth)) or _equal(a, b)
+    if not depth or a.op != b.op or a.op not in ("call_function", "call_method") or a.target != b.target:
+        return False
+    return _all_same(a.args, b.args, depth - 1) and dict(a.kwargs) == dict(b.kwargs)
+
+
+def _all_same(a: Any, b: Any, depth: int) -> bool:
+    return len(a) == len(b) and all(_same(x, y, depth) for x, y in zip(a, b, strict=True))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return not isinstance(a, Node) and not isinstance(b, Node) and type(a) is type(b) and bool(a == b)
+
+
 @dataclass(frozen=True)
 class Rope:
     """x: what is turned; cos, sin: tables that broadcast against x, of as many entries as features turn, `width`, or half as many;
@@ -68,8 +89,7 @@ def read_rope(node: Any) -> Rope | None:
     for x in _candidates(node):
         reader = _Reader(x)
         features = reader.read(node)
-        nodes = tuple(n for n, read in reader.known.items() if n is not x and read is not None)
-        rope = None if features is None else _as_rope(x, features, nodes)
+        rope = None if features is None else _as_rope(x, features, reader.nodes())
         if rope is not None:
             return rope
     return None
@@ -88,7 +108,14 @@ class _Reader:
 
     def __init__(self, x: Node) -> None:
         n = np.arange(int(fake(x).shape[-1]))
+        self.x = x
+        self.tables: list[Table] = []
+        self.split: list[Node] = []  # what gives several tensors
         self.known: dict[Any, Any] = {x: {None: Term(np.ones_like(n), n, n)}}
+
+    def nodes(self) -> tuple[Node, ...]:
+        """All that was read after x."""
+        return (*(n for n, found in self.known.items() if n is not self.x and found is not None), *self.split)
 
     def read(self, node: Any, near: int = NEAR) -> Any:
         if node in self.known or not isinstance(node, Node) or not near:
@@ -122,10 +149,10 @@ class _Reader:
             return _reshaped(features, fake(source).shape, fake(node).shape)
         if is_call(node, operator.getitem):
             return _indexed(features, node.args[1], fake(source).dim())
-        if is_call(node, torch.narrow) and _is_last(node.args[1], source):
-            return _mapped(features, lambda a: a[..., node.args[2] : node.args[2] + node.args[3]])
-        if is_call(node, torch.select) and _is_last(node.args[1], source):
-            return _mapped(features, lambda a: a[..., node.args[2]])
+        if is_call(node, torch.narrow, torch.select) and (axis := _axis(node.args[1], source, features)) is not None:
+            narrows = is_call(node, torch.narrow)
+            which = slice(node.args[2], node.args[2] + node.args[3]) if narrows else node.args[2]
+            return _taken(features, axis, which)
         return None
 
     def _product(self, features: Features | Complex | None, by: Any) -> Features | Complex | None:
@@ -133,13 +160,21 @@ class _Reader:
         if table is None or features is None:
             return None
         if isinstance(features, tuple):
-            (real, imaginary), (re, im) = features, (Table(by, 0), Table(by, 1))
+            (real, imaginary), (re, im) = features, (self._table(by, 0), self._table(by, 1))
             if not table.is_complex():
                 return None
             products = [_times(real, re, table), _times(imaginary, im, table), _times(real, im, table), _times(imaginary, re, table)]
             sums = _sum(*products[:2], negated=True), _sum(*products[2:])
             return None if sums[0] is None or sums[1] is None else (sums[0], sums[1])
-        return None if table.is_complex() else _times(features, Table(by), table)
+        return None if table.is_complex() else _times(features, self._table(by), table)
+
+    def _table(self, node: Node, part: int | None = None) -> Table:
+        """A table, the same one where it was computed anew."""
+        table = Table(node, part)
+        known = next((t for t in self.tables if same_table(t, table)), table)
+        if known is table:
+            self.tables.append(table)
+        return known
 
     def _join(self, node: Node, near: int) -> Features | None:
         parts, dim = node.args[0], (*node.args[1:], node.kwargs.get("dim", 0))[0]
@@ -155,13 +190,16 @@ class _Reader:
         features = self.read(node.args[0], near)
         if not isinstance(features, dict) or not isinstance(index, int):
             return None
-        if is_call(node, torch.unbind) and _is_last(args[1] if len(args) > 1 else 0, node.args[0]):
-            return _mapped(features, lambda a: a[..., index])
-        if is_call(node, torch.chunk, torch.split) and len(args) == 3 and _is_last(args[2], node.args[0]):
-            sizes = [int(t.shape[-1]) for t in node.meta[EXAMPLE]]
-            start = sum(sizes[:index])
-            return _mapped(features, lambda a: a[..., start : start + sizes[index]])
-        return None
+        self.split.append(node)
+        dim = (args[1] if len(args) > 1 else 0) if is_call(node, torch.unbind) else args[2] if len(args) == 3 else None
+        axis = _axis(dim, node.args[0], features)
+        if axis is None or not is_call(node, torch.unbind, torch.chunk, torch.split):
+            return None
+        if is_call(node, torch.unbind):
+            return _taken(features, axis, index)
+        sizes = [int(t.shape[dim]) for t in node.meta[EXAMPLE]]
+        start = sum(sizes[:index])
+        return _taken(features, axis, slice(start, start + sizes[index]))
 
 
 def _mapped(features: Features, change: Callable[[np.ndarray], np.ndarray]) -> Features:
@@ -216,8 +254,16 @@ def _indexed(features: Features, index: Any, rank: int) -> Features | None:
     return _mapped(features, lambda a: a[parts[lead:]])
 
 
-def _is_last(dim: Any, of: Any) -> bool:
-    return isinstance(dim, int) and dim % fake(of).dim() == fake(of).dim() - 1
+def _axis(dim: Any, of: Any, features: Features) -> int | None:
+    """Which dimension of the features `dim` is; None where it is none of theirs."""
+    rank, ndim = fake(of).dim(), next(iter(features.values())).sign.ndim
+    axis = dim % rank - (rank - ndim) if isinstance(dim, int) else -1
+    return axis if axis >= 0 else None
+
+
+def _taken(features: Features, axis: int, which: int | slice) -> Features:
+    index = (*[slice(None)] * axis, which)
+    return _mapped(features, lambda a: a[index])
 
 
 def _as_rope(x: Node, features: Any, nodes: tuple[Node, ...]) -> Rope | None:
@@ -240,7 +286,7 @@ def _as_rope(x: Node, features: Any, nodes: tuple[Node, ...]) -> Rope | None:
     ):
         fits = (turned.source[:width] == partner).all() and (turned.sign[:width] == np.where(first, -1, 1)).all()
         if fits and not turned.sign[width:].any() and all(_covers(t, features[t].entry[:width], d, pair) for t in (cos, sin)):
-            return Rope(x, cos, sin, rotary, width, nodes)  # type: ignore[arg-type]
+            return Rope(x, cos, sin, rotary, width, nodes)
     return None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import te_dynamo.lowering.kernels.qkv  # noqa: F401  (declares the operator)
-from te_dynamo.ir.qkv import rotate, views
+from te_dynamo.ir.qkv import rotate, rotate_gradient, views
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements
@@ -52,15 +52,16 @@ def _through(
     call: Call, x: Tensor | None, grad: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x [B, H, S, D], which only a norm reads, and of its norm's weight and bias [D]."""
-    g, d_weight, d_bias = grad.float(), None, None
     dtype = call.inputs[0]
+    computed_in = torch.promote_types(dtype, torch.float32)
+    g, d_weight, d_bias = grad.to(computed_in), None, None
 
     def unrotated(g: Tensor) -> Tensor:
-        return g if cos is None or sin is None else rotate(g, cos, -sin, call["rotary"], call["width"])
+        return g if cos is None or sin is None else rotate_gradient(g, cos, sin, call["rotary"], call["width"])
 
     if not call["normalized"] or x is None:
         return unrotated(g).to(dtype), None, None
-    x = x.float()
+    x = x.to(computed_in)
     if call["norm_last"]:
         x = x if cos is None or sin is None else rotate(x, cos, sin, call["rotary"], call["width"])
     else:
@@ -71,7 +72,7 @@ def _through(
     if weight is not None:
         d_weight = (g * normalized).sum((0, 1, 2)).to(weight.dtype)
         d_bias = None if bias is None else g.sum((0, 1, 2)).to(bias.dtype)
-        g = g * (1 + weight.float() if call["zero_centered"] else weight.float())
+        g = g * (1 + weight.to(computed_in) if call["zero_centered"] else weight.to(computed_in))
     dx = g - normalized * (g * normalized).mean(-1, keepdim=True)
     if call["normalized"] == "layer":
         dx = dx - g.mean(-1, keepdim=True)
