@@ -82,6 +82,12 @@ class Recipe:
         """Whether attention is computed in FP8 if the option `attention` is "auto"."""
         return bool(getattr(self, "fp8_dpa", False))
 
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether the scale of an activation is made of more than one of a call's tokens: what a token gives then depends, within FP8's
+        rounding, on those that follow it."""
+        return False
+
     def _check(self, field: str, valid: bool, allowed: str) -> None:
         if not valid:
             raise ValueError(f"te_fp8: {type(self).__name__}({field}={getattr(self, field)!r}) is not allowed; it must be {allowed}")
@@ -177,6 +183,10 @@ class Float8CurrentScaling(Recipe):
     fp8_mha: bool = False
     like_te: bool = False
 
+    @property
+    def mixes_tokens(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Float8RowwiseScaling(Recipe):
@@ -209,6 +219,10 @@ class Float8BlockScaling(Recipe):
     grad_block_scaling_dim: int = 1
     power_2_scale: bool = True
     amax_epsilon: float = 0.0
+
+    @property
+    def mixes_tokens(self) -> bool:
+        return self.x_block_scaling_dim == 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,6 +260,10 @@ class NVFP4BlockScaling(Recipe):
     disable_rht: bool = False
     disable_stochastic_rounding: bool = False
     disable_2d_quantization: bool = False
+
+    @property
+    def mixes_tokens(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from te_dynamo.ir.graph import fake_like, hint
 from te_dynamo.ir.layout import Layout
-from te_dynamo.ir.meta import LAYOUT, QKV_LAYOUT
+from te_dynamo.ir.meta import LAYOUT, MASK, QKV_LAYOUT
 from te_dynamo.ir.op import Invariant, operation
 from te_dynamo.ir.sizes import product, same
 from te_dynamo.recipe import Recipe
@@ -45,13 +45,16 @@ def _flops(q: Any, k: Any, v: Any, *_: Any) -> int:
 
 
 def _attributes(node: Node, recipe: Recipe | None) -> Mapping[str, Any]:
-    """form: the order of the dimensions in memory of what is made; qkv_layout: how q, k and v lie, as TE spells it; whether o,
-    and the gradients of q, k and v, leave in FP8."""
+    """form: the order of the dimensions in memory of what is made; qkv_layout: how q, k and v lie, as TE spells it; window: where the
+    mask was proved to be a sliding window, how many columns before its own a row attends to, else -1; whether o, and the gradients of
+    q, k and v, leave in FP8."""
     form, in_memory = node.meta.get(LAYOUT, Layout()).form, node.meta.get(QKV_LAYOUT)
+    window = getattr(node.meta.get(MASK), "window", None)
     rounds = bool(getattr(recipe, "fp8_mha", False))
     return {
         "form": form,
         "qkv_layout": in_memory or Layout(form).name,
+        "window": -1 if window is None else window,
         "quantize_output": rounds,
         "quantize_gradients": rounds,
     }

@@ -151,6 +151,8 @@ class Planner:
             site.flops = flops_of_gemm(fake(gemm.x), fake(gemm.weight))
             if choice.reason is not None:
                 site.detail["provider"] = choice.reason
+            if recipe.mixes_tokens:
+                site.detail["scale"] = "of all tokens of a call"
             if op.attributes(node).get("merged"):
                 site.detail["merged"] = len(members_of(node))
             taken.append(self.sites.add(site))
@@ -186,6 +188,8 @@ class Planner:
         if (proof := node.meta.get(MASK)) is not None:
             site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
         site.detail["precision"] = "fp8" if plan.recipe else "high"
+        if plan.recipe is not None and plan.recipe.mixes_tokens:
+            site.detail["scale"] = "of all tokens of a call"
         site.detail |= {**node.meta.get(NOTES, {}), **detail}
         node.meta[PLAN], node.meta[SITE] = plan, self.sites.add(site)
 

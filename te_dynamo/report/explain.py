@@ -274,6 +274,12 @@ def _untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
         yield Site("linear", path, name, reason=whole or inside or f"{UNRECOGNIZED} ({operation})")
 
 
+LEAK = (
+    "{} scaling has one scale for all tokens of a call: what a token gives depends, within FP8's rounding, on the tokens after it and on "
+    "the rest of the batch. Where it must not: recipe='delayed', once its scales are trained, or 'rowwise'"
+)
+
+
 def _report(recorder: Recorder, backward: bool, notes: Sequence[str]) -> Report:
     fp8, total = recorder.flops(backward)
     if not recorder.graphs and not notes:
@@ -281,5 +287,8 @@ def _report(recorder: Recorder, backward: bool, notes: Sequence[str]) -> Report:
             "Dynamo gave te_fp8 no graph, so nothing was compiled: it skips what is disabled, and what breaks inside a loop. "
             "TORCH_LOGS=graph_breaks,dynamo shows which of the two."
         ]
-    breaks = graph_breaks()
-    return Report(len(recorder.graphs), breaks.total(), tuple(recorder.sites()), fp8, total, backward, dict(breaks), tuple(notes))
+    breaks, sites = graph_breaks(), tuple(recorder.sites())
+    mixing = sorted({str(site.recipe) for site in sites if "scale" in site.detail})
+    if mixing and any(site.kind == "attention" for site in sites):
+        notes = [*notes, LEAK.format(" and ".join(mixing))]
+    return Report(len(recorder.graphs), breaks.total(), sites, fp8, total, backward, dict(breaks), tuple(notes))

@@ -36,7 +36,9 @@ def _lengths(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
-def _common(q: Tensor, k: Tensor, layout: str, causal: bool, softmax_scale: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _common(
+    q: Tensor, k: Tensor, layout: str, causal: bool, softmax_scale: float, window: int = -1
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The first four arguments of both calls, and keywords that both have."""
     form = _form(layout)
     b, s, s_kv = q.shape[form.index("b")], q.shape[form.index("s")], k.shape[form.index("s")]
@@ -45,7 +47,7 @@ def _common(q: Tensor, k: Tensor, layout: str, causal: bool, softmax_scale: floa
         "qkv_layout": layout,
         "o_format": form,
         "attn_mask_type": "causal" if causal else "no_mask",
-        "window_size": (-1, 0) if causal else (-1, -1),
+        "window_size": (window, 0) if causal else (-1, -1),
         "cuda_graph": q.is_cuda and torch.cuda.is_current_stream_capturing(),
     }
     return (s, s_kv, _lengths(b, s, q.device), _lengths(b, s_kv, q.device)), keywords
@@ -123,17 +125,18 @@ def _fp8(t: Tensor, inverse: Tensor, dtype: torch.dtype) -> Any:
 
 @torch.library.custom_op("te_dynamo::te_attention_fwd", mutates_args=(), tags=EXACT)
 def te_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, layout: str, causal: bool, softmax_scale: float, training: bool
+    q: Tensor, k: Tensor, v: Tensor, layout: str, causal: bool, softmax_scale: float, training: bool, window: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v: 16 bits, as `layout` says -> (o [B, S, H, D_v] or [S, B, H, D_v], contiguous; and for backward, empty without
     `training`: the log of the sum of exponentials f32 [B, H, S, 1], the random state int64 [2]).
 
+    window: with `causal`, how many columns before its own a row attends to, -1 for all.
     cuDNN's kernel, and one or two that write the lengths.
     """
     te = api()
     with running():
         (q, k, v), layout = as_claimed(q, k, v, layout)
-        first, keywords = _common(q, k, layout, causal, softmax_scale)
+        first, keywords = _common(q, k, layout, causal, softmax_scale, window)
         backend = te.AttnBackend["F16_arbitrary_seqlen"]
         o, aux, *_ = te.fused_attn_fwd(training, *first, q, k, v, q.dtype, backend, **keywords)
     lse, rng = aux if training else (o.new_empty(0, dtype=torch.float32), o.new_empty(0, dtype=torch.int64))
@@ -141,7 +144,7 @@ def te_attention_fwd(
 
 
 @te_attention_fwd.register_fake
-def _(q, k, v, layout, causal, softmax_scale, training):
+def _(q, k, v, layout, causal, softmax_scale, training, window=-1):
     return q.new_empty(*q.shape[:-1], v.shape[-1]), *_aux_fake(q, layout, training)
 
 
@@ -153,13 +156,23 @@ def _aux_fake(q: Tensor, layout: str, training: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("te_dynamo::te_attention_bwd", mutates_args=(), tags=EXACT)
 def te_attention_bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rng: Tensor, layout: str, causal: bool, softmax_scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    rng: Tensor,
+    layout: str,
+    causal: bool,
+    softmax_scale: float,
+    window: int = -1,
 ) -> list[Tensor]:
     """What forward took and gave, and do as o -> the gradients of q, k and v, in the buffers of `layout` (see `parts`)."""
     te = api()
     with running():
         (q, k, v), lying = as_claimed(q, k, v, layout)
-        first, keywords = _common(q, k, lying, causal, softmax_scale)
+        first, keywords = _common(q, k, lying, causal, softmax_scale, window)
         backend = te.AttnBackend["F16_arbitrary_seqlen"]
         deterministic = torch.are_deterministic_algorithms_enabled()
         gradients = te.fused_attn_bwd(
@@ -173,7 +186,7 @@ def _of_backward(keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 @te_attention_bwd.register_fake
-def _(do, q, k, v, o, lse, rng, layout, causal, softmax_scale):
+def _(do, q, k, v, o, lse, rng, layout, causal, softmax_scale, window=-1):
     return _buffers_fake(q, k, v, layout, do.dtype)
 
 
@@ -300,8 +313,9 @@ def _unsupported(case: Case) -> str | None:
             head_v=int(v.shape[3]),
             s_q=q.shape[2],
             s_kv=k.shape[2],
-            causal=case.attributes["causal"],
-            mask=mask is not None,
+            causal=case.attributes["causal"] or case.attributes["window"] >= 0,
+            mask=mask is not None and case.attributes["window"] < 0,
+            window=case.attributes["window"],
             dropout=case.attributes["dropout_p"],
             trains=case.trains,
             in_fp8=case.recipe is not None,
@@ -313,7 +327,7 @@ def _unsupported(case: Case) -> str | None:
 
 
 def _common_attributes(call: Call, q: Tensor, layout: str) -> tuple[str, bool, float]:
-    return layout, call["causal"], softmax_scale(call, q)
+    return layout, call["causal"] or call["window"] >= 0, softmax_scale(call, q)
 
 
 missing("attention", "te", {Float8CurrentScaling: "its kernels have delayed scales for S and dP, and 'current' scaling has none"})
@@ -321,22 +335,24 @@ missing("attention", "te", {Float8CurrentScaling: "its kernels have delayed scal
 
 @implements("attention", provider="te", recipes=(HIGH_PRECISION,))
 class TEAttention(Implementation):
-    """`scaled_dot_product_attention` by TE's kernels in 16 bits: where q, k and v share a buffer, which torch's cannot profit from."""
+    """`scaled_dot_product_attention` by TE's kernels in 16 bits: where q, k and v share a buffer, which torch's cannot profit from, or the
+    mask is a sliding window, which torch's would read in full."""
 
     def unsupported(self, case: Case) -> str | None:
-        if not packed(case.attributes["qkv_layout"]):
+        if not packed(case.attributes["qkv_layout"]) and case.attributes["window"] < 0:
             return "q, k and v are in separate buffers, which torch's attention reads without a copy"
         return _unsupported(case)
 
     def kernel(self, case: Case) -> str:
-        return f"TE's fused attention, {case.attributes['qkv_layout']}"
+        layout, window = case.attributes["qkv_layout"], case.attributes["window"]
+        return f"TE's fused attention, {layout}" + (f", a window of {window + 1}" if window >= 0 else "")
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         order, layout = ORDER[call["form"]], call["qkv_layout"]
         q, k, v = (t.permute(order) for t in inputs[:3])
         if not lies(q, k, v, layout):
             q, k, v, layout = q.contiguous(), k.contiguous(), v.contiguous(), _apart(call["form"])
-        o, lse, rng = torch.ops.te_dynamo.te_attention_fwd(q, k, v, *_common_attributes(call, q, layout), any(needs[:3]))
+        o, lse, rng = torch.ops.te_dynamo.te_attention_fwd(q, k, v, *_common_attributes(call, q, layout), any(needs[:3]), call["window"])
         return Forward([as_bhsd(o, call["form"])], [Quantized(t) for t in (q, k, v, o, lse, rng)], [])
 
     def backward(
@@ -348,7 +364,9 @@ class TEAttention(Implementation):
         if not lies(q, k, v, layout):
             layout = _apart(call["form"])
         do = grads[0].permute(order).contiguous()
-        buffers = torch.ops.te_dynamo.te_attention_bwd(do, *forward, *_common_attributes(call, do if q is None else q, layout))
+        buffers = torch.ops.te_dynamo.te_attention_bwd(
+            do, *forward, *_common_attributes(call, do if q is None else q, layout), call["window"]
+        )
         return Backward([*(as_bhsd(t, call["form"]) for t in parts(buffers, layout)), None], [])
 
 

@@ -18,7 +18,8 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One attention call. head_qk, head_v: head sizes; capability: of the device; cudnn: 91002 is 9.10.2."""
+    """One attention call. head_qk, head_v: head sizes; mask: one that is neither causal nor a window; window: of a causal mask, -1 for
+    none; capability: of the device; cudnn: 91002 is 9.10.2."""
 
     dtype: torch.dtype
     head_qk: int
@@ -33,6 +34,7 @@ class AttentionCase:
     capability: Capability
     cudnn: int
     deterministic: bool = False
+    window: int = -1
 
     @property
     def largest_head(self) -> int:
@@ -49,7 +51,7 @@ class Limit:
 
 ALWAYS = (
     Limit(lambda c: c.dtype not in SIXTEEN_BITS, "it takes bfloat16 and float16, not {dtype}"),
-    Limit(lambda c: c.mask, "a mask that is not proven causal"),
+    Limit(lambda c: c.mask, "a mask that is proven neither causal nor a window"),
     Limit(lambda c: c.dropout > 0, "its random numbers for dropout are not torch's"),
     Limit(lambda c: c.causal and c.s_q is not c.s_kv and c.s_q != c.s_kv, "a causal mask of unequal lengths"),
     Limit(lambda c: c.cudnn in (91000, 91001), "TE refuses cuDNN 9.10.0 and 9.10.1 (pip install -U nvidia-cudnn-cu12)"),
@@ -74,6 +76,7 @@ IN_16_BITS = (
     ),
 )
 IN_FP8 = (
+    Limit(lambda c: c.window >= 0, "FP8 attention has no sliding window"),
     Limit(lambda c: c.capability < HOPPER, "FP8 attention needs compute capability 9.0"),
     Limit(lambda c: c.cudnn < 90700, "FP8 attention needs cuDNN 9.7 (pip install -U nvidia-cudnn-cu12)"),
     Limit(lambda c: c.head_qk % 16 != 0 or c.head_v % 16 != 0, "head sizes {head_qk} and {head_v} are not multiples of 16"),
