@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "provider": ("auto", "te", "native", "reference"),
     "attention": ("auto", "fp8", "high_precision", "off"),
 }
-SWITCHES = ("include_logits", "like_te", "recompute_inputs", "keep_weights", "verify", "strict")
+SWITCHES = ("include_logits", "include_routers", "like_te", "recompute_inputs", "keep_weights", "verify", "strict")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class Options:
             recipe's `fp8_dpa` says; it is False by default, which means "high_precision".
         short_sequence: Self-attention up to this many tokens gets a packed layout (bs3hd), longer an interleaved one (bsh3d).
         include_logits: Compute the logits in FP8 too, instead of high precision.
+        include_routers: Compute the routers of mixtures of experts in FP8 too: what chooses an expert, by a top-k.
         like_te: Match Transformer Engine bit for bit, at every site with delayed or current scaling (see
             `te_dynamo.recipe.DelayedScaling`; set it on a recipe for some sites only).
         recompute_inputs: Recompute the FP8 inputs of linears in backward, from what is saved anyway, instead of saving them: less
@@ -65,6 +66,7 @@ class Options:
     attention: str = "auto"
     short_sequence: int = 512
     include_logits: bool = False
+    include_routers: bool = False
     like_te: bool = False
     recompute_inputs: bool = False
     keep_weights: bool = False

@@ -20,6 +20,7 @@ OTHER: dict[str, Any] = {
     "attention": "fp8",
     "short_sequence": 64,
     "include_logits": True,
+    "include_routers": True,
     "like_te": True,
     "recompute_inputs": True,
     "keep_weights": True,

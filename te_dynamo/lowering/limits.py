@@ -17,7 +17,7 @@ def unsupported_dtype(dtype: torch.dtype) -> str | None:
 def unaligned(case: Case, multiple: int = ALIGNMENT_ON_GPU, what: str = "FP8 GEMMs on a GPU") -> str | None:
     """Why a GPU cannot multiply by the weights [N, K] of a site in FP8."""
     weights = case.inputs["weights"] if "weights" in case.inputs else [case.inputs["weight"]]
-    for n, k in (w.shape for w in weights):
+    for n, k in (w.shape[-2:] for w in weights):
         for name, size in (("in_features", k), ("out_features", n)):
             if size % multiple:
                 return f"{name} {size} is not a multiple of {multiple}, which {what} need"

@@ -8,7 +8,7 @@ the caller when they have changed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -145,8 +145,9 @@ class _Lowering:
         if unit.takes_cached(refs) and (kind := self.cached(call, plan)):
             call = call.but(cached=kind)
             if kind == "inference":  # the weights themselves are not given
-                inputs = [[] if isinstance(i, (list, tuple)) and gemms[0].weight in i else i for i in inputs]
-                call = call.but(inputs=tuple(() if i == [] else s for i, s in zip(inputs, call.inputs, strict=True)))
+                weights = {g.weight for g in gemms}
+                inputs = [_without(i, weights) for i in inputs]
+                call = call.but(inputs=tuple(_without_dtypes(i, s) for i, s in zip(inputs, call.inputs, strict=True)))
             cached = self.cached_inputs(unit.gm, call, gemms, refs)
         opaque = implementation_of(call).opaque
         scale, grad_scale, sink = unit.state_nodes(slots)
@@ -244,6 +245,17 @@ def _device(node: Node) -> str:
 def _count(op: SemanticOp, gemms: Sequence[Gemm], direction: str) -> int:
     """How many scales a site has in a direction."""
     return len(getattr(op.roles, direction)) * max(1, len(gemms))
+
+
+def _without(given: Any, weights: Container[Node]) -> Any:
+    """An input without the weights: an empty list of them, or nothing."""
+    if isinstance(given, (list, tuple)):
+        return [] if any(g in weights for g in given if isinstance(g, Node)) else given
+    return None if given in weights else given
+
+
+def _without_dtypes(given: Any, spec: Any) -> Any:
+    return () if given == [] else None if given is None else spec
 
 
 def _last_output_of_call(graph: Graph, call: Node, body: GraphModule) -> Node:

@@ -84,14 +84,14 @@ class Planner:
             **facts,
         )
 
-    def unsupported(self, node: Node) -> str | None:
+    def unsupported(self, node: Node, trains: bool) -> str | None:
         """Why nobody computes a site of weight GEMMs, as a clause; None where somebody does."""
         op, recipe = site_of(node), node.meta[RECIPE]
         assert op is not None
         choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
         if choice.implementation is None:
             return choice.reason
-        return choice.implementation.unsupported(self.case(node, op, recipe, trains=True))
+        return choice.implementation.unsupported(self.case(node, op, recipe, trains))
 
     def plan(self, gm: GraphModule, *, grad_enabled: bool) -> None:
         """Puts a `Plan` and its `Site` on every semantic node of `gm`."""

@@ -2,7 +2,7 @@
 
 `F.linear` and `addmm` say which operand is the weight. All the others (`matmul`, `einsum`, `tensordot`, ...) are read as
 one contraction: a label for each dimension of both operands and of the result. What may be taken is decided once, for
-all spellings, in `_unusable`.
+all spellings, in `unusable`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _not_a_weight(operand: Any) -> Declined | None:
     return Declined("the weight is computed in the graph") if depends_on_weights_only(operand) else None
 
 
-def _unusable(node: Node, x: Any, weight: Any) -> Declined | None:
+def unusable(node: Node, x: Any, weight: Any) -> Declined | None:
     """Why a linear of `x` by `weight`, whose result is `node`, may not be taken."""
     for value in map(tensor, (node, x, weight)):
         if value is None:
@@ -60,7 +60,7 @@ def _unusable(node: Node, x: Any, weight: Any) -> Declined | None:
     return None
 
 
-def _site_path(node: Node, root: Node) -> str:
+def site_path(node: Node, root: Node) -> str:
     """The path of a linear: that of the `nn.Linear` called (its weight may be tied to another module's), else of the module
     that owns the weight, else of the module that uses it."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -99,9 +99,7 @@ class Linear(Rule):
             return _not_a_weight(weight) or (Declined("the weight is an argument, not a parameter") if argument else None)
         if fake(weight).dim() != 2:
             return None
-        return _unusable(node, x, weight) or Match(
-            node, [node], {"x": x, "weight": weight, "bias": bias, "path": _site_path(node, ref.root)}
-        )
+        return unusable(node, x, weight) or Match(node, [node], {"x": x, "weight": weight, "bias": bias, "path": site_path(node, ref.root)})
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         return _emit_linear(graph, match.output, **match.values)
@@ -123,8 +121,8 @@ class Addmm(Rule):
         is_bias = tuple(fake(added).shape) == (fake(weight).shape[1],)
         if not is_bias and fake(added).dtype != fake(node).dtype:
             return Declined("addmm adds a matrix of another dtype")
-        values = {"added": added, "x": x, "weight": weight, "is_bias": is_bias, "path": _site_path(node, ref.root)}
-        return _unusable(node, x, weight) or Match(node, [node], values)
+        values = {"added": added, "x": x, "weight": weight, "is_bias": is_bias, "path": site_path(node, ref.root)}
+        return unusable(node, x, weight) or Match(node, [node], values)
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         node, v = match.output, match.values
@@ -253,7 +251,7 @@ class Product(Rule):
         contraction = SPELLINGS[node.target](node)
         if contraction is None:
             return None
-        found = _find_weight(contraction)
+        found = find_weight(contraction)
         if found is None:
             return _not_a_weight(contraction.operands[1])
         side, ref = found
@@ -282,9 +280,9 @@ class Product(Rule):
             "rows": tuple(sizes[label] for label in rows),
             "columns": tuple(sizes[label] for label in columns),
             "out_order": tuple((lead + rows).index(label) for label in contraction.out),
-            "path": _site_path(node, ref.root),
+            "path": site_path(node, ref.root),
         }
-        return _unusable(node, x, weight) or Match(node, nodes, values)
+        return unusable(node, x, weight) or Match(node, nodes, values)
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         node, v = match.output, match.values
@@ -304,7 +302,7 @@ class Product(Rule):
         return permuted
 
 
-def _find_weight(contraction: Contraction) -> tuple[int, WeightRef] | None:
+def find_weight(contraction: Contraction) -> tuple[int, WeightRef] | None:
     """Which operand is the weight, 0 or 1; None where neither is. A module's parameter comes before an argument that merely
     requires grad, and such an argument counts only on the right, where a weight is usual."""
     left, right = (weight_of(operand) for operand in contraction.operands)

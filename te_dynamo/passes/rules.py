@@ -59,6 +59,10 @@ class Rule(ABC):
     kind: ClassVar[str]
     ends_at: ClassVar[frozenset[Callable[..., Any]]]
 
+    def may_end_at(self, target: Any) -> bool:
+        """Whether the pattern may end at a call of `target`."""
+        return target in self.ends_at
+
     @abstractmethod
     def match(self, node: Node) -> Match | Declined | None:
         """The pattern that ends at `node`."""
@@ -80,11 +84,11 @@ def apply(rules: Sequence[Rule], gm: GraphModule, sites: Sites, done: Rewrites |
             continue
         if node in inside:
             for rule in rules if node.target in (LINEAR, SDPA) else ():
-                if node.target in rule.ends_at:
+                if rule.may_end_at(node.target):
                     sites.declined(node, rule.kind, TRANSFORMED)
             continue
         for rule in rules:
-            if node.target in rule.ends_at and _try(rule, graph, node, sites, done):
+            if rule.may_end_at(node.target) and _try(rule, graph, node, sites, done):
                 break
 
 

@@ -14,12 +14,15 @@ from te_dynamo.ir.meta import RECIPE, UNIFORM_ROWS, origin_of, site_path
 from te_dynamo.lowering.cost import not_worth_it
 from te_dynamo.passes.heads import read_norms
 from te_dynamo.passes.logits import find_logits
+from te_dynamo.passes.routers import find_routers
 
 UNIFORM = (
     "a row of its mask may see nothing, and the mask is a finite number there: eager attention makes such a row uniform, and fused "
     "attention has no gradient for that. Remedy: mask with -inf"
 )
-Unsupported = Callable[[Node], "str | None"]
+LOGITS = "the logits stay in high precision (include_logits=False)"
+ROUTER = "it chooses the experts: routers stay in high precision (include_routers=False)"
+Unsupported = Callable[[Node, bool], "str | None"]
 
 
 def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
@@ -30,9 +33,10 @@ def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
 def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_enabled: bool) -> dict[str, str]:
     """Which semantic nodes of the raised graph `gm` are not taken: the name of the node that each stands for, and why.
 
-    The graph gains each site's recipe, in `meta[RECIPE]`. unsupported: why no implementation takes a site, as a clause.
+    The graph gains each site's recipe, in `meta[RECIPE]`. unsupported: why no implementation takes a site, in training or not, as a clause.
     """
-    logits = set() if options.include_logits else find_logits(gm)
+    kept = {} if options.include_routers else dict.fromkeys(find_routers(gm), ROUTER)
+    kept |= {} if options.include_logits else dict.fromkeys(find_logits(gm), LOGITS)
     excluded: dict[str, str] = {}
     taken: set[Node] = set()
     for node in gm.graph.nodes:
@@ -40,7 +44,7 @@ def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_ena
         if op is None:
             continue
         node.meta[RECIPE] = options.recipe_of(site_path(node))
-        reason = _reason(node, node in logits, options, unsupported, grad_enabled)
+        reason = _reason(node, kept.get(node), options, unsupported, grad_enabled)
         if reason is None:
             taken.add(node)
         else:
@@ -73,7 +77,7 @@ def wants_fp8(node: Node, options: Options) -> bool:
     return chosen == "fp8" or (chosen == "auto" and recipe.fp8_attention)
 
 
-def _reason(node: Node, is_logits: bool, options: Options, unsupported: Unsupported, grad_enabled: bool) -> str | None:
+def _reason(node: Node, kept: str | None, options: Options, unsupported: Unsupported, grad_enabled: bool) -> str | None:
     op = site_of(node)
     assert op is not None
     pattern = skipped(site_path(node), options.skip)
@@ -81,12 +85,12 @@ def _reason(node: Node, is_logits: bool, options: Options, unsupported: Unsuppor
     gemms = op.gemms(node)
     if not gemms:
         return skips or (f"{op.kind}='off'" if getattr(options, op.kind, "") == "off" else None)
-    if is_logits:
-        return "the logits stay in high precision (include_logits=False)"
+    if kept is not None:
+        return kept
     if node.meta[RECIPE] is None:
         return "its recipe is None: high precision"
     costs = (not_worth_it(fake(g.x), fake(g.weight), training=grad_enabled) for g in gemms)
-    return skips or unsupported(node) or next((c for c in costs if c), None)
+    return skips or unsupported(node, grad_enabled) or next((c for c in costs if c), None)
 
 
 def unmatched_absolute_patterns(patterns: tuple[str, ...], paths: list[str]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import torch
 
 from te_dynamo.lowering.devices import HOPPER, too_old
 from te_dynamo.lowering.fine_grained import FineGrainedLinears, native
+from te_dynamo.lowering.grouped import FineGrainedGroups, PerTensorGroups
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
 from te_dynamo.lowering.per_tensor import Kernels, OnePassKernels, PerTensorLinears, scaled_mm
 from te_dynamo.lowering.registry import PER_TENSOR, implements, missing
@@ -15,6 +16,8 @@ CUDA = OnePassKernels(scaled_mm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cas
 
 implements("linears", provider="native", recipes=PER_TENSOR, devices=("cpu",), kernels=Kernels(scaled_mm), opaque=True)(PerTensorLinears)
 implements("linears", provider="native", recipes=PER_TENSOR, devices=("cuda",), kernels=CUDA)(PerTensorLinears)
+implements("grouped_linear", provider="native", recipes=PER_TENSOR, devices=("cpu",), gemm=scaled_mm)(PerTensorGroups)
+implements("grouped_linear", provider="native", recipes=(Float8RowwiseScaling,), devices=("cpu",), multiply=native)(FineGrainedGroups)
 
 
 @implements("linears", provider="native", recipes=(Float8RowwiseScaling,), devices=("cpu", "cuda"), multiply=native)
