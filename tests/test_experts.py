@@ -228,6 +228,29 @@ def test_routers_can_be_included(no_codegen: None) -> None:
     assert any(s.path.endswith("gate") and s.provider for s in sites)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_training_follows_bf16(name: str) -> None:
+    """40 steps on the text of Python's help: the loss ends where bf16's does."""
+    from pydoc_data import topics
+
+    text = torch.frombuffer(bytearray("".join(topics.topics.values()).encode()), dtype=torch.uint8).long() % 128
+    losses = []
+    for backend in ("inductor", te_fp8):
+        torch._dynamo.reset()
+        model = model_of(name, torch.bfloat16)
+        run = torch.compile(model, backend=backend)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(40):
+            ids = text[step * 512 : (step + 1) * 512].view(8, 64)
+            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert abs(losses[1] / losses[0] - 1) < 5e-3, losses
+
+
 # --- a GPU's implementation, its kernel stood in for by the definition
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from te_dynamo.ir.sizes import number, product
-from te_dynamo.lowering.devices import H100, Peak
+from te_dynamo.lowering.devices import Peak, peak_of
 
 # The fraction of the datasheet's peak that kernels reach.
 BF16_REACHED, FP8_REACHED, MEMORY_REACHED = 0.75, 0.70, 0.85
@@ -17,15 +17,17 @@ GRADIENT_BYTES = {True: 3, False: 0}
 
 
 def not_worth_it(
-    x: Tensor, weight: Tensor, *, training: bool, device: Peak = H100, products: int = 3, weight_bytes: int | None = None
+    x: Tensor, weight: Tensor, *, training: bool, device: Peak | None = None, products: int = 3, weight_bytes: int | None = None
 ) -> str | None:
     """The reason why `x [..., K] @ weight [N, K].T` would be slower in FP8, or None; weight may be [E, N, K], a matrix for each group of
     rows. On a CPU nothing is refused: there FP8 is for its numerics.
 
-    products: how many of a training step's three GEMMs are in FP8; weight_bytes: what training moves for each element of the weight.
+    device: None is the tensors' own. products: how many of a training step's three GEMMs are in FP8; weight_bytes: what training moves
+    for each element of the weight.
     """
     if x.device.type != "cuda":
         return None
+    device = device or peak_of(x.device)
     tokens, (n, k), groups = product(x.shape[:-1]), map(number, weight.shape[-2:]), product(weight.shape[:-2])
     flops = flops_of_gemm(x, weight) * (products if training else 1)
     gained = flops / (device.bf16_tflops * BF16_REACHED) / 1e6 - flops / (device.fp8_tflops * FP8_REACHED) / 1e6

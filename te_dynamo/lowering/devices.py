@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -54,3 +55,12 @@ PEAKS = {
     "NVIDIA GeForce RTX 5090": Peak(419, 209.5, 1792, "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"),
 }
 H100 = PEAKS["NVIDIA H100 80GB HBM3"]
+
+
+@cache
+def peak_of(device: torch.device) -> Peak:
+    """The peaks of a CUDA device; the H100's for one that is not in the table, or not there: what is planned may run elsewhere."""
+    try:
+        return PEAKS.get(torch.cuda.get_device_name(device), H100)
+    except (AssertionError, RuntimeError):
+        return H100

@@ -66,3 +66,15 @@ def test_whoever_selects_asks_for_each_linear(grad, no_codegen, monkeypatch):
         torch.compile(lambda x: model(x), backend=te_fp8, options={"include_logits": True})(torch.randn(8, 32))
     assert {path[-1]: reason for path, reason in found.items()} == {"0": None, "2": "too small to pay"}
     assert set(asked) == {((8, 32), (48, 32), grad), ((8, 48), (16, 48), grad)}
+
+
+def test_the_device_at_hand_decides(monkeypatch):
+    """What pays on an RTX 4090, whose memory is slow beside its GEMMs' gain, is less than on an H100."""
+    from te_dynamo.lowering.devices import H100, PEAKS, peak_of
+
+    names = iter(["NVIDIA GeForce RTX 4090", "a GPU of tomorrow"])
+    peak_of.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    assert peak_of(torch.device("cuda", 0)) is PEAKS["NVIDIA GeForce RTX 4090"]
+    assert peak_of(torch.device("cuda", 1)) is H100
+    peak_of.cache_clear()
