@@ -189,8 +189,13 @@ void multiply(const Half* a, const Pair* b, i64 m, i64 n, i64 depth, const Outpu
 // -- how operands are laid out. image: [rows][columns] halves, by rows, both multiples of EDGE
 
 template <int STEP, int... LANE> inline void exchange(Bits& a, Bits& b, std::integer_sequence<int, LANE...>) {
+#ifdef __clang__
   const Bits low = __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE - STEP : LANE)...);
   b = __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE : LANE + STEP)...);
+#else
+  const Bits low = __builtin_shuffle(a, b, Bits{(LANE & STEP ? LANES + LANE - STEP : LANE)...});
+  b = __builtin_shuffle(a, b, Bits{(LANE & STEP ? LANES + LANE : LANE + STEP)...});
+#endif
   a = low;
 }
 

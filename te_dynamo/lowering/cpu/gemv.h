@@ -25,6 +25,7 @@ template <i64 TOKENS, i64 ROWS> void few_rows(const float* x, const uint8_t* w, 
 #pragma GCC unroll 4
     for (i64 row = 0; row < ROWS; ++row) {
       const uint8_t* code = w + row * columns + c;
+      __builtin_prefetch(code + ROWS * columns);  // the next rows: hardware does not look past a page
       const Codes magnitude = load_some<Codes>(code, LANES) & 0x7f;
       peaks = peaks > magnitude ? peaks : magnitude;
 #pragma GCC unroll 4

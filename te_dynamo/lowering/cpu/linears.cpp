@@ -49,8 +49,8 @@ uint32_t amax_of(const Matrix m) {
 // Fills up a row of an image.
 inline void pad(Half* row, i64 columns) { memset(row + columns, 0, (padded(columns) - columns) * sizeof(Half)); }
 
-// Casts a matrix; gives the bits of its amax. image: its values, [rows][padded(columns)], row r at place(r), or none; bytes: [rows][columns],
-// or none.
+// Casts a matrix; gives the bits of its amax. image: its values, [rows][padded(columns)], or none; bytes: FP8 [rows][columns], or none; in both
+// row r is at place(r).
 template <class Place>
 uint32_t cast(const Matrix m, bool e5m2, float scale, uint32_t finite, Half* image, Place place, uint8_t* bytes) {
   return with_dtype(m.dtype, [=](auto d) {
@@ -59,7 +59,7 @@ uint32_t cast(const Matrix m, bool e5m2, float scale, uint32_t finite, Half* ima
 #pragma omp parallel for if (m.rows * m.columns > ALONE) schedule(static) reduction(max : peak)
       for (i64 row = 0; row < m.rows; ++row) {
         Half* to = image ? image + place(row) * padded(m.columns) : nullptr;
-        uint8_t* code = bytes ? bytes + row * m.columns : nullptr;
+        uint8_t* code = bytes ? bytes + place(row) * m.columns : nullptr;
         peak = std::max(peak, cast_row<decltype(d), decltype(f)>(m.data, row * m.stride, m.columns, scale, finite, to, code));
         if (to) pad(to, m.columns);
       }
@@ -149,13 +149,21 @@ struct Gemm {
 
 i64 gemms(const Linears& how) { return how.merged ? 1 : how.count; }
 
-// The weights of a GEMM as an image [rows][in_features]; gives the bits of their amax.
-uint32_t cast_weights(const Gemm& gemm, const void* const* weights, float scale, Half* image) {
+// The weights of a GEMM as an image [rows][in_features], or in FP8; gives the bits of their amax.
+uint32_t cast_weights(const Gemm& gemm, const void* const* weights, float scale, Half* image, uint8_t* bytes = nullptr) {
   uint32_t peak = 0;
   for (i64 i = gemm.first; i < gemm.last; ++i)
-    peak = std::max(peak, cast(gemm.weight(weights, i), FORWARD_IS_E5M2, scale, INFINITE, image, gemm.place(i), nullptr));
-  clear_rows(image, gemm.rows, gemm.how.in_features);
+    peak = std::max(peak, cast(gemm.weight(weights, i), FORWARD_IS_E5M2, scale, INFINITE, image, gemm.place(i), bytes));
+  if (image) clear_rows(image, gemm.rows, gemm.how.in_features);
   return peak;
+}
+
+Scale scale_of_weights(const Gemm& gemm, const void* const* weights, const float* slot) {
+  return scale_of(gemm.how, slot, gemm.how.top_weight, [&] {
+    uint32_t peak = 0;
+    for (i64 i = gemm.first; i < gemm.last; ++i) peak = std::max(peak, amax_of(gemm.weight(weights, i)));
+    return peak;
+  });
 }
 
 // The bias of a GEMM in float32, rounded to the dtype of the output; none where no linear has one.
@@ -199,6 +207,14 @@ i64 te_use_instructions(i64 wanted) {
   return processor = std::min(wanted, best);
 }
 
+// The weights of a GEMM in FP8 [rows][in_features], scaled by their own amax, and the inverse of their scale.
+void te_quantize(const Linears& how, i64 number, const void* const* weights, uint8_t* bytes, float* inverse) {
+  const Gemm gemm(how, number);
+  const Scale scale = scale_of_weights(gemm, weights, nullptr);
+  cast_weights(gemm, weights, scale.value, nullptr, bytes);
+  *inverse = scale.inverse;
+}
+
 // x: [tokens][in_features], rows `stride` apart; weights, biases: of each linear. slots: of each linear, of input and weight, or none.
 // cached: where weights are FP8 [rows][in_features] of each GEMM, the inverses of their scales.
 // outputs: [tokens][rows] of each GEMM; x8: [tokens][in_features] in FP8, or none; kept: the inverse of the input's scale, then the scale
@@ -232,11 +248,7 @@ i64 te_forward(const Linears& how, i64 tokens, const void* x, i64 stride, const 
       clear_rows(w, gemm.rows, how.in_features);
       out.scale *= *cached[number];
     } else {
-      const Scale of_weight = scale_of(how, slots ? slots + 2 * gemm.first + 1 : nullptr, how.top_weight, [&] {
-        uint32_t largest = 0;
-        for (i64 i = gemm.first; i < gemm.last; ++i) largest = std::max(largest, amax_of(gemm.weight(weights, i)));
-        return largest;
-      });
+      const Scale of_weight = scale_of_weights(gemm, weights, slots ? slots + 2 * gemm.first + 1 : nullptr);
       const uint32_t largest = cast_weights(gemm, weights, of_weight.value, w);
       out.scale *= of_weight.inverse;
       if (kept) kept[1 + 2 * number] = of_weight.value, kept[2 + 2 * number] = of_weight.inverse;

@@ -76,6 +76,18 @@ class CPULinears(PerTensorLinears):
     def __init__(self) -> None:
         super().__init__(Kernels(scaled_mm), opaque=True)
 
+    def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
+        kernels = library() if all(type(w) is Tensor for w in weights) else None  # else they are fake, or parts of something larger
+        if kernels is None:
+            return super().quantize_weights(call, weights)
+        weights = [w.contiguous() for w in weights]
+        plan, made = plan_of(call.but(inputs=(call.inputs[0], tuple(w.dtype for w in weights), None))), list[Quantized]()
+        for number, width in enumerate(plan.widths):
+            data, inverse = weights[0].new_empty((width, call["in_features"]), dtype=E4M3), weights[0].new_empty((), dtype=torch.float32)
+            kernels.te_quantize(plan.address, number, _pointers(weights), data.data_ptr(), inverse.data_ptr())
+            made.append(Quantized(data, inverse))
+        return made
+
     def packed_forward(self, call: Call, inputs: Sequence[Any], scales: Tensor | None, start: int, needs: Sequence[bool]) -> Packed | None:
         kernels = library()
         if kernels is None:
@@ -89,10 +101,10 @@ class CPULinears(PerTensorLinears):
             weights, biases, inverses = inputs[1 : 1 + count], inputs[1 + count :], None
         weights, biases = [w.contiguous() for w in weights], [None if b is None else b.contiguous() for b in biases]
         saves, lead = call.records or any(needs), x.shape[:-1]
-        outputs = [torch.empty((*lead, width), dtype=call["out_dtype"]) for width in plan.widths]
-        x8 = torch.empty(flat.shape, dtype=E4M3) if any(needs[1 : 1 + count]) else None
-        kept = torch.empty(1 + 2 * len(plan.gemms)) if saves else None
-        amaxes = torch.empty(2 * count if call.records else 0)
+        outputs = [x.new_empty((*lead, width), dtype=call["out_dtype"]) for width in plan.widths]
+        x8 = x.new_empty(flat.shape, dtype=E4M3) if any(needs[1 : 1 + count]) else None
+        kept = x.new_empty(1 + 2 * len(plan.gemms), dtype=torch.float32) if saves else None
+        amaxes = x.new_empty(2 * count if call.records else 0, dtype=torch.float32)
         undone = kernels.te_forward(
             plan.address,
             flat.shape[0],
@@ -127,9 +139,9 @@ class CPULinears(PerTensorLinears):
         count, k = len(plan.given[1]), call["in_features"]
         weights, needs_w, needs_b = [w.contiguous() for w in inputs[1 : 1 + count]], needs[1 : 1 + count], needs[1 + count :]
         flat = [_rows(g) for g in grads]
-        dx = torch.empty((*grads[0].shape[:-1], k), dtype=call.inputs[0]) if needs[0] else None
+        dx = grads[0].new_empty((*grads[0].shape[:-1], k), dtype=call.inputs[0]) if needs[0] else None
         dws = [torch.empty_like(w) if n else None for w, n in zip(weights, needs_w, strict=True)]
-        amaxes = torch.empty(count if call.records else 0)
+        amaxes = kept.new_empty(count if call.records else 0)
         undone = kernels.te_backward(
             plan.address,
             flat[0].shape[0],
