@@ -155,15 +155,15 @@ template <class D> inline uint32_t amax_of_row(const void* row, i64 at, i64 colu
   return largest_lane(peaks);
 }
 
-// Casts a row; gives the bits of its amax. image: its values, or none; bytes: in FP8, or none.
-template <class D, class F>
-inline uint32_t cast_row(const void* row, i64 at, i64 columns, float scale, uint32_t finite, Half* image, uint8_t* bytes) {
+// Casts a row; gives the bits of its amax. put(c, halves): takes its values, all lanes of them; bytes: in FP8, or none.
+template <class D, class F, class Put>
+inline uint32_t cast_row(const void* row, i64 at, i64 columns, float scale, uint32_t finite, Put put, uint8_t* bytes) {
   Bits peaks{};
   by_lanes(columns, [=, &peaks](i64 c, i64 n) {
     const Bits x = load<D>(row, at + c, n);
     const Rounded found = F::rounded(x, scale, finite);
     peaks = larger(peaks, x);
-    if (image) store_some(halves(found.number), image + c, n);
+    put(c, halves(found.number));
     if (bytes) store_some(__builtin_convertvector(found.code, Bytes), bytes + c, n);
   });
   return largest_lane(peaks);

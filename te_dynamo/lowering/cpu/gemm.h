@@ -2,20 +2,24 @@
 //
 //     c [m, n] = a [m, depth] @ b [depth, n]
 //
-// a lies by rows; b in panels of EDGE columns, each [depth / 2][EDGE] pairs: two elements that are neighbors along the depth. All sizes
-// in memory are multiples of EDGE, filled up with zeros. Each element is summed by one thread, in blocks of DEPTH: the result does not
-// depend on how many threads there are.
+// a is an image: it lies in squares of EDGE x EDGE, each row by row, one row of squares after another: whatever its width, what is read
+// together stands together. b lies in panels of EDGE columns, each [depth / 2][EDGE] pairs: two elements that are neighbors along the
+// depth. All sizes in memory are multiples of EDGE, filled up with zeros. Each element is summed by one thread, in blocks of DEPTH: the
+// result does not depend on how many threads there are.
 #include <omp.h>
 
 namespace {
 
 using Pair = uint32_t;  // of halves
-constexpr i64 EDGE = 32, DEPTH = 512;
+constexpr i64 EDGE = 32, SQUARE = EDGE * EDGE, DEPTH = 256;  // as deep as a row of squares and a panel stay in the nearest cache
 
 inline i64 padded(i64 size) { return (size + EDGE - 1) / EDGE * EDGE; }
 
-// c [EDGE][EDGE] = (more: c +) rows of a, `stride` apart, @ a panel
-using Kernel = void (*)(const Half* a, i64 stride, const Pair* panel, i64 depth, float* c, bool more);
+// Where an element of an image [..][columns] is.
+inline i64 spot(i64 row, i64 column, i64 columns) { return (row / EDGE * columns + column / EDGE * EDGE + row % EDGE) * EDGE + column % EDGE; }
+
+// c [EDGE][EDGE] = (more: c +) a row of squares @ a panel
+using Kernel = void (*)(const Half* a, const Pair* panel, i64 depth, float* c, bool more);
 
 // ROWS of c at a time, which stay in registers. add(sums, k, b) adds the products of the k-th pairs.
 template <i64 ROWS, class Add> inline void by_rows(const Pair* panel, i64 depth, float* c, bool more, Add add) {
@@ -35,11 +39,12 @@ template <i64 ROWS, class Add> inline void by_rows(const Pair* panel, i64 depth,
 }
 
 // By float32's arithmetic, for any processor.
-template <i64 ROWS> void by_floats(const Half* a, i64 stride, const Pair* panel, i64 depth, float* c, bool more) {
+template <i64 ROWS> void by_floats(const Half* a, const Pair* panel, i64 depth, float* c, bool more) {
   float rows[ROWS][DEPTH];
   for (i64 row = 0; row < EDGE; row += ROWS) {
     for (i64 r = 0; r < ROWS; ++r)
-      for (i64 k = 0; k < depth; k += LANES) store_some(load<BF16>(a, (row + r) * stride + k, LANES), reinterpret_cast<uint32_t*>(rows[r] + k), LANES);
+      for (i64 k = 0; k < depth; k += LANES)
+        store_some((Floats)load<BF16>(a, spot(row + r, k, depth), LANES), rows[r] + k, LANES);
     by_rows<ROWS>(panel, depth, c + row * EDGE, more, [&](Floats(&sums)[ROWS][2], i64 k, const Bits(&b)[2]) {
 #pragma GCC unroll 2
       for (i64 v = 0; v < 2; ++v) {
@@ -52,14 +57,15 @@ template <i64 ROWS> void by_floats(const Half* a, i64 stride, const Pair* panel,
 }
 
 #ifdef __AVX512BF16__
-void by_pairs(const Half* a, i64 stride, const Pair* panel, i64 depth, float* c, bool more) {
+void by_pairs(const Half* a, const Pair* panel, i64 depth, float* c, bool more) {
   constexpr i64 ROWS = 8;
   for (i64 row = 0; row < EDGE; row += ROWS)
-    by_rows<ROWS>(panel, depth, c + row * EDGE, more, [&](Floats(&sums)[ROWS][2], i64 k, const Bits(&b)[2]) {
+    by_rows<ROWS>(panel, depth, c + row * EDGE, more, [=](Floats(&sums)[ROWS][2], i64 k, const Bits(&b)[2]) {
+      const Half* from = a + spot(row, 2 * k, depth);
 #pragma GCC unroll 16
       for (i64 r = 0; r < ROWS; ++r) {
         Pair pair;
-        memcpy(&pair, a + (row + r) * stride + 2 * k, sizeof pair);
+        memcpy(&pair, from + r * EDGE, sizeof pair);
 #pragma GCC unroll 2
         for (i64 v = 0; v < 2; ++v)
           sums[r][v] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)b[v]);
@@ -69,7 +75,7 @@ void by_pairs(const Half* a, i64 stride, const Pair* panel, i64 depth, float* c,
 #endif
 
 #ifdef __AMX_BF16__
-void by_tiles(const Half* a, i64 stride, const Pair* panel, i64 depth, float* c, bool more) {
+void by_tiles(const Half* a, const Pair* panel, i64 depth, float* c, bool more) {
   constexpr i64 ROW = EDGE * 4;  // bytes of a row of c, and of a panel's
   if (more) {
     _tile_loadd(0, c, ROW);
@@ -83,10 +89,10 @@ void by_tiles(const Half* a, i64 stride, const Pair* panel, i64 depth, float* c,
     _tile_zero(3);
   }
   for (i64 k = 0; k < depth; k += 32) {
-    _tile_loadd(4, a + k, 2 * stride);
+    _tile_loadd(4, a + k * EDGE, 2 * EDGE);
     _tile_loadd(6, panel + k / 2 * EDGE, ROW);
     _tile_loadd(7, panel + k / 2 * EDGE + 16, ROW);
-    _tile_loadd(5, a + 16 * stride + k, 2 * stride);
+    _tile_loadd(5, a + (k + 16) * EDGE, 2 * EDGE);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
@@ -165,18 +171,18 @@ void multiply(const Half* a, const Pair* b, i64 m, i64 n, i64 depth, const Outpu
 #pragma omp for schedule(dynamic) nowait
     for (i64 block = 0; block < down * across; ++block) {
       const i64 top = block / across * high, left = block % across * wide;
-      const i64 bottom = top + high < m ? top + high : m, right = left + wide < n ? left + wide : n;
+      const i64 bottom = std::min(m, top + high), right = std::min(n, left + wide);
       i64 k = 0;
       do {
         float(*part)[EDGE * EDGE] = c;
         for (i64 i = top; i < bottom; i += EDGE)
           for (i64 j = left; j < right; j += EDGE)
-            run(a + i * depth + k, depth, b + j * (depth / 2) + k / 2 * EDGE, depth - k < DEPTH ? depth - k : DEPTH, *part++, k > 0);
+            run(a + spot(i, k, depth), b + j * (depth / 2) + k / 2 * EDGE, std::min(DEPTH, depth - k), *part++, k > 0);
       } while ((k += DEPTH) < depth);
       const float(*part)[EDGE * EDGE] = c;
       for (i64 i = top; i < bottom; i += EDGE)
         for (i64 j = left; j < right; j += EDGE) {
-          const i64 rows = m - i < EDGE ? m - i : EDGE, columns = n - j < EDGE ? n - j : EDGE;
+          const i64 rows = std::min(EDGE, m - i), columns = std::min(EDGE, n - j);
           with_dtype(out.dtype, [&](auto d) {
             for (i64 r = 0; r < rows; ++r) write_row<decltype(d)>(out, *part + r * EDGE, i + r, j, columns);
           });
@@ -186,7 +192,7 @@ void multiply(const Half* a, const Pair* b, i64 m, i64 n, i64 depth, const Outpu
   }
 }
 
-// -- how operands are laid out. image: [rows][columns] halves, by rows, both multiples of EDGE
+// -- how images [rows][columns] become operands
 
 template <int STEP, int... LANE> inline void exchange(Bits& a, Bits& b, std::integer_sequence<int, LANE...>) {
 #ifdef __clang__
@@ -220,7 +226,7 @@ void panels_of_rows(const Half* image, i64 rows, i64 columns, Pair* out) {
     for (i64 k = 0; k < columns / 2; k += LANES) {
       Bits square[LANES];
 #pragma GCC unroll 16
-      for (i64 r = 0; r < LANES; ++r) square[r] = load_some<Bits>(reinterpret_cast<const Pair*>(image + (row + r) * columns) + k, LANES);
+      for (i64 r = 0; r < LANES; ++r) square[r] = load_some<Bits>(reinterpret_cast<const Pair*>(image + spot(row + r, 2 * k, columns)), LANES);
       turn(square);
       Pair* to = out + row / EDGE * EDGE * (columns / 2) + row % EDGE;
 #pragma GCC unroll 16
@@ -228,9 +234,10 @@ void panels_of_rows(const Half* image, i64 rows, i64 columns, Pair* out) {
     }
 }
 
-inline Bits pairs_of(const Half* image, i64 stride) {
+// The pairs of two rows of an image, at a lane of the first of them.
+inline Bits pairs_at(const Half* row) {
   const auto half = [](const Half* p) { return __builtin_convertvector(load_some<Halves>(p, LANES), Bits); };
-  return half(image) | half(image + stride) << 16;
+  return half(row) | half(row + EDGE) << 16;
 }
 
 // The columns of the image: the depth is along its columns.
@@ -238,20 +245,20 @@ void panels_of_columns(const Half* image, i64 rows, i64 columns, Pair* out) {
 #pragma omp parallel for if (rows * columns > 1 << 15) schedule(static)
   for (i64 row = 0; row < rows; row += 2)
     for (i64 c = 0; c < columns; c += LANES)
-      store_some(pairs_of(image + row * columns + c, columns), out + c / EDGE * EDGE * (rows / 2) + row / 2 * EDGE + c % EDGE, LANES);
+      store_some(pairs_at(image + spot(row, c, columns)), out + c / EDGE * EDGE * (rows / 2) + row / 2 * EDGE + c % EDGE, LANES);
 }
 
-// The transpose [columns][rows], row c of it at place(c).
-template <class Place> void transpose(const Half* image, i64 rows, i64 columns, Half* out, Place place) {
+// The image of the transpose [..][rows], column c of this one in row places[c] of it.
+void transpose(const Half* image, i64 rows, i64 columns, Half* out, const std::vector<i64>& places) {
 #pragma omp parallel for if (rows * columns > 1 << 15) schedule(static)
-  for (i64 c = 0; c < columns; c += LANES)
-    for (i64 row = 0; row < rows; row += 2 * LANES) {
+  for (i64 row = 0; row < rows; row += EDGE)
+    for (i64 c = 0; c < columns; c += LANES) {
       Bits square[LANES];
 #pragma GCC unroll 16
-      for (i64 r = 0; r < LANES; ++r) square[r] = pairs_of(image + (row + 2 * r) * columns + c, columns);
+      for (i64 r = 0; r < LANES; ++r) square[r] = pairs_at(image + spot(row + 2 * r, c, columns));
       turn(square);
 #pragma GCC unroll 16
-      for (i64 i = 0; i < LANES; ++i) store_some(square[i], reinterpret_cast<Pair*>(out + place(c + i) * rows + row), LANES);
+      for (i64 i = 0; i < LANES; ++i) store_some(square[i], reinterpret_cast<Pair*>(out + spot(places[c + i], row, rows)), LANES);
     }
 }
 

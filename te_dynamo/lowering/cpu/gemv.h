@@ -45,7 +45,8 @@ void multiply_few(const Half* image, const uint8_t* w, i64 tokens, i64 rows, i64
   constexpr i64 ROWS = 4;
   const i64 width = padded(columns);
   std::vector<float> x(tokens * width);
-  for (i64 i = 0; i < tokens * width; ++i) x[i] = as_float(uint32_t{image[i]} << 16);
+  for (i64 t = 0; t < tokens; ++t)
+    for (i64 c = 0; c < columns; ++c) x[t * width + c] = as_float(uint32_t{image[spot(t, c, width)]} << 16);
   const auto run = [&](auto count) {
 #pragma omp parallel for if (rows * columns > 1 << 16) schedule(static)
     for (i64 row = 0; row < rows; row += ROWS) {

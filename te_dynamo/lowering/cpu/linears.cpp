@@ -46,8 +46,18 @@ uint32_t amax_of(const Matrix m) {
   });
 }
 
-// Fills up a row of an image.
-inline void pad(Half* row, i64 columns) { memset(row + columns, 0, (padded(columns) - columns) * sizeof(Half)); }
+// A row of an image [..][columns], or of none: put(c, halves) fills it from c on.
+inline auto row_of(Half* image, i64 row, i64 columns) {
+  Half* start = image ? image + spot(row, 0, padded(columns)) : nullptr;
+  return [=](i64 c, Halves v) {
+    if (start) store_some(v, start + spot(0, c, 0), LANES);
+  };
+}
+
+// Fills a row up, from the lanes after `columns` on.
+template <class Put> inline void pad(Put put, i64 columns) {
+  for (i64 c = (columns + LANES - 1) / LANES * LANES; c < padded(columns); c += LANES) put(c, Halves{});
+}
 
 // Casts a matrix; gives the bits of its amax. image: its values, [rows][padded(columns)], or none; bytes: FP8 [rows][columns], or none; in both
 // row r is at place(r).
@@ -58,10 +68,10 @@ uint32_t cast(const Matrix m, bool e5m2, float scale, uint32_t finite, Half* ima
       uint32_t peak = 0;
 #pragma omp parallel for if (m.rows * m.columns > ALONE) schedule(static) reduction(max : peak)
       for (i64 row = 0; row < m.rows; ++row) {
-        Half* to = image ? image + place(row) * padded(m.columns) : nullptr;
+        const auto put = row_of(image, place(row), m.columns);
         uint8_t* code = bytes ? bytes + place(row) * m.columns : nullptr;
-        peak = std::max(peak, cast_row<decltype(d), decltype(f)>(m.data, row * m.stride, m.columns, scale, finite, to, code));
-        if (to) pad(to, m.columns);
+        peak = std::max(peak, cast_row<decltype(d), decltype(f)>(m.data, row * m.stride, m.columns, scale, finite, put, code));
+        pad(put, m.columns);
       }
       return peak;
     });
@@ -72,15 +82,17 @@ uint32_t cast(const Matrix m, bool e5m2, float scale, uint32_t finite, Half* ima
 void cast_up(const uint8_t* bytes, i64 rows, i64 columns, Half* image) {
 #pragma omp parallel for if (rows * columns > ALONE) schedule(static)
   for (i64 row = 0; row < rows; ++row) {
-    Half* to = image + row * padded(columns);
+    const auto put = row_of(image, row, columns);
     const uint8_t* code = bytes + row * columns;
-    by_lanes(columns, [=](i64 c, i64 n) { store_some(halves(values(load_some<Bytes>(code + c, n))), to + c, n); });
-    pad(to, columns);
+    by_lanes(columns, [=](i64 c, i64 n) { put(c, halves(values(load_some<Bytes>(code + c, n)))); });
+    pad(put, columns);
   }
 }
 
+// Fills up an image from row `rows` on.
 void clear_rows(Half* image, i64 rows, i64 columns) {
-  memset(image + rows * padded(columns), 0, (padded(rows) - rows) * padded(columns) * sizeof(Half));
+  for (i64 row = rows; row < padded(rows); ++row)
+    for (i64 c = 0; c < padded(columns); c += LANES) row_of(image, row, columns)(c, Halves{});
 }
 
 }  // namespace
@@ -127,22 +139,27 @@ struct Gemm {
   Gemm(const Linears& how, i64 number) : how(how), first(how.merged ? 0 : number), last(how.merged ? how.count : number + 1) {
     for (i64 i = first; i < last; ++i) rows += how.sizes[i];
   }
-  i64 start(i64 member) const {  // of its rows, were they one after the other
-    i64 total = 0;
-    for (i64 i = first; i < member; ++i) total += how.sizes[i];
-    return total;
-  }
   bool interleaved() const { return how.interleave && last - first > 1; }
-  // Of a row of a member, its place in the GEMM; and of a place in the GEMM, that of the row if members stood one after the other.
+  // Of a row of a member, its place in the GEMM.
   auto place(i64 member) const {
-    const i64 d = how.interleave, members = last - first, at = member - first, begin = start(member);
+    const i64 d = how.interleave, members = last - first, at = member - first;
     const bool mixed = interleaved();
-    return [=](i64 row) { return mixed ? row / d * members * d + at * d + row % d : begin + row; };
+    i64 start = 0;
+    for (i64 i = first; i < member; ++i) start += how.sizes[i];
+    return [=](i64 row) { return mixed ? row / d * members * d + at * d + row % d : start + row; };
   }
-  auto apart() const {
-    const i64 d = how.interleave, members = last - first, size = how.sizes[first], all = rows;
-    const bool mixed = interleaved();
-    return [=](i64 row) { return mixed && row < all ? row % (members * d) / d * size + row / (members * d) * d + row % d : row; };
+  // Were members apart, each in squares of its own: where one begins, and for each place in the GEMM, padded, the row that it has there.
+  i64 start_apart(i64 member) const {
+    i64 start = 0;
+    for (i64 i = first; i < member; ++i) start += padded(how.sizes[i]);
+    return start;
+  }
+  std::vector<i64> apart() const {
+    std::vector<i64> rows_apart(padded(rows));
+    for (i64 i = first; i < last; ++i)
+      for (i64 row = 0; row < how.sizes[i]; ++row) rows_apart[place(i)(row)] = start_apart(i) + row;
+    for (i64 row = rows; row < padded(rows); ++row) rows_apart[row] = start_apart(last) + row - rows;  // zeros
+    return rows_apart;
   }
   Matrix weight(const void* const* weights, i64 i) const { return {weights[i], how.sizes[i], how.in_features, how.in_features, how.weight_dtypes[i]}; }
 };
@@ -298,11 +315,11 @@ i64 te_backward(const Linears& how, i64 tokens, const void* const* grads, const 
       inputs = scratch.get<Pair>(Scratch::OTHER, height * depth / 2);
       panels_of_columns(image, height, depth, inputs);
     }
-    Half* across = scratch.get<Half>(Scratch::IMAGE, (width + EDGE) * height);  // a linear's last rows may be read past
+    Half* across = scratch.get<Half>(Scratch::IMAGE, (gemm.start_apart(gemm.last) + EDGE) * height);
     transpose(g, height, width, across, gemm.apart());
     for (i64 i = gemm.first; i < gemm.last; ++i)
       if (dws[i])
-        multiply(across + gemm.start(i) * height, inputs, how.sizes[i], how.in_features, height,
+        multiply(across + gemm.start_apart(i) * height, inputs, how.sizes[i], how.in_features, height,
                  {dws[i], how.weight_dtypes[i], how.in_features, scale.inverse * kept[0], nullptr, nullptr});
   }
   scratch.trim();
