@@ -1,4 +1,4 @@
-"""The CPU path against Inductor, timed in turns in one process: `python -m benchmarks.cpu WHAT` prints medians as JSON."""
+"""The CPU path against Inductor, timed in turns in one process: `python -m benchmarks.cpu WHAT` prints the result as JSON."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ MEASUREMENTS: dict[str, tuple[Callable[[str, torch.dtype], Callable[[], None]], 
 }
 
 
-def measure(what: str) -> dict[str, float]:
-    """Milliseconds of each side, by its name: the median of calls in turns."""
+def measure(what: str) -> dict[str, dict[str, float]]:
+    """By dtype of the model: milliseconds of each backend, the median of calls in turns, and the median ratio of te_fp8's to Inductor's."""
     make, rounds, threads = MEASUREMENTS[what]
     torch.set_num_threads(threads)
     sides = {side: make(*side) for side in SIDES}
@@ -90,8 +90,13 @@ def measure(what: str) -> dict[str, float]:
         for side, run in sides.items():
             began = time.perf_counter()
             run()
-            times[side].append(time.perf_counter() - began)
-    return {f"{backend} {str(dtype).removeprefix('torch.')}": statistics.median(t) * 1e3 for (backend, dtype), t in times.items()}
+            times[side].append((time.perf_counter() - began) * 1e3)
+    found = {}
+    for dtype in (F32, BF16):
+        inductor, fp8 = times["inductor", dtype], times["te_fp8", dtype]
+        ratio = statistics.median(b / a for a, b in zip(inductor, fp8, strict=True))
+        found[str(dtype)] = {"inductor": statistics.median(inductor), "te_fp8": statistics.median(fp8), "ratio": ratio}
+    return found
 
 
 if __name__ == "__main__":

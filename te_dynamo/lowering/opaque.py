@@ -91,8 +91,8 @@ def _forward(
         outputs = [next(apart) for _ in done.outputs]
         saved = [Quantized(*[None if t is None else next(apart) for t in q]) for q in saved]
         made = Packed(_amax(done.amaxes, parsed, outputs[0]), outputs, saved)
-    contents = (0, len(made.results), *(sum((t is not None) << i for i, t in enumerate(q)) for q in made.saved))
-    return [made.amaxes, made.amaxes.new_empty(contents), *made.results, *_leaves(made.saved)]
+    fields = (sum([1 << i for i, t in enumerate(q) if t is not None]) for q in made.saved)
+    return [made.amaxes, made.amaxes.new_empty((0, len(made.results), *fields)), *made.results, *_leaves(made.saved)]
 
 
 def _backward(

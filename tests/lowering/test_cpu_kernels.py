@@ -49,12 +49,12 @@ def matrices(draw: Any, special: bool = True, like: Any = shapes) -> Tensor:
     return whole[:rows, :columns] if how == "transposed" else whole[:rows, :columns].contiguous()
 
 
-def forward(x: Tensor, weights: list[Tensor], recipe: Recipe, scales: Tensor | None = None, **how: Any) -> Any:
+def forward(x: Tensor, weights: list[Tensor], recipe: Recipe, scales: Tensor | None = None, biases: Any = None, **how: Any) -> Any:
     """(the call, outputs, FP8 of x, all scales, amaxes)"""
-    delayed = recipe.stateful
-    call = calls.linears_call("native", [x, weights, [None] * len(weights)], recipe=recipe, records=delayed, calibrating=delayed, **how)
+    delayed, biases = recipe.stateful, biases or [None] * len(weights)
+    call = calls.linears_call("native", [x, weights, biases], recipe=recipe, records=delayed, calibrating=delayed, **how)
     needs = [True] * (1 + len(weights)) + [False] * len(weights)
-    outputs, saved, amaxes = forward_results(OPS.site_fwd(call.key, [x, *weights, *[None] * len(weights)], scales, 0, needs))
+    outputs, saved, amaxes = forward_results(OPS.site_fwd(call.key, [x, *weights, *biases], scales, 0, needs))
     return call, outputs, saved[0].data, saved[0].scale, amaxes
 
 
@@ -131,9 +131,9 @@ def instructions(request: Any) -> Iterator[None]:
     library().te_use_instructions(best if torch.cpu._init_amx() else min(best, DOT_PRODUCTS))
 
 
-def near(value: Tensor, a: Tensor, b: Tensor) -> None:
-    """`value` is a @ b but for the roundings of a sum in float32, and for that to its dtype."""
-    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+def near(value: Tensor, a: Tensor, b: Tensor, bias: float = 0.0) -> None:
+    """`value` is a @ b + bias but for the roundings of a sum in float32, and for that to its dtype."""
+    exact, size = a.double() @ b.double() + bias, a.double().abs() @ b.double().abs()
     unit = torch.finfo(value.dtype).eps
     assert ((value.double() - exact).abs() <= size * 2.0**-20 + exact.abs() * unit).all()
 
@@ -142,21 +142,23 @@ def near(value: Tensor, a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 33, 31), (64, 32, 96), (40, 1100, 70), (1030, 130, 520)])
 @pytest.mark.parametrize("form", [(False, 0), (True, 0), (True, 5)])
 def test_products(instructions, out, size, form):
-    """All three, of several linears, as the sums of products of FP8 values that they are."""
+    """All three, of several linears, as the sums of products of FP8 values that they are; and the gradients of biases."""
     tokens, k, n = size
     merged, interleave = form
     n = -(-n // 5) * 5
     torch.manual_seed(0)
     x, weights = torch.randn(tokens, k), [torch.randn(n, k), torch.randn(n, k)]
-    how = {"merged": merged, "interleave": interleave, "out_dtype": out}
+    biases = [torch.full((n,), 1.25, dtype=torch.float16)] * 2
+    how = {"merged": merged, "interleave": interleave, "out_dtype": out, "biases": biases}
     call, ys, x8, scales, _ = forward(x, weights, Float8CurrentScaling(), **how)
     xq = x8.double() * scales[0]
     joined = calls.quantized_weights("reference", weights, merged=merged, interleave=interleave, recipe=Float8CurrentScaling())
     wqs = [w.data.double() * w.scale_inv for w in joined]
     for y, wq in zip(ys, wqs, strict=True):
-        near(y, xq, wq.t())
+        near(y, xq, wq.t(), 1.25)
     grads = [torch.randn_like(y) for y in ys]
-    _, dx, *dws = OPS.site_bwd(call.key, [None, *weights, None, None], [x8, None, None, None, scales, None], grads, None, 0, [True] * 3 + [False] * 2)
+    saved = [x8, None, None, None, scales, None]
+    _, dx, dw0, dw1, db1 = OPS.site_bwd(call.key, [None, *weights, None, None], saved, grads, None, 0, [True] * 3 + [False, True])
     gqs = []
     for g in grads:
         scale = casting_of(call.recipe).scale_of(fp8.amax(g), "grad_output", gradient=True)
@@ -165,7 +167,9 @@ def test_products(instructions, out, size, form):
     apart = cpu.GemmRows.of(call.attributes)
     for number, gemm in enumerate(apart.gemms()):
         for member, i in enumerate(gemm):
-            near(dws[i], apart.rows(gqs[number].t(), member, len(gemm)), xq)
+            near((dw0, dw1)[i], apart.rows(gqs[number].t(), member, len(gemm)), xq)
+            if i == 1:
+                near(db1.unsqueeze(1), apart.rows(grads[number].t(), member, len(gemm)), torch.ones(tokens, 1))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])

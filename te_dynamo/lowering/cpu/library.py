@@ -37,7 +37,7 @@ def library() -> CDLL | None:
         return None
     pointer, number = c_void_p, c_int64
     found.te_forward.argtypes = [pointer, number, pointer, number, *[pointer] * 8]
-    found.te_backward.argtypes = [pointer, number, *[pointer] * 9]
+    found.te_backward.argtypes = [pointer, number, *[pointer] * 10]
     found.te_quantize.argtypes = [pointer, number, *[pointer] * 3]
     found.te_quantize.restype = None
     for function in (found.te_use_instructions, found.te_forward, found.te_backward):

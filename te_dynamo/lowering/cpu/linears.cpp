@@ -207,6 +207,31 @@ const float* join_biases(const Gemm& gemm, const void* const* biases) {
   return joined;
 }
 
+// The gradients of a GEMM's biases: sums over the tokens in float32, of blocks of rows first. Each column is summed by one thread.
+void sum_rows(const Gemm& gemm, const Matrix m, void* const* sums) {
+  if (std::none_of(sums + gemm.first, sums + gemm.last, [](void* sum) { return sum != nullptr; })) return;
+  constexpr i64 BLOCK = 64;
+  float* whole = scratch.get<float>(Scratch::BIAS, padded(m.columns));
+#pragma omp parallel for if (m.rows * m.columns > ALONE) schedule(static)
+  for (i64 c = 0; c < m.columns; c += LANES)
+    with_dtype(m.dtype, [=](auto d) {
+      const i64 n = std::min(LANES, m.columns - c);
+      Floats sum{};
+      for (i64 top = 0; top < m.rows; top += BLOCK) {
+        Floats part{};
+        for (i64 row = top; row < std::min(m.rows, top + BLOCK); ++row) part += (Floats)load<decltype(d)>(m.data, row * m.stride + c, n);
+        sum += part;
+      }
+      store_some(sum, whole + c, LANES);
+    });
+  for (i64 i = gemm.first; i < gemm.last; ++i)
+    for (i64 row = 0; row < gemm.how.sizes[i] && sums[i]; ++row) {
+      Bits value{};
+      value[0] = as_bits(whole[gemm.place(i)(row)]);
+      with_dtype(gemm.how.bias_dtypes[i], [=](auto d) { store<decltype(d)>(value, sums[i], row, 1); });
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -280,9 +305,9 @@ i64 te_forward(const Linears& how, i64 tokens, const void* x, i64 stride, const 
 }
 
 // grads: [tokens][rows] of each GEMM, rows `strides` apart; weights, x8 and kept: as in forward; slots: of each linear's gradient.
-// dx: [tokens][in_features], or none; dws: of each linear, or none; amaxes: as slots, or none.
+// dx: [tokens][in_features], or none; dws, dbs: of each linear, or none; amaxes: as slots, or none.
 i64 te_backward(const Linears& how, i64 tokens, const void* const* grads, const i64* strides, const void* const* weights, const uint8_t* x8,
-                const float* kept, const float* slots, void* dx, void* const* dws, float* amaxes) {
+                const float* kept, const float* slots, void* dx, void* const* dws, void* const* dbs, float* amaxes) {
   const i64 depth = padded(how.in_features), height = padded(tokens);
   for (i64 number = 0; number < gemms(how) && how.agrees && slots; ++number)
     if (unset(slots[Gemm(how, number).first])) return 1;
@@ -307,6 +332,7 @@ i64 te_backward(const Linears& how, i64 tokens, const void* const* grads, const 
       multiply(g, panels, tokens, how.in_features, width,
                {last ? dx : sum, last ? how.x_dtype : FLOAT32, how.in_features, scale.inverse * kept[2 + 2 * number], nullptr, number ? sum : nullptr});
     }
+    sum_rows(gemm, grad, dbs);
     if (std::none_of(dws + gemm.first, dws + gemm.last, [](void* dw) { return dw != nullptr; })) continue;
     if (!inputs) {
       Half* image = scratch.get<Half>(Scratch::IMAGE, height * depth);

@@ -137,10 +137,12 @@ class CPULinears(PerTensorLinears):
         plan, (x8, *_) = plan_of(call), saved
         kept = saved[Quantized._fields.index("scale")]
         count, k = len(plan.given[1]), call["in_features"]
+        sizes, bias_dtypes = plan.given[1], call.inputs[2]
         weights, needs_w, needs_b = [w.contiguous() for w in inputs[1 : 1 + count]], needs[1 : 1 + count], needs[1 + count :]
         flat = [_rows(g) for g in grads]
         dx = grads[0].new_empty((*grads[0].shape[:-1], k), dtype=call.inputs[0]) if needs[0] else None
-        dws = [torch.empty_like(w) if n else None for w, n in zip(weights, needs_w, strict=True)]
+        dws = [torch.empty_like(w) if needed else None for w, needed in zip(weights, needs_w, strict=True)]
+        dbs = [kept.new_empty(sizes[i], dtype=bias_dtypes[i]) if needed else None for i, needed in enumerate(needs_b)]
         amaxes = kept.new_empty(count if call.records else 0)
         undone = kernels.te_backward(
             plan.address,
@@ -153,12 +155,10 @@ class CPULinears(PerTensorLinears):
             _slots(scales, start),
             _pointer(dx),
             _pointers(dws),
+            _pointers(dbs),
             amaxes.data_ptr() if call.records else None,
         )
-        if undone:
-            return None
-        dbs = _bias_gradients(call, plan, flat, needs_b) if any(needs_b) else []
-        return Packed(amaxes, [t for t in (dx, *dws, *dbs) if t is not None])
+        return None if undone else Packed(amaxes, [t for t in (dx, *dws, *dbs) if t is not None])
 
     # -- what stands in: the base class's, saved as above
 
@@ -178,16 +178,6 @@ class CPULinears(PerTensorLinears):
         x8, (inverse, *rest) = saved[0].data, saved[0].scale.unbind()
         w8s = [Quantized(scale=scale, scale_inv=inv) for scale, inv in zip(rest[::2], rest[1::2], strict=True)]
         return super().backward(call, inputs, [Quantized(x8, inverse), *w8s], grads, scales, needs)
-
-
-def _bias_gradients(call: Call, plan: Plan, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    rows, found = GemmRows.of(call.attributes), list[Tensor]()
-    for gemm, grad in zip(plan.gemms, grads, strict=True):
-        if any(needs[i] for i in gemm):
-            whole = grad.sum(0, dtype=torch.float32)
-            parts = [(i, rows.rows(whole, member, len(gemm))) for member, i in enumerate(gemm) if needs[i]]
-            found += [part.to(call.inputs[2][i], copy=len(gemm) > 1) for i, part in parts]
-    return found
 
 
 def _rows(t: Tensor) -> Tensor:
