@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.cpu import linears as cpu
@@ -119,6 +121,29 @@ def test_weights_that_are_kept(w, form):
     expected = calls.quantized_weights("reference", weights, **how)
     for a, b in zip(made, expected, strict=True):
         assert same(a.data, b.data) and torch.equal(a.scale_inv, b.scale_inv)
+
+
+@given(matrices(like=st.tuples(st.integers(1, 40), st.integers(1, 40))), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_fake_results_lie_as_real_ones(x, across):
+    """However the operands do: also where torch computes them, which tells of shapes."""
+
+    def described(values: Any) -> Any:
+        return [(t.shape, t.stride(), t.dtype) for t in values]
+
+    w = torch.randn(x.shape[1], 8, dtype=x.dtype).t() if across else torch.randn(8, x.shape[1], dtype=x.dtype)
+    g = torch.randn(8, x.shape[0], dtype=x.dtype).t()
+    call, _, x8, scales, _ = forward(x, [w], DelayedScaling())
+    arguments = [(call.key, [x, w, None], None, 0, [True, True, False])]
+    arguments.append((call.key, [None, w, None], [x8, None, None, None, scales, None], [g], None, 0, [True, True, False]))
+    kept = calls.quantized_weights("native:cpu", [w])[0]
+    for op, passed in zip((OPS.site_fwd, OPS.site_bwd), arguments, strict=True):
+        real = described(op(*passed))
+        with FakeTensorMode() as mode:
+            fakes = tree_map_only(Tensor, mode.from_tensor, passed)
+            assert described(op(*fakes)) == real
+    with FakeTensorMode() as mode:
+        assert described(calls.quantized_weights("native:cpu", [mode.from_tensor(w)])[0][:2]) == described(kept[:2])
 
 
 @pytest.fixture(params=[ANY, DOT_PRODUCTS, TILES], ids=["any processor", "dot products", "tiles"])

@@ -79,7 +79,7 @@ class CPULinears(PerTensorLinears):
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         kernels = library() if all(type(w) is Tensor for w in weights) else None  # else they are fake, or parts of something larger
         if kernels is None:
-            return super().quantize_weights(call, weights)
+            return [w8._replace(data=w8.data.contiguous()) for w8 in super().quantize_weights(call, weights)]
         weights = [w.contiguous() for w in weights]
         plan, made = plan_of(call.but(inputs=(call.inputs[0], tuple(w.dtype for w in weights), None))), list[Quantized]()
         for number, width in enumerate(plan.widths):
@@ -160,7 +160,7 @@ class CPULinears(PerTensorLinears):
         )
         return None if undone else Packed(amaxes, [t for t in (dx, *dws, *dbs) if t is not None])
 
-    # -- what stands in: the base class's, saved as above
+    # -- what stands in, and tells of shapes: the base class's, with results that lie in memory as those above
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         done = super().forward(call, inputs, scales, needs)
@@ -170,7 +170,7 @@ class CPULinears(PerTensorLinears):
         scales_of_weights = [t for w8 in w8s for t in w8.scales]
         inverse = scales_of_weights[0] if x8.scale_inv is None else x8.scale_inv  # is not read where the input is not
         kept = torch.stack([inverse, *scales_of_weights])
-        return done._replace(saved=[Quantized(x8.data, scale=kept)])
+        return done._replace(saved=[Quantized(None if x8.data is None else x8.data.contiguous(), scale=kept)])
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
