@@ -218,13 +218,13 @@ def test_few_tokens_give_what_many_do(tokens, shape):
 
 def test_results_do_not_depend_on_threads():
     torch.manual_seed(0)
-    x, w, g = torch.randn(300, 700), torch.randn(500, 700), torch.randn(300, 500)
+    x, w, b, g = torch.randn(300, 700), torch.randn(500, 700), torch.randn(500), torch.randn(300, 500)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            call, ys, x8, scales, amaxes = forward(x, [w], DelayedScaling())
-            back = OPS.site_bwd(call.key, [None, w, None], [x8, None, None, None, scales, None], [g], None, 0, [True, True, False])
+            call, ys, x8, scales, amaxes = forward(x, [w], DelayedScaling(), biases=[b])
+            back = OPS.site_bwd(call.key, [None, w, None], [x8, None, None, None, scales, None], [g], None, 0, [True] * 3)
             found.append([*ys, x8.float(), scales, amaxes, *back])
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-// FP8 by 16 lanes: amax, cast and cast up, as te_dynamo/lowering/fp8.py defines them. Values are the bits of float32.
+// FP8 by lanes: amax, cast and cast up, as te_dynamo/lowering/fp8.py defines them. Values are the bits of float32.
 //
 // Vectors are GCC's and Clang's extension, so this is for any processor. Comparisons are of integers: they order magnitudes, infinity
 // above every number and NaN above it, whatever a compiler is told of floats.
@@ -8,14 +8,20 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
 using i64 = int64_t;
+#if defined(__AVX512F__)
 constexpr i64 LANES = 16;
+#elif defined(__AVX2__)
+constexpr i64 LANES = 8;
+#else
+constexpr i64 LANES = 4;
+#endif
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
@@ -51,7 +57,8 @@ template <class D> inline Bits load(const void* base, i64 at, i64 n) {
     const Bits half = __builtin_convertvector(load_some<Halves>(p, n), Bits);
     if constexpr (std::is_same_v<D, BF16>) return half << 16;
     const Bits magnitude = (half & 0x7fff) << 13, small = (Bits)((Floats)(magnitude + (113u << 23)) - as_float(113u << 23));
-    const Bits number = magnitude < (1u << 23) ? small : magnitude + (magnitude < (31u << 23) ? Bits{} + (112u << 23) : Bits{} + (224u << 23));
+    const Bits moved = magnitude < (31u << 23) ? Bits{} + (112u << 23) : Bits{} + (224u << 23);  // of infinity and NaN
+    const Bits number = magnitude < (1u << 23) ? small : magnitude + moved;
     return number | (half & 0x8000) << 16;
   }
 }
@@ -73,7 +80,9 @@ template <class D> inline void store(Bits v, void* base, i64 at, i64 n) {
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 // run(F32{}), run(BF16{}) or run(F16{})
-template <class Run> auto with_dtype(i64 dtype, Run&& run) { return dtype == FLOAT32 ? run(F32{}) : dtype == BFLOAT16 ? run(BF16{}) : run(F16{}); }
+template <class Run> auto with_dtype(i64 dtype, Run&& run) {
+  return dtype == FLOAT32 ? run(F32{}) : dtype == BFLOAT16 ? run(BF16{}) : run(F16{});
+}
 
 // -- FP8
 
@@ -110,6 +119,12 @@ constexpr float SCALED = 256;  // a float16 but for the exponent's bias
 inline Floats scaled_values(Bytes code) {
   const __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16((__m128i)code), 7);
   return (Floats)_mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff)));
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+constexpr float SCALED = 256;
+inline Floats scaled_values(Bytes code) {
+  const __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_cvtsi64_si128((long long)code)), 7);
+  return (Floats)_mm256_cvtph_ps(_mm_and_si128(half, _mm_set1_epi16((short)0xbfff)));
 }
 #else
 constexpr float SCALED = 1;

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("fp8.h", "gemm.h", "gemv.h", "linears.cpp")
+SOURCES = ("fp8.h", "image.h", "gemm.h", "gemv.h", "linears.cpp")
 ANY, DOT_PRODUCTS, TILES = range(3)  # which instructions multiply
 
 

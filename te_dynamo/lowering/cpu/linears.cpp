@@ -6,7 +6,7 @@ namespace {
 // Memory that a thread keeps from call to call.
 struct Scratch {
   enum { IMAGE, OTHER, PANELS, INPUT, SUM, BIAS, COUNT };
-  static constexpr size_t KEPT = 64 << 20;  // larger ones are given back
+  static constexpr size_t KEPT = 16 << 20;  // larger ones are given back
 
   template <class T> T* get(int which, i64 count) {
     const size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
@@ -30,77 +30,12 @@ thread_local Scratch scratch;
 
 constexpr bool FORWARD_IS_E5M2 = false;  // in no recipe
 
-struct Matrix {
-  const void* data;
-  i64 rows, columns, stride, dtype;
-};
-
-constexpr i64 ALONE = 1 << 15;  // elements that one thread is enough for
-
-uint32_t amax_of(const Matrix m) {
-  return with_dtype(m.dtype, [=](auto d) {
-    uint32_t peak = 0;
-#pragma omp parallel for if (m.rows * m.columns > ALONE) schedule(static) reduction(max : peak)
-    for (i64 row = 0; row < m.rows; ++row) peak = std::max(peak, amax_of_row<decltype(d)>(m.data, row * m.stride, m.columns));
-    return peak;
-  });
-}
-
-// A row of an image [..][columns], or of none: put(c, halves) fills it from c on.
-inline auto row_of(Half* image, i64 row, i64 columns) {
-  Half* start = image ? image + spot(row, 0, padded(columns)) : nullptr;
-  return [=](i64 c, Halves v) {
-    if (start) store_some(v, start + spot(0, c, 0), LANES);
-  };
-}
-
-// Fills a row up, from the lanes after `columns` on.
-template <class Put> inline void pad(Put put, i64 columns) {
-  for (i64 c = (columns + LANES - 1) / LANES * LANES; c < padded(columns); c += LANES) put(c, Halves{});
-}
-
-// Casts a matrix; gives the bits of its amax. image: its values, [rows][padded(columns)], or none; bytes: FP8 [rows][columns], or none; in both
-// row r is at place(r).
-template <class Place>
-uint32_t cast(const Matrix m, bool e5m2, float scale, uint32_t finite, Half* image, Place place, uint8_t* bytes) {
-  return with_dtype(m.dtype, [=](auto d) {
-    return with_format(e5m2, [=](auto f) {
-      uint32_t peak = 0;
-#pragma omp parallel for if (m.rows * m.columns > ALONE) schedule(static) reduction(max : peak)
-      for (i64 row = 0; row < m.rows; ++row) {
-        const auto put = row_of(image, place(row), m.columns);
-        uint8_t* code = bytes ? bytes + place(row) * m.columns : nullptr;
-        peak = std::max(peak, cast_row<decltype(d), decltype(f)>(m.data, row * m.stride, m.columns, scale, finite, put, code));
-        pad(put, m.columns);
-      }
-      return peak;
-    });
-  });
-}
-
-// The values of E4M3 [rows][columns] as an image.
-void cast_up(const uint8_t* bytes, i64 rows, i64 columns, Half* image) {
-#pragma omp parallel for if (rows * columns > ALONE) schedule(static)
-  for (i64 row = 0; row < rows; ++row) {
-    const auto put = row_of(image, row, columns);
-    const uint8_t* code = bytes + row * columns;
-    by_lanes(columns, [=](i64 c, i64 n) { put(c, halves(values(load_some<Bytes>(code + c, n)))); });
-    pad(put, columns);
-  }
-}
-
-// Fills up an image from row `rows` on.
-void clear_rows(Half* image, i64 rows, i64 columns) {
-  for (i64 row = rows; row < padded(rows); ++row)
-    for (i64 c = 0; c < padded(columns); c += LANES) row_of(image, row, columns)(c, Halves{});
-}
-
 }  // namespace
 
 extern "C" {
 
-// A call, as numbers: see `Call` and `Casting`. sizes, weight_dtypes, bias_dtypes: of each linear. tops: the amax that scale 1 would be for,
-// of inputs, weights and gradients. agrees: a first scale is that of several ranks.
+// A call, as numbers: see `Call` and `Casting`. sizes, weight_dtypes, bias_dtypes: of each linear. tops: the amax that scale 1 would be
+// for, of inputs, weights and gradients. agrees: a first scale is that of several ranks.
 struct Linears {
   i64 count, in_features, interleave, merged;
   i64 x_dtype, out_dtype, gradient_is_e5m2, saturates_infinite, power_of_2, agrees;
@@ -161,7 +96,9 @@ struct Gemm {
     for (i64 row = rows; row < padded(rows); ++row) rows_apart[row] = start_apart(last) + row - rows;  // zeros
     return rows_apart;
   }
-  Matrix weight(const void* const* weights, i64 i) const { return {weights[i], how.sizes[i], how.in_features, how.in_features, how.weight_dtypes[i]}; }
+  Matrix weight(const void* const* weights, i64 i) const {
+    return {weights[i], how.sizes[i], how.in_features, how.in_features, how.weight_dtypes[i]};
+  }
 };
 
 i64 gemms(const Linears& how) { return how.merged ? 1 : how.count; }
@@ -329,8 +266,9 @@ i64 te_backward(const Linears& how, i64 tokens, const void* const* grads, const 
       Pair* panels = scratch.get<Pair>(Scratch::PANELS, width * depth / 2);
       panels_of_columns(w, width, depth, panels);
       const bool last = number + 1 == gemms(how);
-      multiply(g, panels, tokens, how.in_features, width,
-               {last ? dx : sum, last ? how.x_dtype : FLOAT32, how.in_features, scale.inverse * kept[2 + 2 * number], nullptr, number ? sum : nullptr});
+      Output out{dx, how.x_dtype, how.in_features, scale.inverse * kept[2 + 2 * number], nullptr, number ? sum : nullptr};
+      if (!last) out.data = sum, out.dtype = FLOAT32;
+      multiply(g, panels, tokens, how.in_features, width, out);
     }
     sum_rows(gemm, grad, dbs);
     if (std::none_of(dws + gemm.first, dws + gemm.last, [](void* dw) { return dw != nullptr; })) continue;

@@ -79,7 +79,7 @@ class CPULinears(PerTensorLinears):
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         kernels = library() if all(type(w) is Tensor for w in weights) else None  # else they are fake, or parts of something larger
         if kernels is None:
-            return [w8._replace(data=w8.data.contiguous()) for w8 in super().quantize_weights(call, weights)]
+            return [w8._replace(data=_by_rows(w8.data)) for w8 in super().quantize_weights(call, weights)]
         weights = [w.contiguous() for w in weights]
         plan, made = plan_of(call.but(inputs=(call.inputs[0], tuple(w.dtype for w in weights), None))), list[Quantized]()
         for number, width in enumerate(plan.widths):
@@ -141,7 +141,7 @@ class CPULinears(PerTensorLinears):
         weights, needs_w, needs_b = [w.contiguous() for w in inputs[1 : 1 + count]], needs[1 : 1 + count], needs[1 + count :]
         flat = [_rows(g) for g in grads]
         dx = grads[0].new_empty((*grads[0].shape[:-1], k), dtype=call.inputs[0]) if needs[0] else None
-        dws = [torch.empty_like(w) if needed else None for w, needed in zip(weights, needs_w, strict=True)]
+        dws = [w.new_empty(w.shape) if needed else None for w, needed in zip(weights, needs_w, strict=True)]
         dbs = [kept.new_empty(sizes[i], dtype=bias_dtypes[i]) if needed else None for i, needed in enumerate(needs_b)]
         amaxes = kept.new_empty(count if call.records else 0)
         undone = kernels.te_backward(
@@ -170,7 +170,7 @@ class CPULinears(PerTensorLinears):
         scales_of_weights = [t for w8 in w8s for t in w8.scales]
         inverse = scales_of_weights[0] if x8.scale_inv is None else x8.scale_inv  # is not read where the input is not
         kept = torch.stack([inverse, *scales_of_weights])
-        return done._replace(saved=[Quantized(None if x8.data is None else x8.data.contiguous(), scale=kept)])
+        return done._replace(saved=[Quantized(_by_rows(x8.data), scale=kept)])
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
@@ -184,6 +184,11 @@ def _rows(t: Tensor) -> Tensor:
     """[..., N] -> [tokens, N], each row side by side in memory."""
     flat = t if t.dim() == 2 else matrix(t)
     return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _by_rows(t: Tensor | None) -> Tensor | None:
+    """With the strides of a new tensor, also where a size is 1."""
+    return None if t is None else t.clone(memory_format=torch.contiguous_format)
 
 
 def _slots(scales: Tensor | None, start: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Linears by `torch._scaled_mm`."""
+"""Linears by `torch._scaled_mm`; on a CPU by C++ where there is one scale a tensor."""
 
 from __future__ import annotations
 
