@@ -1,14 +1,15 @@
 """Prints the cost of te_dynamo, as ratios to Inductor in the same run.
 
-    python -m benchmarks [--only compile|call|saved|state] [--json FILE] [--repeat N]
+    python -m benchmarks [--only compile|call|saved|state|cpu] [--json FILE] [--repeat N]
     python -m benchmarks --gpu [...]    # speed on a GPU, see `python -m benchmarks --gpu --help`
 
 compile: CPU time of the first forward and backward of a 32-layer Llama, cold and in a second process (caches warm).
 call:    a training step of 20 tiny linears (host overhead), and of a small Llama, on one CPU thread.
 saved:   bytes that linears keep allocated for backward.
 state:   the cost of delayed over current scaling: kernels and collectives of an update, time of a step with 200 sites.
-Each measurement runs in its own process; the two sides of a ratio run one after the other. On a CPU FP8 is for its numerics:
-the step's ratio predicts nothing about a GPU (`benchmarks/lab.py` does).
+cpu:     a training step, a forward in eval, one token through 24 linears, and the host time of a tiny model (`benchmarks/cpu.py`).
+Each measurement runs in its own process; the two sides of a ratio run one after the other, those of `cpu` in turns. The ratios of
+times on a CPU predict nothing about a GPU (`benchmarks/lab.py` does).
 """
 
 from __future__ import annotations
@@ -32,9 +33,14 @@ Row = tuple[str, float, float | None]  # what, ratio, target
 
 def child(kind: str, backend: str, options: dict[str, Any] | None = None, cache: str | None = None) -> dict[str, float]:
     """One measurement in its own process, with an empty Inductor cache unless one is given."""
+    return process("benchmarks.measure", kind, backend, json.dumps(options or {}), cache=cache)
+
+
+def process(*module: str, cache: str | None = None) -> dict[str, Any]:
+    """What a module prints last, as JSON."""
     with tempfile.TemporaryDirectory() as fresh:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or fresh, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.measure", kind, backend, json.dumps(options or {})]
+        command = [sys.executable, "-W", "ignore", "-m", *module]
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -78,17 +84,39 @@ def state_rows() -> Iterator[Row]:
     yield "a step with 200 sites, with state (delayed) to without (current)", ratio, 1.05
 
 
+# The targets by what is measured and the dtype of the model.
+ON_A_CPU = {
+    "training": ("a training step of a Llama (4 layers of 512, 1024 tokens)", {"torch.float32": 0.75, "torch.bfloat16": 1.25}),
+    "evaluation": ("its forward in eval", {"torch.float32": 0.75, "torch.bfloat16": 1.15}),
+    "decode": ("one token through 24 linears of 2048 x 2048", {"torch.float32": 1.0, "torch.bfloat16": 1.0}),
+    "host": ("a training step of a tiny Llama (4 layers of 64, 64 tokens), one thread", {"torch.float32": 3.0, "torch.bfloat16": 3.0}),
+}
+
+
+def cpu_rows() -> Iterator[Row]:
+    for what, (says, targets) in ON_A_CPU.items():
+        for dtype, found in process("benchmarks.cpu", what).items():
+            times = f"{found['te_fp8']:.1f} ms against {found['inductor']:.1f} ms"
+            yield f"{says}, {dtype.removeprefix('torch.')} ({times})", found["ratio"], targets[dtype]
+
+
 def main() -> None:
     if "--gpu" in sys.argv[1:]:
         from benchmarks.gpu import run
 
         return run.main([argument for argument in sys.argv[1:] if argument != "--gpu"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("compile", "call", "saved", "state"))
+    parser.add_argument("--only", choices=("compile", "call", "saved", "state", "cpu"))
     parser.add_argument("--json", type=Path, help="also write the ratios to this file")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of the call times (default: %(default)s)")
     arguments = parser.parse_args()
-    sections = {"saved": saved_rows, "state": state_rows, "call": lambda: call_rows(arguments.repeat), "compile": compile_rows}
+    sections = {
+        "saved": saved_rows,
+        "state": state_rows,
+        "call": lambda: call_rows(arguments.repeat),
+        "compile": compile_rows,
+        "cpu": cpu_rows,
+    }
     found = []
     for name, section in sections.items():
         if arguments.only in (None, name):

@@ -24,6 +24,23 @@ def tiny_llama(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Modu
     return LlamaForCausalLM(config).bfloat16(), torch.randint(0, 256, (2, length))
 
 
+def llama(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    """A Llama whose time is in its GEMMs, and 4 x 256 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=4,
+        vocab_size=256,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype), torch.randint(0, 256, (4, 256))
+
+
 class Chain(nn.Module):
     """A sequence of linears."""
 

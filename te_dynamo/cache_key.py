@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+SUFFIXES = (".py", ".h", ".cpp")
+
 
 def hash_sources(root: Path) -> str:
-    """SHA-256 over every Python file below `root`, by relative path and content."""
+    """SHA-256 over every source below `root`, by relative path and content."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(p for p in root.rglob("*") if p.suffix in SUFFIXES):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -31,10 +31,10 @@ class Options:
             trained scales if there are any, else current. None: high precision. An object of `te_dynamo.recipe` or of
             `transformer_engine.common.recipe` sets more. A dict maps fnmatch patterns (as in `skip`) to any of these: the first
             pattern that matches a site's path decides; a site that none matches gets "auto".
-        provider: Whose kernels compute a site. "te": Transformer Engine's. "native": PyTorch's `_scaled_mm`; on a GPU, Inductor
-            generates the quantization. "reference": quantize, dequantize, compute in high precision. "auto": native; on a GPU
-            with Transformer Engine, "te" for what native has no kernel for. A provider requested by name that cannot run is an
-            error that says what is missing.
+        provider: Whose kernels compute a site. "te": Transformer Engine's. "native": on a GPU PyTorch's `_scaled_mm`, and
+            quantization that Inductor generates; on a CPU C++. "reference": quantize, dequantize, compute in high precision.
+            "auto": native; on a GPU with Transformer Engine, "te" for what native has no kernel for. A provider requested by
+            name that cannot run is an error that says what is missing.
         skip: fnmatch patterns of the sites to keep in high precision, for example ("lm_head", "*.mlp.*"). They match a site's
             path inside the compiled module, as `named_modules()` spells it; for a raw weight, the path plus the parameter's
             name. ("*",) leaves everything to Inductor.

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import live_after
 from benchmarks.models import Chain
 from te_dynamo.backend import te_fp8
+from te_dynamo.lowering.opaque import forward_results
 
 
 def test_linears_save_their_inputs_in_fp8_once():
@@ -59,7 +60,7 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.te_dynamo.site_fwd.default:
-            self.linears.append((memory(args[1][0]), memory(result[1])))
+            self.linears.append((memory(args[1][0]), memory(forward_results(result)[0][0])))
         elif "scaled_dot_product" in func.__name__ and "backward" not in func.__name__:
             self.attention = [memory(t) for t in (*args[:3], result[0])]
         return result

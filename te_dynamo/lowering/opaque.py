@@ -2,10 +2,13 @@
 
 Opaque because Inductor's C++ for every quantization, each reading its scale at another offset, would make compile time grow with
 the number of sites. An operator returns one list of tensors, which share memory with nothing: Inductor's C++ wrapper knows no other
-results. A field of a `Quantized` that was not made is an empty tensor, and a tensor that is a view of another is copied.
+results. A tensor that is a view of another is copied.
 
-    site_fwd   [amax, *outputs, empty, *fields of what is saved]
+    site_fwd   [amax, contents, *outputs, *fields of what is saved]
     site_bwd   [amax, *gradients that are wanted]
+
+contents has no elements. Its shape tells what follows: (0, the number of outputs, and for each `Quantized` that is saved the fields
+that it has, as bits).
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from te_dynamo.ir.graph import fake_like
 from te_dynamo.lowering.call import Call, flattened
-from te_dynamo.lowering.compute import compute_backward, compute_forward, scales_of, unflattened
+from te_dynamo.lowering.compute import WIDTH, compute_backward, compute_forward, scales_of, unflattened
 from te_dynamo.lowering.quantized import Quantized, Scale
-from te_dynamo.lowering.registry import Backward, Forward, implementation_of
+from te_dynamo.lowering.registry import Packed, implementation_of
 
 # They take tensors of any strides, so that nothing is copied for them; gradients may be rounded stochastically.
 FORWARD_TAGS = (torch.Tag.flexible_layout,)
@@ -49,15 +52,16 @@ def opaque_forward(
 ) -> tuple[list[Tensor], list[Quantized], Tensor | None]:
     """(outputs, saved, amax) of a site, by the operator."""
     packed, start = scales or (None, 0)
-    outputs, leaves, amax = forward_results(torch.ops.te_dynamo.site_fwd(call.key, list(flat), packed, start, list(needs)))
-    return outputs, unflattened([None if _is_absent(t) else t for t in leaves]), amax if call.records else None
+    outputs, saved, amax = forward_results(torch.ops.te_dynamo.site_fwd(call.key, list(flat), packed, start, list(needs)))
+    return outputs, saved, amax if call.records else None
 
 
-def forward_results(made: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """(outputs, fields of what is saved, amax) of what `site_fwd` gives."""
-    amax, *rest = made
-    end = next(i for i, t in enumerate(rest) if _is_absent(t))
-    return rest[:end], rest[end + 1 :], amax
+def forward_results(made: Sequence[Tensor]) -> tuple[list[Tensor], list[Quantized], Tensor]:
+    """(outputs, what is saved, amax) of what `site_fwd` gives."""
+    amax, contents, *rest = made
+    _, outputs, *fields = contents.shape
+    leaves = iter(rest[outputs:])
+    return rest[:outputs], [Quantized(*[next(leaves) if has >> i & 1 else None for i in range(WIDTH)]) for has in fields], amax
 
 
 def opaque_backward(
@@ -79,8 +83,16 @@ def _forward(
     call: str, inputs: list[Tensor | None], scale: Tensor | None, start: int, needs: list[bool], fake: bool = False
 ) -> list[Tensor]:
     parsed = Call.parse(call)
-    done = compute_forward(parsed, inputs, scales_of(parsed, None if scale is None else PackedSlots(scale, start)), needs, fake=fake)
-    return _packed(done, [*inputs, scale], any(needs) or parsed.records, parsed)
+    made = None if fake or parsed.producer is not None else implementation_of(parsed).packed_forward(parsed, inputs, scale, start, needs)
+    if made is None:
+        done = compute_forward(parsed, inputs, scales_of(parsed, None if scale is None else PackedSlots(scale, start)), needs, fake=fake)
+        saved = done.saved if any(needs) or parsed.records else []
+        apart = iter(_apart([*done.outputs, *_leaves(saved)], [*inputs, scale]))
+        outputs = [next(apart) for _ in done.outputs]
+        saved = [Quantized(*[None if t is None else next(apart) for t in q]) for q in saved]
+        made = Packed(_amax(done.amaxes, parsed, outputs[0]), outputs, saved)
+    fields = (sum([1 << i for i, t in enumerate(q) if t is not None]) for q in made.saved)
+    return [made.amaxes, made.amaxes.new_empty((0, len(made.results), *fields)), *made.results, *_leaves(made.saved)]
 
 
 def _backward(
@@ -94,26 +106,25 @@ def _backward(
     fake: bool = False,
 ) -> list[Tensor]:
     parsed = Call.parse(call)
-    scales = scales_of(parsed, None if scale is None else PackedSlots(scale, start))
-    done: Backward = compute_backward(parsed, inputs, unflattened(saved), grads, scales, needs, fake=fake)
-    wanted = [g for g, needed in zip(flattened(done.gradients), needs, strict=True) if needed]
-    return [_amax(done.amaxes, parsed, grads[0]), *_apart(wanted, [*inputs, *saved, *grads, scale])]
+    made = None
+    if not fake and parsed.producer is None:
+        made = implementation_of(parsed).packed_backward(parsed, inputs, saved, grads, scale, start, needs)
+    if made is None:
+        scales = scales_of(parsed, None if scale is None else PackedSlots(scale, start))
+        done = compute_backward(parsed, inputs, unflattened(saved), grads, scales, needs, fake=fake)
+        wanted = [g for g, needed in zip(flattened(done.gradients), needs, strict=True) if needed]
+        made = Packed(_amax(done.amaxes, parsed, grads[0]), _apart(wanted, [*inputs, *saved, *grads, scale]))
+    return [made.amaxes, *made.results]
 
 
-def _packed(done: Forward, inputs: Sequence[Tensor | None], saves: bool, call: Call) -> list[Tensor]:
-    like = done.outputs[0]
-    leaves = [like.new_empty(0) if t is None else t for q in done.saved for t in q] if saves else []
-    return [_amax(done.amaxes, call, like), *_apart([*done.outputs, like.new_empty(0), *leaves], inputs)]
+def _leaves(saved: Sequence[Quantized]) -> list[Tensor]:
+    return [t for q in saved for t in q if t is not None]
 
 
 def _amax(amaxes: Sequence[Tensor], call: Call, like: Tensor) -> Tensor:
     if not call.records:
         return like.new_empty(0, dtype=torch.float32)
     return torch.stack([a.amax() if a.numel() else a.sum() for a in amaxes])
-
-
-def _is_absent(t: Tensor) -> bool:
-    return t.dim() == 1 and isinstance(t.shape[0], int) and t.shape[0] == 0
 
 
 def _apart(made: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor]:
@@ -170,14 +181,27 @@ def _made(description: Any, like: Tensor) -> Any:
     return fake_like(like, description.shape, description.dtype, description.stride)
 
 
-site_fwd = torch.library.custom_op("te_dynamo::site_fwd", mutates_args=(), tags=FORWARD_TAGS, schema=(
-    "(str call, Tensor?[] inputs, Tensor? scale, int start, bool[] needs) -> Tensor[]"
-))(lambda call, inputs, scale, start, needs: _forward(call, inputs, scale, start, needs))  # fmt: skip
-site_bwd = torch.library.custom_op("te_dynamo::site_bwd", mutates_args=(), tags=BACKWARD_TAGS, schema=(
-    "(str call, Tensor?[] inputs, Tensor?[] saved, Tensor[] grads, Tensor? scale, int start, bool[] needs) -> Tensor[]"
-))(lambda call, inputs, saved, grads, scale, start, needs: _backward(call, inputs, saved, grads, scale, start, needs))  # fmt: skip
-site_fwd.register_fake(_remembered(_forward))
-site_bwd.register_fake(_remembered(_backward))
+def _define(name: str, schema: str, tags: Sequence[torch.Tag], run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Not by `custom_op`, which wraps Python around each call that takes longer than a small GEMM: what it would check, tests do."""
+    torch.library.define(f"te_dynamo::{name}", schema, tags=(*tags, torch.Tag.pt2_compliant_tag))
+    torch.library.impl(f"te_dynamo::{name}", "default", run)
+    torch.library.register_fake(f"te_dynamo::{name}", _remembered(fake))
+
+
+_define(
+    "site_fwd",
+    "(str call, Tensor?[] inputs, Tensor? scale, int start, bool[] needs) -> Tensor[]",
+    FORWARD_TAGS,
+    lambda call, inputs, scale, start, needs: _forward(call, inputs, scale, start, needs),
+    _forward,
+)
+_define(
+    "site_bwd",
+    "(str call, Tensor?[] inputs, Tensor?[] saved, Tensor[] grads, Tensor? scale, int start, bool[] needs) -> Tensor[]",
+    BACKWARD_TAGS,
+    lambda call, inputs, saved, grads, scale, start, needs: _backward(call, inputs, saved, grads, scale, start, needs),
+    _backward,
+)
 
 
 @register_flop_formula(torch.ops.te_dynamo.site_fwd)

@@ -70,6 +70,15 @@ class Backward(NamedTuple):
     amaxes: list[Tensor]
 
 
+class Packed(NamedTuple):
+    """What an operator of `lowering.opaque` gives, each tensor with memory of its own: amaxes: f32, one for each scale, or none; results:
+    outputs, or the gradients that are wanted; saved: as in `Forward`."""
+
+    amaxes: Tensor
+    results: list[Tensor]
+    saved: Sequence[Quantized] = ()
+
+
 class Implementation:
     """How a provider computes an operation in some recipes.
 
@@ -122,6 +131,24 @@ class Implementation:
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         """The weight of each GEMM, each scaled by its own amax, as `call.cached` says."""
         raise NotImplementedError
+
+    # Of an opaque one: the whole of an operator by a kernel of its own, out of flat inputs and packed scales (see `lowering.opaque`); None
+    # where it has none for this call: then it is computed as above.
+
+    def packed_forward(self, call: Call, inputs: Sequence[Any], scales: Tensor | None, start: int, needs: Sequence[bool]) -> Packed | None:
+        return None
+
+    def packed_backward(
+        self,
+        call: Call,
+        inputs: Sequence[Any],
+        saved: Sequence[Any],
+        grads: Sequence[Tensor],
+        scales: Tensor | None,
+        start: int,
+        needs: Sequence[bool],
+    ) -> Packed | None:
+        return None
 
     # Of an opaque one: its FLOPs, out of shapes (None for what is not there), arranged as the tensors are.
 

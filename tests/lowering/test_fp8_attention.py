@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from te_dynamo.ir import op_named
 from te_dynamo.lowering import fp8
+from te_dynamo.lowering.call import flattened
 from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.opaque import forward_results
-from te_dynamo.lowering.quantized import Quantized, Scale
+from te_dynamo.lowering.quantized import Scale
 from te_dynamo.lowering.reference import attention as definition
 from te_dynamo.lowering.registry import Case
 from te_dynamo.recipe import DelayedScaling
@@ -63,9 +64,9 @@ def forward(q, k, v, mask, scale, start, causal, softmax_scale, quantize_output,
     how = {"causal": causal, "softmax_scale": softmax_scale, "quantize_output": quantize_output, "form": form}
     call = attention_call(q, k, v, mask, **how)
     (o,), saved, amax = forward_results(OPS.site_fwd(call.key, [q, k, v, mask], scale, start, [True] * 3 + [False]))
-    q8, k8, v8, s8, o8, lse = (Quantized(*saved[i : i + 6]) for i in range(0, len(saved), 6))
-    scale_inv = [t.scale_inv for t in (q8, k8, v8, s8, o8)]
-    return o, o8.data, q8.data, k8.data, v8.data, torch.stack([t for t in scale_inv if t.dim() == 0]), lse.data, amax
+    q8, k8, v8, s8, o8, lse = saved
+    scale_inv = [t.scale_inv for t in (q8, k8, v8, s8, o8) if t.scale_inv is not None]
+    return o, o8.data, q8.data, k8.data, v8.data, torch.stack(scale_inv), lse.data, amax
 
 
 # --- numbers
@@ -337,9 +338,8 @@ def sample(tensors, mask, scale, causal, quantized, form):
     call, needs = attention_call(*tensors, mask, **how), [True] * 3 + [False]
     arguments = (call.key, [*tensors, mask], scale, 3, needs)
     (o,), saved, _ = forward_results(OPS.site_fwd(*arguments))
-    saved = [None if t.shape == (0,) else t for t in saved]
     read = [None, None, None, mask, *([] if quantized else [o])]
-    return arguments, (call.key, read, saved, [torch.randn_like(o)], scale, 9, needs)
+    return arguments, (call.key, read, flattened(saved), [torch.randn_like(o)], scale, 9, needs)
 
 
 @pytest.mark.parametrize(("forward_arguments", "backward_arguments"), list(op_samples()))

@@ -104,10 +104,10 @@ def test_the_formulation_for_a_gpu_gives_what_the_cpus_gives(tokens):
     """Its padding, copies and merged weight gradient change nothing."""
     for merged, interleave in ((False, 0), (True, 0), (True, 16)):
         here, there = (three(p, merged, interleave, tokens) for p in ("native:cpu", "native:cuda"))
-        assert all(torch.equal(a, b) for a, b in zip(here[0], there[0], strict=True))
         assert torch.equal(here[4], there[4])
-        # the sum of several GEMMs' input gradients may round otherwise
-        assert all(torch.equal(a, b) for a, b in zip(here[2][1:], there[2][1:], strict=True))
+        # sums in another order may round otherwise
+        for a, b in zip((*here[0], *here[2]), (*there[0], *there[2]), strict=True):
+            torch.testing.assert_close(a, b, rtol=2.0**-7, atol=2.0**-7)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -163,8 +163,7 @@ def samples():
     torch.manual_seed(0)
     x, weights = torch.randn(2, 8, 32), [torch.randn(16, 32), torch.randn(16, 32)]
     biases, scale = [torch.randn(16), None], torch.ones(6)
-    x8 = Quantized(x.reshape(16, 32).to(E4M3), torch.ones(()))
-    w8 = Quantized(scale_inv=torch.ones(()), scale=torch.ones(()))
+    x8 = Quantized(x.reshape(16, 32).to(E4M3), scale=torch.ones(5))
     grads = [torch.randn(2, 8, 16) for _ in weights]
     ops = torch.ops.te_dynamo
     common = {"recipe": DelayedScaling(), "calibrating": True}
@@ -177,10 +176,13 @@ def samples():
     return {
         "forward": (ops.site_fwd, (apart.key, [x, *weights, *biases], scale, 1, all_needed)),
         "forward merged": (ops.site_fwd, (merged.key, [x, *weights, None, None], None, 0, [False] * 5)),
-        "backward": (ops.site_bwd, (apart.key, [None, *weights, None, None], flattened([x8, w8, w8]), grads, torch.ones(2), 0, some)),
+        "backward": (
+            ops.site_bwd,
+            (apart.key, [None, *weights, None, None], flattened([x8]), [g.bfloat16() for g in grads], torch.ones(2), 0, some),
+        ),
         "backward without": (
             ops.site_bwd,
-            (bare.key, [None, *weights, None, None], flattened([Quantized(), w8, w8]), grads, None, 0, [True] + [False] * 4),
+            (bare.key, [None, *weights, None, None], flattened([x8._replace(data=None)]), grads, None, 0, [True] + [False] * 4),
         ),
         "inference": (ops.site_fwd, (served.key, [x, *biases, *quantized], scale, 0, [False] * 3)),
         "unpack": (ops.unpack, (torch.rand(5),)),

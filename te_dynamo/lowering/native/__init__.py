@@ -1,4 +1,4 @@
-"""torch's own FP8 GEMM: on a CPU in opaque operators, on a GPU among kernels that Inductor generates."""
+"""On a GPU torch's own FP8 GEMM, among kernels that Inductor generates; on a CPU C++ in opaque operators (`lowering.cpu`)."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
-"""Linears by `torch._scaled_mm`."""
+"""Linears by `torch._scaled_mm`; on a CPU by C++ where there is one scale a tensor."""
 
 from __future__ import annotations
 
 import torch
 
+from te_dynamo.lowering.cpu.linears import CPULinears
 from te_dynamo.lowering.devices import HOPPER, too_old
 from te_dynamo.lowering.fine_grained import FineGrainedLinears, native
 from te_dynamo.lowering.grouped import FineGrainedGroups, PerTensorGroups
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
-from te_dynamo.lowering.per_tensor import Kernels, OnePassKernels, PerTensorLinears, scaled_mm
+from te_dynamo.lowering.per_tensor import OnePassKernels, PerTensorLinears, scaled_mm
 from te_dynamo.lowering.registry import PER_TENSOR, implements, missing
 from te_dynamo.recipe import Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 
 CUDA = OnePassKernels(scaled_mm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cast=torch.ops.te_dynamo.cast_transpose)
 
-implements("linears", provider="native", recipes=PER_TENSOR, devices=("cpu",), kernels=Kernels(scaled_mm), opaque=True)(PerTensorLinears)
+implements("linears", provider="native", recipes=PER_TENSOR, devices=("cpu",))(CPULinears)
 implements("linears", provider="native", recipes=PER_TENSOR, devices=("cuda",), kernels=CUDA)(PerTensorLinears)
 implements("grouped_linear", provider="native", recipes=PER_TENSOR, devices=("cpu",), gemm=scaled_mm)(PerTensorGroups)
 implements("grouped_linear", provider="native", recipes=(Float8RowwiseScaling,), devices=("cpu",), multiply=native)(FineGrainedGroups)

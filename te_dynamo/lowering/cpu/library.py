@@ -1,0 +1,47 @@
+"""The kernels for a CPU: C++ that the compiler of Inductor compiles once, called through ctypes."""
+
+from __future__ import annotations
+
+import warnings
+from ctypes import CDLL, POINTER, Structure, c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = ("fp8.h", "image.h", "gemm.h", "gemv.h", "linears.cpp")
+ANY, DOT_PRODUCTS, TILES = range(3)  # which instructions multiply
+
+
+class LinearsStruct(Structure):
+    """`Linears` of linears.cpp."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("count", "in_features", "interleave", "merged", "x_dtype", "out_dtype")),
+        *((name, c_int64) for name in ("gradient_is_e5m2", "saturates_infinite", "power_of_2", "agrees")),
+        *((name, c_float) for name in ("epsilon", "top_input", "top_weight", "top_gradient")),
+        *((name, POINTER(c_int64)) for name in ("sizes", "weight_dtypes", "bias_dtypes")),
+    ]
+
+
+@cache
+def library() -> CDLL | None:
+    """None where it cannot be compiled."""
+    from torch._inductor.codecache import CppCodeCache
+
+    source = "".join((Path(__file__).parent / name).read_text() for name in SOURCES)
+    try:
+        found: CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
+    except Exception as error:  # Inductor raises its own where it finds no compiler
+        warnings.warn(f"te_fp8: the kernels for a CPU could not be compiled, torch's are used, which are slow: {error}", stacklevel=2)
+        return None
+    pointer, number = c_void_p, c_int64
+    found.te_forward.argtypes = [pointer, number, pointer, number, *[pointer] * 8]
+    found.te_backward.argtypes = [pointer, number, *[pointer] * 10]
+    found.te_quantize.argtypes = [pointer, number, *[pointer] * 3]
+    found.te_quantize.restype = None
+    for function in (found.te_use_instructions, found.te_forward, found.te_backward):
+        function.restype = number
+    found.te_use_instructions.argtypes = [number]
+    found.te_use_instructions(TILES if torch.cpu._init_amx() else DOT_PRODUCTS)
+    return found
