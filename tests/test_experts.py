@@ -101,9 +101,7 @@ def test_their_scales_are_state_and_resume(no_codegen: None) -> None:
         for step in range(4):
             if resumed and step == 2:
                 kept = te_dynamo.scale_state(experts).state_dict()
-                assert {key for key in kept if key.endswith("scale")} == {
-                    f"weight.{role}.scale" for role in ("input", "weight", "grad_output")
-                }
+                assert {key for key in kept if key.endswith("scale")} == {f"{role}.scale" for role in ("input", "weight", "grad_output")}
                 te_dynamo.scale_state(experts).reset()
                 te_dynamo.scale_state(experts).load_state_dict(kept)
             y = run(x * (step + 1), offsets)
@@ -229,8 +227,7 @@ def test_routers_can_be_included(no_codegen: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_training_follows_bf16(name: str) -> None:
+def test_training_follows_bf16() -> None:
     """40 steps on the text of Python's help: the loss ends where bf16's does."""
     from pydoc_data import topics
 
@@ -238,7 +235,7 @@ def test_training_follows_bf16(name: str) -> None:
     losses = []
     for backend in ("inductor", te_fp8):
         torch._dynamo.reset()
-        model = model_of(name, torch.bfloat16)
+        model = model_of("mixtral", torch.bfloat16)
         run = torch.compile(model, backend=backend)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for step in range(40):
