@@ -18,6 +18,8 @@ UNIFORM = (
     "a row of its mask may see nothing, and the mask is a finite number there: eager attention makes such a row uniform, and fused "
     "attention has no gradient for that. Remedy: mask with -inf"
 )
+UNREAD = "no FP8 linear reads it"
+SKIPPED = "skip pattern "
 Unsupported = Callable[[Node], "str | None"]
 
 
@@ -47,7 +49,7 @@ def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_ena
     for node in gm.graph.nodes:
         op = op_of(node)
         if op is not None and not op.is_site and not any(user in taken and op_of(user).gemms(user) for user in node.users):
-            excluded[origin_of(node)] = "no FP8 linear reads it"
+            excluded[origin_of(node)] = UNREAD
     return excluded
 
 
@@ -74,7 +76,7 @@ def _reason(node: Node, is_logits: bool, options: Options, unsupported: Unsuppor
     op = site_of(node)
     assert op is not None
     pattern = skipped(site_path(node), options.skip)
-    skips = None if pattern is None else f"skip pattern {pattern!r}"
+    skips = None if pattern is None else f"{SKIPPED}{pattern!r}"
     gemms = op.gemms(node)
     if not gemms:
         return skips or (f"{op.kind}='off'" if getattr(options, op.kind, "") == "off" else None)
@@ -84,6 +86,11 @@ def _reason(node: Node, is_logits: bool, options: Options, unsupported: Unsuppor
         return "its recipe is None: high precision"
     costs = (not_worth_it(fake(g.x), fake(g.weight), training=grad_enabled) for g in gemms)
     return skips or unsupported(node) or next((c for c in costs if c), None)
+
+
+def against_wishes(reason: str | None) -> bool:
+    """Whether a site that was left for this reason was asked for in FP8: no norm by itself is, nor what a pattern skips."""
+    return reason != UNREAD and not (reason or "").startswith(SKIPPED)
 
 
 def unmatched_absolute_patterns(patterns: tuple[str, ...], paths: list[str]) -> list[tuple[str, str]]:
