@@ -15,7 +15,8 @@ def compile_config(*, fullgraph: bool = False, dynamic: bool | None = None, mode
         model.generate(**inputs, cache_implementation="static", compile_config=te_dynamo.compile_config(recipe="current"))
 
     fullgraph, dynamic: as in `torch.compile`; mode, options: te_fp8's (see `te_dynamo.Options`). CompileConfig's own `mode` is
-    None, since torch refuses a mode beside options.
+    None, since torch refuses a mode beside options. A GenerationConfig that holds it is printed as JSON, which has names of recipes
+    and no recipe objects; `generate` takes both.
 
     Raises ValueError for an option that is unknown or not allowed.
     """
