@@ -11,8 +11,10 @@ from tests.forks import Forks
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys
+import te_dynamo
 from te_dynamo import backend, runtime
 backend.compile_inductor = runtime.compile_without_codegen
+te_dynamo.set_options(provider="reference")
 from tests.integrations.{name} import main
 main(sys.argv[1], **json.loads(sys.argv[2]))
 """

@@ -20,7 +20,14 @@ PROMPT = torch.arange(3, 11).reshape(1, 8)
 
 
 def generate(model, **settings):
-    settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "use_cache": True, "eos_token_id": None} | settings
+    settings = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "use_cache": True,
+        "eos_token_id": None,
+    } | settings
+    model.generation_config.eos_token_id = None
     return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), output_logits=True, return_dict_in_generate=True, **settings)
 
 
