@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from finetune_trainer import CLASSES, small_bert
+from finetune_trainer import CLASSES
 from help_topics import labelled_passages
+from small_models import small_bert
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, get_scheduler
 
@@ -31,7 +32,7 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="bf16", dynamo_plugin=TEFP8Plugin())  # the one argument
 
     train, test = labelled_passages(CLASSES, arguments.length, arguments.passages)
-    model = small_bert(arguments.length)
+    model = small_bert(arguments.length, CLASSES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     train_data = DataLoader(train, batch_size=BATCH, shuffle=True, drop_last=True, collate_fn=default_data_collator)  # type: ignore[arg-type]
     test_data = DataLoader(test, batch_size=BATCH, collate_fn=default_data_collator)  # type: ignore[arg-type]

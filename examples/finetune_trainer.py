@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from help_topics import BYTES, labelled_passages
+from help_topics import labelled_passages
+from small_models import small_bert
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -34,7 +33,7 @@ def main() -> None:
     arguments = parse_arguments()
     set_seed(0)
     train, test = labelled_passages(CLASSES, arguments.length, arguments.passages)
-    model, collator = small_bert(arguments.length), None
+    model, collator = small_bert(arguments.length, CLASSES), None
     if arguments.model is not None:
         model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=CLASSES)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -74,19 +73,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("finetune_out"), help="folder for checkpoints (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in that folder")
     return parser.parse_args()
-
-
-def small_bert(length: int) -> BertForSequenceClassification:
-    config = BertConfig(
-        vocab_size=BYTES,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=length,
-        num_labels=CLASSES,
-    )
-    return BertForSequenceClassification(config)
 
 
 def tokenized(passage: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import argparse
 import time
 
 import torch
-from lora_peft import small_llama
+from small_models import small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import te_dynamo

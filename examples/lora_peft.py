@@ -12,9 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from help_topics import BYTES, passages
+from help_topics import passages
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from small_models import small_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import te_dynamo
 
@@ -63,21 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     parser.add_argument("--out", type=Path, default=Path("lora_out"), help="folder for the adapters (default: %(default)s)")
     return parser.parse_args()
-
-
-def small_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=BYTES,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config)
 
 
 if __name__ == "__main__":

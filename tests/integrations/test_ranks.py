@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.integrations.test_examples import EXAMPLES, SCRIPT
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
 def torchrun(*arguments: str, ranks: int = 2, folder: Path = ROOT) -> str:
     """What rank 0 and the others print."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -29,10 +31,11 @@ def test_two_ranks_resume_bit_for_bit(case, tmp_path):
 
 @pytest.mark.parametrize("how", [[], ["--shard"]], ids=["ddp", "fsdp2"])
 def test_the_example_resumes_on_another_number_of_ranks(how, tmp_path):
-    example = str(ROOT / "examples" / "train_distributed.py")
+    (tmp_path / "quick.py").write_text(SCRIPT)
+    example = str(EXAMPLES / "train_distributed.py")
 
     def losses(*arguments: str, ranks: int) -> list[str]:
-        return torchrun(example, *how, *arguments, ranks=ranks, folder=tmp_path).splitlines()
+        return torchrun("quick.py", example, *how, *arguments, ranks=ranks, folder=tmp_path).splitlines()
 
     whole = losses("--steps", "4", "--save-at", "2", ranks=2)
     resumed = losses("--steps", "4", "--resume", ranks=1)
