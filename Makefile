@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-gpu | lint | format
+# make setup | demo | demo-real | test | test-all | test-gpu | lint | format
 # VENV is where everything is installed; nothing outside it is touched.
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.te_dynamo
 # Installed first and named again with the rest, so that no later resolution replaces it.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-all test-gpu lint format
+.PHONY: setup demo demo-real test test-all test-gpu lint format
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
@@ -19,6 +19,9 @@ $(INSTALLED): pyproject.toml
 
 demo: setup
 	$(PY) examples/demo.py $(ARGS)
+
+demo-real: setup
+	TQDM_DISABLE=1 $(PY) examples/real_model.py $(ARGS)
 
 # One thread a worker: the tests are small, and two pools of threads on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal

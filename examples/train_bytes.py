@@ -132,8 +132,8 @@ def train(
     return run
 
 
-def draw(runs: dict[str, Run], path: Path) -> None:
-    """A PNG of all loss curves, and below them their differences from the first run's."""
+def draw(runs: dict[str, Run], path: Path, unit: str = "byte") -> None:
+    """A PNG of all loss curves, and below them their differences from the first run's. unit: what a loss is of."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -144,7 +144,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
         if run is not base:
             difference = [(b / a - 1) * 100 for a, b in zip(base.losses, run.losses, strict=True)]
             bottom.plot(difference, color=line.get_color(), linewidth=0.9)
-    top.set_ylabel("loss (nats a byte)")
+    top.set_ylabel(f"loss (nats a {unit})")
     top.legend()
     bottom.axhspan(-100 * TOLERANCE, 100 * TOLERANCE, alpha=0.15)
     bottom.set_ylabel(f"difference from {next(iter(runs))}, %")

@@ -1,4 +1,4 @@
-"""The command line: `python -m te_dynamo doctor`."""
+"""The command line: `python -m te_dynamo doctor`, `run script.py`, `accelerate launch ...`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
+    run = commands.add_parser("run", help="run a script that uses Accelerate or the Trainer, unchanged, in FP8")
+    run.add_argument("--recipe", help="te_dynamo's option, for example current")
+    run.add_argument("script")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's")
+    run.set_defaults(run=_run)
+    accelerate = commands.add_parser("accelerate", help="Accelerate's own commands, with te_fp8 as a --dynamo_backend", add_help=False)
+    accelerate.add_argument("arguments", nargs=argparse.REMAINDER)
+    accelerate.set_defaults(run=_accelerate)
     chosen = parser.parse_args(arguments)
     status: int = chosen.run(chosen)
     return status
@@ -28,6 +36,23 @@ def _doctor(chosen: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print
         found = doctor.diagnose()
     print(doctor.as_json(found) if chosen.json else doctor.as_text(found))
+    return 0
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    import te_dynamo
+    from te_dynamo.integrations.run import run
+
+    if chosen.recipe is not None:
+        te_dynamo.set_options(recipe=chosen.recipe)
+    run(chosen.script, chosen.arguments)
+    return 0
+
+
+def _accelerate(chosen: argparse.Namespace) -> int:
+    from te_dynamo.integrations.run import accelerate
+
+    accelerate(chosen.arguments)
     return 0
 
 

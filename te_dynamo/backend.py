@@ -35,7 +35,7 @@ from te_dynamo.passes.masks import simplify_masks
 from te_dynamo.passes.plan import Planner
 from te_dynamo.passes.raising import FAMILIES
 from te_dynamo.passes.rules import apply
-from te_dynamo.passes.select import masks_uniform_rows, select, unmatched_absolute_patterns
+from te_dynamo.passes.select import against_wishes, masks_uniform_rows, select, unmatched_absolute_patterns
 from te_dynamo.passes.undo import Rewrites
 from te_dynamo.passes.weights import is_owned
 from te_dynamo.report.stages import Stages
@@ -166,7 +166,7 @@ def _added_inputs(graph: GraphModule, given: int) -> list[Any]:
 
 def _left_to_inductor(gm: GraphModule, example_inputs: Sequence[Any], sites: Sites, options: Options) -> Callable[..., Any]:
     """Nothing was taken: the graph is Inductor's, exactly as Dynamo gave it. FP8 asked for is never silently bf16."""
-    if sites.all and not options.leaves_everything():
+    if any(against_wishes(site.reason) for site in sites) and not options.leaves_everything():
         message = f"te_fp8: nothing in this graph could be computed in FP8. {sites.commonest_reasons()}"
         if options.strict:
             raise RuntimeError(message)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from types import TracebackType
 
 SERVER = """
-import json, os, sys, tempfile, traceback
+import importlib, json, os, sys, tempfile, traceback
 import torch, torch._dynamo, torch._inductor.compile_fx
+imports, hidden = map(json.loads, sys.argv[1:])
+sys.modules |= dict.fromkeys(hidden)
+for name in imports:
+    importlib.import_module(name)
 answers, ready = os.dup(1), False
 for line in sys.stdin:
     code, sys.argv, path, generates = json.loads(line)
@@ -41,13 +46,15 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Outside the repository: only what is installed can be imported, unless a path is given."""
+    """Outside the repository: only what is installed can be imported, unless a path is given.
 
-    def __init__(self) -> None:
+    imports: modules that each process finds imported, beside torch; hidden: packages that it does not find.
+    """
+
+    def __init__(self, imports: Sequence[str] = (), hidden: Sequence[str] = ()) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a fork has none of the threads
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", env=environment
-        )
+        command = [sys.executable, "-c", SERVER, json.dumps(imports), json.dumps(hidden)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", env=environment)
 
     def __enter__(self) -> Forks:
         return self
@@ -60,9 +67,15 @@ class Forks:
 
         generates: the code has Inductor generate some. What that needs once a process is then done before the fork, in seconds.
         """
+        return self.process_of(code, *arguments, path=path, generates=generates)[0]
+
+    def process_of(
+        self, code: str, *arguments: str, path: Sequence[str] = (), generates: bool = False, dies: bool = False
+    ) -> tuple[str, str]:
+        """What the code prints, and what it says on stderr. dies: it is to be killed (SIGKILL) instead of coming to its end."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps([code, ["-c", *arguments], list(path), generates]) + "\n")
         self.process.stdin.flush()
         status, printed, said = json.loads(self.process.stdout.readline())
-        assert status == 0, said
-        return printed
+        assert status == (signal.SIGKILL if dies else 0), said
+        return printed, said

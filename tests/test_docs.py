@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,14 @@ def test_the_architecture_names_every_file_and_none_that_is_not_there():
     files = {path.name for path in package.rglob("*.py")} - {"__init__.py"}
     assert files - named == set()
     assert named - files == {"test_extending.py", "capture.py", "__init__.py"}
+
+
+@pytest.mark.parametrize("page", ["huggingface.md", "accelerate.md"])
+def test_code_blocks_are_python_and_what_they_import_is_there(page):
+    blocks = re.findall(r"```python\n(.*?)```", textwrap.dedent((DOCS / page).read_text()), re.DOTALL)
+    assert blocks
+    for block in map(textwrap.dedent, blocks):
+        for statement in ast.parse(block).body:
+            if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("te_dynamo"):
+                module = importlib.import_module(statement.module or "")
+                assert [name.name for name in statement.names if not hasattr(module, name.name)] == []

@@ -246,6 +246,19 @@ def test_the_first_scale_is_the_first_batch_s_and_later_ones_lag_a_step():
     assert sqnr(model(64 * x), call(64 * x)) > 25
 
 
+def test_a_second_use_in_the_first_step_is_scaled_by_its_own_batch():
+    """A weight that meets the identity matrix and then activations (DoRA), in graphs of their own: neither saturates."""
+    model = nn.Linear(SIZE, SIZE, bias=False)
+    uses = [compiled(model), torch.compile(lambda x: model(x) * 2, backend=te_fp8)]
+    (x, dy), _ = batches(2)
+    small, large = uses[0](torch.eye(SIZE)), uses[1](64 * x)
+    assert sqnr(model(torch.eye(SIZE)), small) > 25
+    assert sqnr(model(64 * x) * 2, large) > 25
+    (small.sum() + (large * dy).sum()).backward()
+    assert amaxes(model.weight, "input") == [1.0, 64 * x.abs().max().item()]
+    assert sqnr(model(64 * x) * 2, uses[1](64 * x)) > 25  # by a scale that is set
+
+
 @pytest.mark.inductor
 def test_an_infinite_amax_is_not_recorded_and_a_nan_does_not_count():
     model = nn.Linear(SIZE, SIZE)

@@ -143,6 +143,7 @@ def _shared(attributes: Mapping[str, Any], members: int) -> list[list[ScaledTens
     gemms=_gemms,
     in_aten=_in_aten,
     shared=_shared,
+    alone=lambda attributes, member: None if attributes["merged"] else {**attributes, "sizes": (attributes["sizes"][member],)},
     attributes_of=lambda node, recipe: {
         "sizes": tuple(int(fake(w).shape[0]) for w in node.args[1]),
         "in_features": int(fake(node.args[1][0]).shape[1]),

@@ -96,6 +96,7 @@ class SemanticOp:
     gemms: the weight GEMMs of a node, its members. An operation with roles and no GEMM has one member, the node, and finds
         its scale state by the nearest weight.
     shared: which tensors of a node with given attributes and so many members share one scale, as groups of `ScaledTensor`.
+    alone: with given attributes, those that one member of a node would have by itself; None where members are one GEMM.
     attributes_of: what an implementation must know of a node, in a recipe, beside its keywords; by name.
     outputs: what the node gives, out of the tensors that an implementation computed (one for each GEMM that it ran).
     activation_flops: FLOPs of products of activations, out of the shapes of a node's arguments.
@@ -114,6 +115,7 @@ class SemanticOp:
     roles: Roles = Roles()
     gemms: Callable[[Node], Sequence[Gemm]] = _none
     shared: Callable[[Mapping[str, Any], int], Sequence[Sequence[ScaledTensor]]] = _none
+    alone: Callable[[Mapping[str, Any], int], Mapping[str, Any] | None] = lambda attributes, member: None
     attributes_of: Callable[[Node, Recipe | None], Mapping[str, Any]] = lambda node, recipe: {}
     outputs: Callable[[Mapping[str, Any], list[Any]], list[Any]] = lambda attributes, computed: computed
     activation_flops: Callable[..., int] = _zero

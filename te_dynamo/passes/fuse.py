@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from te_dynamo import ops
 from te_dynamo.ir import op_of, site_of
-from te_dynamo.ir.graph import EXAMPLE, emit, is_call, is_method, tensor
+from te_dynamo.ir.graph import EXAMPLE, emit, fake, is_call, is_method, tensor
 from te_dynamo.ir.layout import Layout
 from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
 from te_dynamo.passes.effects import storage, written_between
@@ -106,7 +106,12 @@ def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Nod
         for member in members:
             _emit_group(graph, [member])
     elif members:
-        _emit_group(graph, members, merged=len(members) > 1 and may_merge)
+        _emit_group(graph, members, merged=len(members) > 1 and may_merge and _learn_alike(members))
+
+
+def _learn_alike(members: list[Node]) -> bool:
+    """Whether all weights learn, or none: merged with an adapter, a frozen weight would be quantized whenever the adapter has changed."""
+    return len({fake(m.args[1]).requires_grad for m in members}) == 1
 
 
 def _is_returned(node: Node) -> bool:

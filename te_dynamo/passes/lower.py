@@ -217,7 +217,13 @@ class _Lowering:
         with fake_mode_of(graph), torch.no_grad():
             quantized = implementation_of(call).quantize_weights(call, weights)
         made = tuple(tuple(t is not None for t in q) for q in quantized)
-        self.result.weights.append(CachedWeights(tuple(position[r.root] for r in known), tuple(map(_replay, known)), call, made))
+        arguments, views = tuple(position[r.root] for r in known), tuple(map(_replay, known))
+        alone = [call.operation.alone(call.attributes, member) for member in range(len(known))]
+        if None in alone:
+            self.result.weights.append(CachedWeights(arguments, views, call, made))
+        else:  # each by itself: an adapter that learns must not have the frozen weight of the same input made anew
+            parts = zip(arguments, views, alone, made, strict=True)
+            self.result.weights += [CachedWeights((at,), (view,), call.but(attributes=own), (fields,)) for at, view, own, fields in parts]
         inputs = []
         for i, q in enumerate(quantized):
             fields: list[Node | None] = []

@@ -22,6 +22,8 @@ UNIFORM = (
 )
 LOGITS = "the logits stay in high precision (include_logits=False)"
 ROUTER = "it chooses the experts: routers stay in high precision (include_routers=False)"
+UNREAD = "no FP8 linear or attention reads it"
+SKIPPED = "skip pattern "
 Unsupported = Callable[[Node, bool], "str | None"]
 
 
@@ -54,7 +56,7 @@ def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_ena
         op = op_of(node)
         if op is None or op.is_site or node in of_heads or any(user in taken and op_of(user).gemms(user) for user in node.users):
             continue
-        excluded[origin_of(node)] = "no FP8 linear or attention reads it"
+        excluded[origin_of(node)] = UNREAD
     return excluded
 
 
@@ -81,7 +83,7 @@ def _reason(node: Node, kept: str | None, options: Options, unsupported: Unsuppo
     op = site_of(node)
     assert op is not None
     pattern = skipped(site_path(node), options.skip)
-    skips = None if pattern is None else f"skip pattern {pattern!r}"
+    skips = None if pattern is None else f"{SKIPPED}{pattern!r}"
     gemms = op.gemms(node)
     if not gemms:
         return skips or (f"{op.kind}='off'" if getattr(options, op.kind, "") == "off" else None)
@@ -91,6 +93,11 @@ def _reason(node: Node, kept: str | None, options: Options, unsupported: Unsuppo
         return "its recipe is None: high precision"
     costs = (not_worth_it(fake(g.x), fake(g.weight), training=grad_enabled) for g in gemms)
     return skips or unsupported(node, grad_enabled) or next((c for c in costs if c), None)
+
+
+def against_wishes(reason: str | None) -> bool:
+    """Whether a site that was left for this reason was asked for in FP8: no norm by itself is, nor what a pattern skips."""
+    return reason != UNREAD and not (reason or "").startswith(SKIPPED)
 
 
 def unmatched_absolute_patterns(patterns: tuple[str, ...], paths: list[str]) -> list[tuple[str, str]]:

@@ -191,18 +191,21 @@ class Arena:
     # -- the update
 
     @torch.no_grad()
-    def roll(self, reduce: Callable[[Tensor], None] | None = None) -> None:
+    def roll(self, reduce: Callable[[Tensor], None] | None = None, *, first_stays_unset: bool = False) -> None:
         """Recorded amaxes enter the histories, and new scales come out. A slot without a new amax does not move.
 
         A fixed number of kernels, however many slots there are; on a GPU one for the update itself. reduce: max-reduces the
-        amaxes [2, n] over a group's ranks.
+        amaxes [2, n] over a group's ranks. first_stays_unset: a slot that rolls for the first time gets no scale yet.
         """
         n = max(self.used)
         amax = self.amax[:, :n]
         self.drop_infinite(amax)
         if reduce is not None:
             reduce(amax)
+        first = (self.scale[:, :n] == 0) & (self.cursor[:, :n] == 0) if first_stays_unset else None
         self.advance(amax, self.scale[:, :n], self.history[:, :n], self.cursor[:, :n])
+        if first is not None:
+            self.scale[:, :n].masked_fill_(first, 0.0)
         amax.zero_()
 
     def drop_infinite(self, amax: Tensor) -> None:

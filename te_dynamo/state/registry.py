@@ -178,13 +178,17 @@ class ScaleState:
             return
         slots = frozenset() if group is None else group.slots
         if self.backward_seen or not self.visited.isdisjoint(slots):
-            self.roll()
+            self.roll(within_step=not self.backward_seen)
         self.visited |= slots
 
-    def roll(self) -> None:
-        """Moves all recorded amaxes into the histories."""
+    def roll(self, *, within_step: bool = False) -> None:
+        """Moves all recorded amaxes into the histories.
+
+        within_step: a weight is used again before any backward: in its first step it is given a batch of its own for its scale, since
+        it may be used for something else (DoRA multiplies an adapter with the identity matrix before the activations).
+        """
         for arena in self.arenas.values():
-            arena.roll(self.reduction.of(arena))
+            arena.roll(self.reduction.of(arena), first_stays_unset=within_step)
         self.visited.clear()
         self.backward_seen = False
 

@@ -1,0 +1,10 @@
+"""Other libraries' ways to te_fp8. Each is imported by its name, and none by te_dynamo itself.
+
+accelerate.py      TEFP8Plugin; scale state in `save_state` and `load_state`; Accelerate takes the name "te_fp8"
+transformers.py    TEFP8Callback for the Trainer
+generation.py      compile_config for `generate`
+fp8_kwargs.py      Accelerate's FP8 settings as te_fp8's options
+dynamo_names.py    Accelerate's list of backends is torch's
+scale_file.py      scale state as a safetensors file
+run.py             `python -m te_dynamo run script.py`
+"""

@@ -1,0 +1,44 @@
+"""Processes that begin with Hugging Face's libraries imported, and Accelerate as a fresh process finds it.
+
+peft, which the Trainer imports where it is installed, imports Transformer Engine where that is installed. Here that is NVIDIA's Python
+package without its libraries, whose import fails: so it is hidden from peft.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import te_dynamo
+from tests.forks import Forks
+
+TE = "transformer_engine"
+with pytest.MonkeyPatch.context() as patch:
+    if TE not in sys.modules:
+        patch.setitem(sys.modules, TE, None)
+    import transformers.trainer  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def hf_forks() -> Iterator[Forks]:
+    with Forks(["transformers.models.llama.modeling_llama", "te_dynamo.integrations.transformers"], hidden=[TE]) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Neither Dynamo nor Accelerate, whose state is the process's, remembers the test before.
+
+    The provider is "reference": some CPUs take a thousand times as long for `torch._scaled_mm` of two E4M3 operands.
+    """
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    torch._dynamo.reset()
+    with te_dynamo.set_options(provider="reference"):
+        yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
