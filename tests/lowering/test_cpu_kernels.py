@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor import codecache
+from torch._inductor.cpu_vec_isa import invalid_vec_isa
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.cpu import linears as cpu
 from te_dynamo.lowering.cpu.library import ANY, DOT_PRODUCTS, TILES, library
+from te_dynamo.lowering.cpu.library import compiled as compiled_kernels
 from te_dynamo.lowering.fp8 import E4M3, E5M2, casting_of
 from te_dynamo.lowering.opaque import forward_results
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
@@ -146,8 +150,20 @@ def test_fake_results_lie_as_real_ones(x, across):
         assert described(calls.quantized_weights("native:cpu", [mode.from_tensor(w)])[0][:2]) == described(kept[:2])
 
 
-@pytest.fixture(params=[ANY, DOT_PRODUCTS, TILES], ids=["any processor", "dot products", "tiles"])
-def instructions(request: Any) -> Iterator[None]:
+VECTORS = ("x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ()
+
+
+@pytest.fixture(params=[ANY, DOT_PRODUCTS, TILES, *VECTORS])
+def instructions(request: Any, monkeypatch: Any) -> Iterator[None]:
+    """Each way to multiply that this processor has, and vectors of other widths than its own."""
+    if isinstance(request.param, str):
+        monkeypatch.setattr(codecache, "pick_vec_isa", lambda: invalid_vec_isa)
+        with torch._inductor.config.patch({"cpp.march": request.param}):
+            other = compiled_kernels()
+        monkeypatch.setattr(cpu, "library", lambda: other)
+        assert other.te_use_instructions(TILES) == ANY
+        yield
+        return
     best = library().te_use_instructions(TILES)
     if request.param > best or (request.param == TILES and not torch.cpu._init_amx()):
         pytest.skip("this processor does not have them")
@@ -199,7 +215,7 @@ def test_products(instructions, out, size, form):
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("shape", [(7, 70), (64, 128), (130, 300)])
-def test_few_tokens_give_what_many_do(tokens, shape):
+def test_few_tokens_give_what_many_do(instructions, tokens, shape):
     """Of weights that are kept, biases, and NaN where it is."""
     torch.manual_seed(0)
     n, k = shape

@@ -142,7 +142,7 @@ void panels_of_columns(const Half* image, i64 rows, i64 columns, Pair* out) {
 // The image of the transpose [..][rows], column c of this one in row places[c] of it.
 void transpose(const Half* image, i64 rows, i64 columns, Half* out, const std::vector<i64>& places) {
 #pragma omp parallel for if (rows * columns > ALONE) schedule(static)
-  for (i64 row = 0; row < rows; row += EDGE)
+  for (i64 row = 0; row < rows; row += 2 * LANES)
     for (i64 c = 0; c < columns; c += LANES) {
       Bits square[LANES];
 #pragma GCC unroll 16

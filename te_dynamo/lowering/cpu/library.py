@@ -27,21 +27,26 @@ class LinearsStruct(Structure):
 @cache
 def library() -> CDLL | None:
     """None where it cannot be compiled."""
-    from torch._inductor.codecache import CppCodeCache
-
-    source = "".join((Path(__file__).parent / name).read_text() for name in SOURCES)
     try:
-        found: CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
+        return compiled()
     except Exception as error:  # Inductor raises its own where it finds no compiler
         warnings.warn(f"te_fp8: the kernels for a CPU could not be compiled, torch's are used, which are slow: {error}", stacklevel=2)
         return None
+
+
+def compiled() -> CDLL:
+    """For the processor at hand, or for that which Inductor is told to compile for."""
+    from torch._inductor.codecache import CppCodeCache
+
+    source = "".join((Path(__file__).parent / name).read_text() for name in SOURCES)
+    found: CDLL = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
     pointer, number = c_void_p, c_int64
-    found.te_forward.argtypes = [pointer, number, pointer, number, *[pointer] * 8]
-    found.te_backward.argtypes = [pointer, number, *[pointer] * 10]
     found.te_quantize.argtypes = [pointer, number, *[pointer] * 3]
     found.te_quantize.restype = None
+    found.te_forward.argtypes = [pointer, number, pointer, number, *[pointer] * 8]
+    found.te_backward.argtypes = [pointer, number, *[pointer] * 10]
+    found.te_use_instructions.argtypes = [number]
     for function in (found.te_use_instructions, found.te_forward, found.te_backward):
         function.restype = number
-    found.te_use_instructions.argtypes = [number]
     found.te_use_instructions(TILES if torch.cpu._init_amx() else DOT_PRODUCTS)
     return found
