@@ -75,13 +75,12 @@ def start() -> torch.device:
 
 
 def wrapped(model: nn.Module, *, shard: bool) -> nn.Module:
-    """Sharded, or replicated; then compiled. Each layer by itself with FSDP2, as its hooks stand between layers."""
-    if not shard:
-        return torch.compile(DistributedDataParallel(model), backend="te_fp8")  # type: ignore[return-value]
+    """Compiled layer by layer, with one graph for all; then sharded or replicated."""
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.compile(backend="te_fp8")
-        fully_shard(layer)
-    return fully_shard(model)
+        if shard:
+            fully_shard(layer)
+    return fully_shard(model) if shard else DistributedDataParallel(model)
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
