@@ -29,8 +29,6 @@ LOSS_BOUND = 0.03  # relative, of the loss on text and of the mean loss of the l
 COSINE_BOUND = 0.99  # the mean over the sentences
 LENGTH, LAST, WORDS, SENTENCES = 128, 10, 40, 200
 PROMPT = "The with statement in Python is used to"
-# On a CPU the GEMMs of FP8 values are computed in float32: torch's own for two E4M3 operands take a thousand times as long on some.
-OPTIONS = {"provider": "reference"} if not torch.cuda.is_available() else {}
 
 
 def main() -> int:
@@ -44,7 +42,7 @@ def main() -> int:
         tokens = help_text(tokenizer)
         if name == "te_fp8":
             for layer in model.model.layers:  # one graph for all of them
-                layer.compile(backend="te_fp8", options=OPTIONS)
+                layer.compile(backend="te_fp8")
         losses[name] = loss_on(model, tokens[-8:])
         console.print(f"{name}: loss {losses[name]:.4f} on 1,024 tokens of Python's help")
         runs[name] = fine_tune(console, name, model, tokens[: arguments.steps])
@@ -124,7 +122,7 @@ def similarities(console: Console) -> Tensor:
 
     console.print(f"MiniLM embeds {len(sentences)} sentences of Python's help.")
     exact = embeddings(model)
-    return (exact * embeddings(torch.compile(model, backend="te_fp8", options=OPTIONS))).sum(-1)
+    return (exact * embeddings(torch.compile(model, backend="te_fp8"))).sum(-1)
 
 
 def report(console: Console, losses: dict[str, float], runs: dict[str, Run], paragraphs: dict[str, str], cosines: Tensor) -> bool:

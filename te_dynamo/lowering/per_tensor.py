@@ -275,11 +275,17 @@ def tokens_of(lead: Sequence[Any]) -> Any:
 
 
 def scaled_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
-    """torch's FP8 GEMM. A bias goes into its epilogue where the hardware has that (16-bit outputs)."""
+    """torch's FP8 GEMM. Each scale_inv is 0-d, or they are [M, 1] and [1, N]. A bias goes into the epilogue where the hardware has
+    that (16-bit outputs).
+
+    On a CPU the values, which are exact in float32, are multiplied as such: torch's kernel takes a thousand times as long for two E4M3
+    operands on processors with AMX (33 s for 512 x 576 x 1536, torch 2.13).
+    """
+    if a.device.type == "cpu":
+        y = a.float() @ b.float().t() * a_inv * b_inv
+        return (y if bias is None else y + bias.float()).to(out_dtype)
     in_epilogue = bias is not None and out_dtype != torch.float32
-    y = torch._scaled_mm(
-        a, b.t(), a_inv, b_inv, bias=bias if in_epilogue else None, out_dtype=out_dtype, use_fast_accum=fast and a.device.type == "cuda"
-    )
+    y = torch._scaled_mm(a, b.t(), a_inv, b_inv, bias=bias if in_epilogue else None, out_dtype=out_dtype, use_fast_accum=fast)
     return y if bias is None or in_epilogue else y + bias
 
 

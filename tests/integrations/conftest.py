@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-import te_dynamo
 from tests.forks import Forks
 
 TE = "transformer_engine"
@@ -31,14 +30,10 @@ def hf_forks() -> Iterator[Forks]:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Neither Dynamo nor Accelerate, whose state is the process's, remembers the test before.
-
-    The provider is "reference": some CPUs take a thousand times as long for `torch._scaled_mm` of two E4M3 operands.
-    """
+    """Neither Dynamo nor Accelerate, whose state is the process's, remembers the test before."""
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     torch._dynamo.reset()
-    with te_dynamo.set_options(provider="reference"):
-        yield
+    yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()

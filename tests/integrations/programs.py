@@ -14,7 +14,6 @@ import json, sys
 import te_dynamo
 from te_dynamo import backend, runtime
 backend.compile_inductor = runtime.compile_without_codegen
-te_dynamo.set_options(provider="reference")
 from tests.integrations.{name} import main
 main(sys.argv[1], **json.loads(sys.argv[2]))
 """

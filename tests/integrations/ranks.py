@@ -68,7 +68,6 @@ def main(folder: Path, cases: list[str]) -> None:
     from te_dynamo import backend, runtime
 
     backend.compile_inductor = runtime.compile_without_codegen
-    te_dynamo.set_options(provider="reference")
     for case in cases:
         torch._dynamo.reset()
         globals()[case](folder)

@@ -15,7 +15,6 @@ import runpy, sys
 import te_dynamo
 from te_dynamo import backend, runtime
 backend.compile_inductor = runtime.compile_without_codegen
-te_dynamo.set_options(provider="reference")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
