@@ -39,7 +39,15 @@ from te_dynamo.passes.select import against_wishes, masks_uniform_rows, select, 
 from te_dynamo.passes.undo import Rewrites
 from te_dynamo.passes.weights import is_owned
 from te_dynamo.report.stages import Stages
-from te_dynamo.runtime import CompiledGraph, CompiledIfItStays, Compiler, Variant, compile_inductor, compile_without_codegen
+from te_dynamo.runtime import (
+    CompiledGraph,
+    CompiledIfItStays,
+    Compiler,
+    Variant,
+    beside,
+    compile_inductor,
+    compile_without_codegen,
+)
 from te_dynamo.sites import Sites
 from te_dynamo.state.reduce import ranks
 
@@ -82,7 +90,8 @@ def te_fp8(
         return Variant(compiler(graph, inputs, chosen), lowered)
 
     steady = variant(calibrating=False)
-    calibrating = variant(True, _compiler_of_calibration(fused, example_inputs, grad_enabled)) if calibrates else None
+    with beside():
+        calibrating = variant(True, _compiler_of_calibration(fused, example_inputs, grad_enabled)) if calibrates else None
     _warn_about_patterns(chosen, sites)
     for observer in observers:
         observer(fused, sites, chosen)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
 
@@ -44,6 +46,20 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
         stack.enter_context(config.patch(joint_custom_pre_pass=passes))
         stack.enter_context(inputs_recomputed(options.recompute_inputs))
         return compile_fx(gm, list(inputs), config_patches=options.inductor_config())  # type: ignore[return-value]
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """Around the compilation of a second form of one graph. DDPOptimizer calls what it compiles once on shapes, counts on one form of each
+    bucket, and has AOTAutograd answer that first call with fake tensors: the second form would give them to its first real call."""
+    context = TracingContext.try_get()
+    if context is None or not context.fakify_first_call:
+        yield
+        return
+    own = copy(context)
+    own.fakify_first_call, own.ddp_optimizer_ctx = False, None
+    with tracing(own):
+        yield
 
 
 def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
