@@ -163,8 +163,8 @@ def test_inputs_and_transposed_weights_are_kept_in_fp8_once(steady):
 def test_backward_writes_each_transposed_copy_once(steady):
     forward, backward = steady
     assert not calls(forward, ours.transpose.default)
-    gemms = len(calls(forward, aten._scaled_mm.default))
-    assert len(calls(backward, ours.transpose.default)) == GROUPS + gemms
+    gemms = len(calls(forward, aten.mm.default))  # what a CPU has in the place of torch's FP8 GEMM
+    assert gemms and len(calls(backward, ours.transpose.default)) == GROUPS + gemms
     # a weight is read once in a step, by the kernel that also writes its transposed copy
     assert len(calls(forward, ours.cast_transpose.default)) == gemms
     assert not casts(backward, E4M3) and not calls(backward, ours.cast_transpose.default)
