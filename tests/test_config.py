@@ -162,7 +162,16 @@ def test_cache_key_is_the_same_in_another_process():
 
 
 def test_public_names():
-    assert set(te_dynamo.__all__) == {"Options", "set_options", "explain", "recipe", "scale_state", "weights_changed", "__version__"}
+    assert set(te_dynamo.__all__) == {
+        "Options",
+        "set_options",
+        "compile_config",
+        "explain",
+        "recipe",
+        "scale_state",
+        "weights_changed",
+        "__version__",
+    }
     for name in te_dynamo.__all__:
         getattr(te_dynamo, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
