@@ -65,6 +65,7 @@ def attention_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
         "enable_gqa": q.shape[1] != k.shape[1],
         "form": "bshd",
         "qkv_layout": "bshd_bshd_bshd",
+        "window": -1,
         "quantize_output": False,
         "quantize_gradients": False,
     }

