@@ -82,12 +82,12 @@ class PerTensorGroups(_Grouped):
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         (weight,) = weights
-        return [_quantized(weight.detach(), scales_of(call, None).at("weight")).for_backward("data", "scale_inv")]
+        return [by_tensor(weight.detach(), scales_of(call, None).at("weight")).for_backward("data", "scale_inv")]
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         x, weight, offsets = inputs
-        x8 = _quantized(_rows_in_groups(x, offsets), scales.at("input"))
-        w8 = weight[0] if call.cached else _quantized(weight, scales.at("weight"))
+        x8 = by_tensor(_rows_in_groups(x, offsets), scales.at("input"))
+        w8 = weight[0] if call.cached else by_tensor(weight, scales.at("weight"))
 
         def product_of(e: int, rows: slice) -> Tensor:
             return self._multiply(x8, x8.data[rows], w8, w8.data[e], call["out_dtype"])
@@ -103,7 +103,7 @@ class PerTensorGroups(_Grouped):
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
         (_, weight, offsets), (x8, w8), (grad,) = inputs, saved, grads
-        g8 = _quantized(_rows_in_groups(grad, offsets), scales.at("grad_output"))
+        g8 = by_tensor(_rows_in_groups(grad, offsets), scales.at("grad_output"))
         dx = dw = None
         if needs[0]:
             across = quantize(weight, w8.scale, scales.casting.forward).transpose(1, 2).contiguous()
@@ -179,8 +179,9 @@ def _rows_in_groups(x: Tensor, offsets: Tensor) -> Tensor:
     return x if used == x.shape[0] else torch.cat([x[:used], x.new_zeros(x.shape[0] - used, x.shape[1])])
 
 
-def _quantized(t: Tensor, scale_of: ScaleOf) -> Quantized:
-    amax = row_amax(t).amax() if t.numel() else t.new_zeros((), dtype=torch.float32)
+def by_tensor(t: Tensor, scale_of: ScaleOf) -> Quantized:
+    """With one scale; the amaxes are those of its rows."""
+    amax = row_amax(t)
     scale = scale_of.of(amax)
     data = scale_of.casting.saturated(t, scale.value, scale_of.dtype).to(scale_of.dtype)
     return Quantized(data, scale.inverse, scale=scale.value, amax=amax)

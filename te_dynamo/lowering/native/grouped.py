@@ -19,9 +19,10 @@ from te_dynamo.lowering.devices import HOPPER, too_old
 from te_dynamo.lowering.fine_grained import operands_of
 from te_dynamo.lowering.fp8 import E4M3, row_amax
 from te_dynamo.lowering.granularity import Granularity
+from te_dynamo.lowering.grouped import by_tensor
 from te_dynamo.lowering.limits import unaligned
 from te_dynamo.lowering.partition import recomputed_in_backward
-from te_dynamo.lowering.quantized import Quantized, ScaleOf, Scales
+from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements
 from te_dynamo.recipe import Float8RowwiseScaling, Recipe
 
@@ -39,13 +40,6 @@ def _in_groups(t: Tensor, offsets: Tensor) -> Tensor:
     return torch.where(
         (torch.arange(t.shape[0], device=t.device) < offsets[-1]).unsqueeze(1), t, torch.zeros((), dtype=t.dtype, device=t.device)
     )
-
-
-def _by_tensor(t: Tensor, scale_of: ScaleOf) -> Quantized:
-    amax = row_amax(t)
-    scale = scale_of.of(amax)
-    data = scale_of.casting.saturated(t, scale.value, scale_of.dtype).to(scale_of.dtype)
-    return Quantized(data, scale.inverse, scale=scale.value, amax=amax)
 
 
 def _by_row(t: Tensor, how: Granularity) -> Quantized:
@@ -79,7 +73,7 @@ class NativeGroups(Implementation):
         x, weight, offsets = inputs
         x = _in_groups(x, offsets)
         if isinstance(call.scaling, PER_TENSOR):
-            x8, w8 = _by_tensor(x, scales.at("input")), _by_tensor(weight, scales.at("weight"))
+            x8, w8 = by_tensor(x, scales.at("input")), by_tensor(weight, scales.at("weight"))
         else:
             how = operands_of(call.scaling).forward
             assert how.a is not None and how.b is not None
