@@ -131,11 +131,8 @@ def _before(o: Operand, dtype: torch.dtype, steps: Collection[str]) -> tuple[Ope
     def further(source: Any, *, names: Names = names, nodes: tuple[Node, ...] = (node,), **changes: Any) -> Operand:
         return replace(o, node=source, names=names, nodes=(*o.nodes, *nodes), **changes)
 
-    if (swapped := transposed(node, names)) is not None:
-        return further(node.args[0], names=swapped), False
-    if is_call(node, torch.permute) and len(node.args) == 2:
-        order = [d % len(names) for d in node.args[1]]
-        return further(node.args[0], names=tuple(names[order.index(i)] for i in range(len(names)))), False
+    if (before := reordered(node, names)) is not None:
+        return further(node.args[0], names=before), False
     if is_method(node, "contiguous"):
         return further(node.args[0]), False
     if "factor" in steps and (found := scaled(node)) is not None:
@@ -157,6 +154,14 @@ def transposed(node: Any, names: Names) -> Names | None:
     swapped = list(names)
     swapped[a], swapped[b] = swapped[b], swapped[a]
     return tuple(swapped)
+
+
+def reordered(node: Any, names: Names) -> Names | None:
+    """The names of the argument of a transpose or permutation whose result has `names`; None where `node` is neither."""
+    if not is_call(node, torch.permute) or len(node.args) != 2:
+        return transposed(node, names)
+    order = [d % len(names) for d in node.args[1]]
+    return tuple(names[order.index(i)] for i in range(len(names)))
 
 
 def size_of(operand: Operand, *names: str) -> Any:

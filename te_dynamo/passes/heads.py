@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from te_dynamo import ops
 from te_dynamo.ir.graph import EXAMPLE, emit, emit_permuted, erase_if_dead, fake, is_call, is_method, tensor
 from te_dynamo.ir.meta import LAYOUT, NOTES
-from te_dynamo.passes.attention_site import Names, cast, transposed
+from te_dynamo.passes.attention_site import Names, cast, reordered
 from te_dynamo.passes.effects import written_between
 from te_dynamo.passes.rotary import Rope, Table, read_rope, same_table
 
@@ -83,11 +83,8 @@ def _before(head: Head) -> Head:
     """Before transposes and casts."""
     while isinstance(head.x, Node):
         x, names = head.x, head.names
-        if (swapped := transposed(x, names)) is not None:
-            names = swapped
-        elif is_call(x, torch.permute) and len(x.args) == 2:
-            order = [d % 4 for d in x.args[1]]
-            names = tuple(names[order.index(i)] for i in range(4))
+        if (before := reordered(x, names)) is not None:
+            names = before
         elif not is_method(x, "contiguous") and cast(x) is None:
             break
         source = x.args[0]

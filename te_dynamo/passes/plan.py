@@ -151,8 +151,7 @@ class Planner:
             site.flops = flops_of_gemm(fake(gemm.x), fake(gemm.weight))
             if choice.reason is not None:
                 site.detail["provider"] = choice.reason
-            if recipe.mixes_tokens:
-                site.detail["scale"] = "of all tokens of a call"
+            _note_scale(site, recipe)
             if op.attributes(node).get("merged"):
                 site.detail["merged"] = len(members_of(node))
             taken.append(self.sites.add(site))
@@ -188,8 +187,7 @@ class Planner:
         if (proof := node.meta.get(MASK)) is not None:
             site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
         site.detail["precision"] = "fp8" if plan.recipe else "high"
-        if plan.recipe is not None and plan.recipe.mixes_tokens:
-            site.detail["scale"] = "of all tokens of a call"
+        _note_scale(site, plan.recipe)
         site.detail |= {**node.meta.get(NOTES, {}), **detail}
         node.meta[PLAN], node.meta[SITE] = plan, self.sites.add(site)
 
@@ -218,6 +216,12 @@ class Planner:
             return ["te"] if recipe is None else ["te", "reference"]
         beside = recipe is not None and self.options.provider == "auto" and te_is_beside(self.device)
         return [*(["te"] if beside else []), *([] if recipe is None else [self.provider])]
+
+
+def _note_scale(site: Site, recipe: Recipe | None) -> None:
+    """`explain` warns where a site has this."""
+    if recipe is not None and recipe.mixes_tokens:
+        site.detail["scale"] = "of all tokens of a call"
 
 
 def _declined(reasons: dict[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from te_dynamo import ops
 from te_dynamo.ir.graph import emit, emit_permuted, fake, tensor
 from te_dynamo.ir.meta import PATH
-from te_dynamo.passes.raise_linear import SPELLINGS, find_weight, site_path, unusable
+from te_dynamo.passes.raise_linear import SPELLINGS, find_weight, path_of_linear, unusable
 from te_dynamo.passes.rules import Declined, Match, Rule
 from te_dynamo.passes.weights import weight_of
 
@@ -44,7 +44,7 @@ class GroupedMM(Rule):
             return Declined("the weights of a grouped GEMM are computed in the graph")
         if given.get("bias") is not None or given.get("out_dtype") is not None:
             return Declined("a grouped GEMM with a bias or a dtype of its own")
-        values = {"x": x, "weight": weight, "offsets": offsets, "path": site_path(node, ref.root)}
+        values = {"x": x, "weight": weight, "offsets": offsets, "path": path_of_linear(node, ref.root)}
         return unusable(node, x, weight) or Match(node, [node], values)
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
@@ -83,7 +83,7 @@ class BatchedProduct(Rule):
             "weight": weight,
             "weight_order": [of_weight.index(label) for label in (*groups, *rows, *columns)],
             "out_order": [[*groups, *lead, *rows].index(label) for label in out],
-            "path": site_path(node, ref.root),
+            "path": path_of_linear(node, ref.root),
         }
         return unusable(node, x, weight) or Match(node, [node], values)
 

@@ -60,7 +60,7 @@ def unusable(node: Node, x: Any, weight: Any) -> Declined | None:
     return None
 
 
-def site_path(node: Node, root: Node) -> str:
+def path_of_linear(node: Node, root: Node) -> str:
     """The path of a linear: that of the `nn.Linear` called (its weight may be tied to another module's), else of the module
     that owns the weight, else of the module that uses it."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -99,7 +99,9 @@ class Linear(Rule):
             return _not_a_weight(weight) or (Declined("the weight is an argument, not a parameter") if argument else None)
         if fake(weight).dim() != 2:
             return None
-        return unusable(node, x, weight) or Match(node, [node], {"x": x, "weight": weight, "bias": bias, "path": site_path(node, ref.root)})
+        return unusable(node, x, weight) or Match(
+            node, [node], {"x": x, "weight": weight, "bias": bias, "path": path_of_linear(node, ref.root)}
+        )
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         return _emit_linear(graph, match.output, **match.values)
@@ -121,7 +123,7 @@ class Addmm(Rule):
         is_bias = tuple(fake(added).shape) == (fake(weight).shape[1],)
         if not is_bias and fake(added).dtype != fake(node).dtype:
             return Declined("addmm adds a matrix of another dtype")
-        values = {"added": added, "x": x, "weight": weight, "is_bias": is_bias, "path": site_path(node, ref.root)}
+        values = {"added": added, "x": x, "weight": weight, "is_bias": is_bias, "path": path_of_linear(node, ref.root)}
         return unusable(node, x, weight) or Match(node, [node], values)
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
@@ -280,7 +282,7 @@ class Product(Rule):
             "rows": tuple(sizes[label] for label in rows),
             "columns": tuple(sizes[label] for label in columns),
             "out_order": tuple((lead + rows).index(label) for label in contraction.out),
-            "path": site_path(node, ref.root),
+            "path": path_of_linear(node, ref.root),
         }
         return unusable(node, x, weight) or Match(node, nodes, values)
 
