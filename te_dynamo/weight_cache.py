@@ -11,21 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from te_dynamo.lowering.kernels.refresh import KeptGemm, Refresh, by_device
 from te_dynamo.passes.lower import CachedWeights
 from te_dynamo.state import STATE, is_fake
 from te_dynamo.state.sharded import gathered
 
 SAMPLED = 64  # elements of each weight that are looked at
+# What CUDA graphs were captured with: they hold addresses alone, and nothing tells when they are gone.
+_IN_CUDA_GRAPHS: list[tuple[list[list[Tensor]], list[Refresh]]] = []
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size: NaN is equal to itself
 
 
 class WeightCache:
-    """FP8 copies of weights that did not change: by version counter, by address and, on a CPU, by `SAMPLED` of their elements.
+    """FP8 copies of weights that did not change: by version counter, by address and by some of their elements, which on a CPU are read
+    here (`SAMPLED`), and on a GPU by a kernel that has those that changed quantized again (`lowering.kernels.refresh`).
 
-    So every write that autograd sees is seen, and on a CPU every change of a whole tensor, however it comes about: a collective,
-    `.data`, numpy, memory that a weight is a view of. An optimizer's step tells by itself, since fused ones leave no trace in a
-    version. `te_dynamo.weights_changed(model)` tells of the rest: a few elements written past autograd, and on a GPU any such write.
-    A tensor without a version counter (made in inference mode), or that FSDP gathers, is quantized at every call.
+    So every write that autograd sees is seen, and every change of a whole tensor, however it comes about: a collective, `.data`, numpy,
+    memory that a weight is a view of. An optimizer's step tells by itself, since fused ones leave no trace in a version.
+    `te_dynamo.weights_changed(model)` tells of the rest: a few elements written past autograd, and on a GPU any such write to a weight
+    whose copy that kernel cannot make (`Implementation.kept_as`), or that the model casts first. A tensor without a version counter
+    (made in inference mode), or that FSDP gathers, is quantized at every call.
     """
 
     everyone: weakref.WeakSet[WeightCache] = weakref.WeakSet()
@@ -40,8 +45,8 @@ class WeightCache:
         if not wanted:
             return []
         tensors = [args[i] for weights in wanted for i in weights.arguments]
-        if is_fake(tensors[0]) or _captured(wanted, tensors):
-            return [t for copies in _made(wanted, tensors) for t in copies]
+        if is_fake(tensors[0]) or (_capturing(tensors) and any(weights.trains for weights in wanted)):
+            return [t for copies in _made(wanted, tensors) for t in copies]  # kept across a replay, those of training would be stale
         key = tuple(map(id, tensors))
         copies = self.entries.get(key)
         if copies is None:
@@ -70,6 +75,7 @@ class _Copies:
         self.samples: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * len(tensors)
         self.seen = self.samples[0]
         self.made: list[list[Tensor]] = [[]] * len(wanted)
+        self.refreshes: list[Refresh] = []  # of those on a GPU
 
     def held(self, identities: Sequence[int]) -> bool:
         """Whether the weights are still where they were."""
@@ -79,9 +85,28 @@ class _Copies:
         """The copies of the weights as they are now."""
         states = [None if self.gathered else _state(t) for t in tensors]
         # In this order: what is sampled is read at the address that the state tells.
-        if None in states or states != self.states or not torch.equal(torch.cat(self.samples), self.seen):
+        current = None not in states and states == self.states and torch.equal(torch.cat(self.samples), self.seen)
+        if _capturing(tensors):
+            if not current:  # quantized at each replay
+                return [t for copies in _made(self.wanted, tensors) for t in copies]
+            if not any(self.refreshes is kept for _, kept in _IN_CUDA_GRAPHS):
+                _IN_CUDA_GRAPHS.append((self.made, self.refreshes))
+        if not current:
             self._make(tensors, states)
+            self.refreshes = self._watched(tensors)
+        else:
+            for refresh in self.refreshes:
+                refresh()
         return [t for copies in self.made for t in copies]
+
+    def _watched(self, tensors: Sequence[Tensor]) -> list[Refresh]:
+        """What keeps the copies current from now on, where a kernel can."""
+        start, gemms = 0, list[KeptGemm]()
+        for weights, copies in zip(self.wanted, self.made, strict=True):
+            of = slice(start, start := start + len(weights.arguments))
+            if None not in self.states[of]:
+                gemms += weights.made_again(tensors[of], copies)
+        return by_device(gemms, self.refreshes)
 
     def _make(self, tensors: Sequence[Tensor], states: list[Any]) -> None:
         """Makes the copies of those that changed."""
@@ -123,10 +148,9 @@ def _sample(t: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=_BITS[t.element_size()])[::step][:SAMPLED]
 
 
-def _captured(wanted: Sequence[CachedWeights], tensors: Sequence[Tensor]) -> bool:
-    """Whether a CUDA graph capture is running, in which cached weights of training would go stale."""
-    trains = any(weights.trains for weights in wanted)
-    return trains and any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
+def _capturing(tensors: Sequence[Tensor]) -> bool:
+    """Whether a CUDA graph is captured that these are part of."""
+    return tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -18,10 +18,11 @@ from torch.nn.functional import pad
 
 from te_dynamo.ir.linear import GemmRows
 from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.fp8 import E4M3, FP8_MAX
 from te_dynamo.lowering.granularity import MX, NVFP4, Blocks, Granularity
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned, unsupported_dtype
 from te_dynamo.lowering.per_tensor import backward_flops, forward_flops, matrix, scaled_mm
-from te_dynamo.lowering.quantized import Quantized, Scales
+from te_dynamo.lowering.quantized import Kept, Quantized, Scales
 from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation, Needs
 from te_dynamo.recipe import Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 
@@ -166,6 +167,12 @@ class FineGrainedLinears(Implementation):
         how, rows = operands_of(call.scaling).forward.b, GemmRows.of(call.attributes)
         assert how is not None
         return [how.quantize(rows.join([weights[i].detach() for i in gemm])) for gemm in rows.gemms()]
+
+    def kept_as(self, call: Call) -> Kept | None:
+        how, rows = operands_of(call.scaling).forward.b, GemmRows.of(call.attributes)
+        if not isinstance(how, Blocks) or (how.dtype, how.rows, how.columns) != (E4M3, 1, None):
+            return None
+        return Kept(tuple(rows.gemms()), rows.interleave, FP8_MAX[E4M3], how.epsilon, how.power_of_2, by_row=True)
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         operands, rows, dtype = operands_of(call.scaling), GemmRows.of(call.attributes), call["out_dtype"]

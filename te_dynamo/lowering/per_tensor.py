@@ -20,11 +20,12 @@ from te_dynamo.ir.linear import GemmRows
 from te_dynamo.ir.sizes import product
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.compute import scales_of
-from te_dynamo.lowering.fp8 import dequantize, quantize, row_amax
+from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, casting_of, dequantize, quantize, row_amax
 from te_dynamo.lowering.limits import unaligned, unsupported_dtype
 from te_dynamo.lowering.partition import activation_cast, activation_rounding, recomputed_in_backward
-from te_dynamo.lowering.quantized import MadeOperand, Quantized, ScaleOf, Scales
+from te_dynamo.lowering.quantized import Kept, MadeOperand, Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation, Needs
+from te_dynamo.recipe import margin_of
 
 # gemm(a, b, a_scale_inv, b_scale_inv, out_dtype, bias, fast): a [M, K], b [N, K], both FP8 -> a @ b.T + bias [M, N] in
 # out_dtype; fast: the hardware may accumulate with fewer bits (as TE does in forward, and not in backward).
@@ -163,6 +164,13 @@ class PerTensorLinears(Implementation):
                 across = w8.data.t().contiguous() if w8.transposed is None else w8.transposed
                 made.append(w8._replace(transposed=across, amax=w8.amax.amax()))
         return made
+
+    def kept_as(self, call: Call) -> Kept | None:
+        rows, casting = GemmRows.of(call.attributes), casting_of(call.recipe)
+        if casting.forward != E4M3:
+            return None
+        top = FP8_MAX[E4M3] * 2.0 ** -margin_of(casting.margin, "weight", gradient=False)
+        return Kept(tuple(rows.gemms()), rows.interleave, top, casting.amax_epsilon, casting.power_2_scale)
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         kernels, rows, dtype = self.kernels, GemmRows.of(call.attributes), call["out_dtype"]

@@ -47,6 +47,22 @@ class Quantized(NamedTuple):
         return Quantized(**{name: getattr(self, name) for name in names})
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How the kept weight of each GEMM follows from the weights: E4M3 by one scale, or by one for each row.
+
+    gemms: the members of each; interleave: see `ir.linear.GemmRows`; top: what an amax is scaled to; epsilon, power_2_scale: see
+    `lowering.fp8.Casting`; by_row: each row of the joined weight has a scale, and an infinite one a NaN for its inverse.
+    """
+
+    gemms: tuple[tuple[int, ...], ...]
+    interleave: int
+    top: float
+    epsilon: float = 0.0
+    power_2_scale: bool = False
+    by_row: bool = False
+
+
 class MadeOperand(NamedTuple):
     """The first input of a site where its producer made it: [tokens, K], quantized. lead: the sizes that tokens are the product of."""
 

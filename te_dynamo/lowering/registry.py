@@ -19,7 +19,7 @@ from torch import Tensor
 
 from te_dynamo.ir.op import SemanticOp, all_ops
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.quantized import Quantized, ScaleOf, Scales
+from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
 
 PER_TENSOR: tuple[type[Recipe], ...] = (DelayedScaling, Float8CurrentScaling)
@@ -131,6 +131,10 @@ class Implementation:
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         """The weight of each GEMM, each scaled by its own amax, as `call.cached` says."""
         raise NotImplementedError
+
+    def kept_as(self, call: Call) -> Kept | None:
+        """What `quantize_weights` gives, for the kernel that makes it again on a GPU (`kernels.refresh`); None where that cannot."""
+        return None
 
     # Of an opaque one: the whole of an operator by a kernel of its own, out of flat inputs and packed scales (see `lowering.opaque`); None
     # where it has none for this call: then it is computed as above.

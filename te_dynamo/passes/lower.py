@@ -23,7 +23,9 @@ from te_dynamo.ir.meta import PLAN, PRODUCER, SLOTS
 from te_dynamo.ir.op import Gemm, SemanticOp
 from te_dynamo.lowering import site
 from te_dynamo.lowering.call import Call, spec_of
+from te_dynamo.lowering.kernels.refresh import KeptGemm, readable
 from te_dynamo.lowering.partition import asks_about_gemms
+from te_dynamo.lowering.quantized import Quantized
 from te_dynamo.lowering.registry import implementation_of, producer_of
 from te_dynamo.passes.attach import Slots
 from te_dynamo.passes.effects import storage, writes
@@ -52,8 +54,20 @@ class CachedWeights:
 
     def make(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's inputs, in order, out of the parameters."""
-        views = [view(t.detach()) for view, t in zip(self.views, tensors, strict=True)]
-        return [t for q in implementation_of(self.call).quantize_weights(self.call, views) for t in q if t is not None]
+        made = implementation_of(self.call).quantize_weights(self.call, self.viewed(tensors))
+        return [t for q in made for t in q if t is not None]
+
+    def viewed(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [view(t.detach()) for view, t in zip(self.views, tensors, strict=True)]
+
+    def made_again(self, tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> list[KeptGemm]:
+        """What a kernel can do over, of the parameters and what `make` gave for them; nothing where it cannot."""
+        how, views = implementation_of(self.call).kept_as(self.call), self.viewed(tensors)
+        if how is None or not all(map(readable, views, tensors)):
+            return []
+        fields = iter(copies)
+        quantized = [Quantized(*[next(fields) if there else None for there in made]) for made in self.made]
+        return [KeptGemm(how, [views[i] for i in gemm], q) for gemm, q in zip(how.gemms, quantized, strict=True)]
 
 
 @dataclass

@@ -143,3 +143,43 @@ def test_a_step_needs_no_more_memory_than_in_bf16(provider):
     peak_of_a_step("inductor", None)  # cuBLAS keeps the workspaces of its first calls
     ours, inductor = peak_of_a_step(te_fp8, {"provider": provider}), peak_of_a_step("inductor", None)
     assert ours <= inductor, f"{ours / 2**20:.0f} MiB against {inductor / 2**20:.0f}"
+
+
+def changed_unseen(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data.mul_(-2)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_weights_that_changed_unseen_are_quantized_again_without_waiting(recipe, mode):
+    """To the bit as they would be made anew."""
+    model, x = mlps().eval(), random(16, 256)
+    run = compiled(model, provider="native", recipe=recipe, mode=mode)
+    with torch.no_grad():
+        for _ in range(3):
+            run(x)
+        for _ in range(2):
+            torch.cuda.synchronize()
+            with no_synchronization():
+                changed_unseen(model)
+                y = run(x).clone()
+            te_dynamo.weights_changed(model)
+            assert torch.equal(y, run(x))
+            assert (y - model(x)).float().norm() < 0.1 * model(x).float().norm()
+
+
+def test_a_replayed_graph_sees_weights_that_changed():
+    model, x = mlps().eval(), random(16, 256)
+    run = compiled(model, provider="native", recipe="current")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        for _ in range(3):
+            run(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = run(x)
+        for _ in range(2):
+            graph.replay()
+            assert (y - model(x)).float().norm() < 0.1 * model(x).float().norm()
+            changed_unseen(model)

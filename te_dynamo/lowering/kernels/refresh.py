@@ -1,0 +1,158 @@
+"""Kept FP8 weights on a GPU, quantized again where the weights have changed, however that came about; the host learns nothing of it.
+
+Two kernels at each call. `look` compares `SAMPLES` elements of each weight with what they were, bit by bit, and measures the weights of
+a GEMM of which any differ. `write` quantizes those again, in place, and leaves at once where there are none. Nothing waits for the
+device, nothing is allocated: a CUDA graph may hold both, and looks at each replay.
+
+The samples are spread over rows and columns, so every change of a whole tensor is seen; that all of them miss a change of 2% of a weight
+happens once in 30,000 times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from te_dynamo.lowering.quantized import Kept, Quantized
+
+DEVICES = ("cuda",)
+SAMPLES = 512  # elements of each weight that are looked at
+SLICES = 8  # of a GEMM's weights, each of which a program measures
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernels number them
+LONGEST = 1 << 23  # stride, so that a tile is addressed in 32 bits
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it spread evenly, modulo 1
+
+
+class KeptGemm(NamedTuple):
+    """The weights [N_i, K] of a GEMM, as they lie in memory, and the copy that is made of them."""
+
+    how: Kept
+    weights: Sequence[Tensor]
+    made: Quantized
+
+
+def readable(view: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels can read a view [N, K] of a weight where that lies: it is no cast, and no other kind of tensor."""
+    if weight.device.type not in DEVICES or type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
+        return False
+    if view.dim() != 2 or not view.numel() or view.dtype != weight.dtype:
+        return False
+    in_place = view.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    return in_place and max(view.stride()) < LONGEST
+
+
+class Refresh:
+    """Keeps the copies of some GEMMs, all of one device, up to date. Holds the copies; the weights must stay where they are."""
+
+    def __init__(self, gemms: Sequence[KeptGemm], before: Refresh | None = None) -> None:
+        """The copies are of the weights as they are now; those that `before` had too, of the weights that it saw last."""
+        self.gemms, self.count = gemms, len(gemms)
+        self.device = gemms[0].weights[0].device
+        parts = [row for gemm in gemms for row in _parts(gemm)]
+        table = [_gemm(gemm, rows.start) for gemm, rows in self._rows()]
+        self.gemm_table, self.part_table = self._upload(table, torch.int64), self._upload(parts, torch.int64)
+        self.ranges = self._upload([(g.how.top, g.how.epsilon) for g in gemms], torch.float32)
+        self.offsets = _offsets(self.part_table, self._upload([[_step(p[2] * p[3])] for p in parts], torch.int64))
+        self.samples = torch.empty((len(parts), SAMPLES), dtype=torch.int32, device=self.device)
+        self.amaxes = torch.empty((self.count, SLICES), dtype=torch.float32, device=self.device)
+        self.changed = torch.empty(self.count, dtype=torch.int32, device=self.device)
+        self.programs = _programs(self.device)
+        self._look(record=True)
+        if before is not None:
+            self._go_on_from(before)
+        self()  # so that both kernels are loaded before a CUDA graph is captured
+
+    def _go_on_from(self, before: Refresh) -> None:
+        known = {id(gemm.made.data): rows for gemm, rows in before._rows()}
+        pairs = [(old, new) for gemm, rows in self._rows() for old, new in zip(known.get(id(gemm.made.data), ()), rows, strict=False)]
+        if pairs:
+            old, new = self._upload(pairs, torch.int64).unbind(1)
+            self.samples[new] = before.samples[old]
+
+    def _rows(self) -> Iterator[tuple[KeptGemm, range]]:
+        """Where the weights of each GEMM stand among all."""
+        start = 0
+        for gemm in self.gemms:
+            yield gemm, range(start, start := start + len(gemm.weights))
+
+    def __call__(self) -> None:
+        self._look(record=False)
+        self._write()
+
+    def _look(self, *, record: bool) -> None:
+        from te_dynamo.lowering.kernels.refresh_triton import look_kernel
+
+        with _on(self.device):
+            look_kernel[(self.count * SLICES,)](
+                self.gemm_table, self.part_table, self.offsets, self.samples, self.amaxes, self.changed, RECORD=record, num_warps=4
+            )
+
+    def _write(self) -> None:
+        from te_dynamo.lowering.kernels.refresh_triton import write_kernel
+
+        tables = (self.gemm_table, self.ranges, self.part_table, self.offsets, self.samples, self.amaxes, self.changed)
+        with _on(self.device):
+            write_kernel[(self.programs,)](*tables, self.count, COUNT=1 << (self.count - 1).bit_length(), num_warps=8)
+
+    def _upload(self, rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
+        made = torch.tensor(rows, dtype=dtype)
+        return made.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else made
+
+
+def by_device(gemms: Iterable[KeptGemm], before: Iterable[Refresh]) -> list[Refresh]:
+    """One for all GEMMs of each device."""
+    found, known = dict[torch.device, list[KeptGemm]](), {refresh.device: refresh for refresh in before}
+    for gemm in gemms:
+        found.setdefault(gemm.weights[0].device, []).append(gemm)
+    return [Refresh(of_device, known.get(device)) for device, of_device in found.items()]
+
+
+def _gemm(gemm: KeptGemm, first: int) -> list[int]:
+    """first part, parts, by row; copy, its strides; transposed copy, its strides; scale_inv, scale, amax; power of two"""
+    how, made = gemm.how, gemm.made
+    assert made.data is not None
+    across = (0, 0, 0) if made.transposed is None else (made.transposed.data_ptr(), *made.transposed.stride())
+    scalars = [0 if t is None else t.data_ptr() for t in (made.scale_inv, made.scale, made.amax)]
+    copies = (made.data.data_ptr(), *made.data.stride(), *across)
+    return [first, len(gemm.weights), how.by_row, *copies, *scalars, how.power_2_scale]
+
+
+def _parts(gemm: KeptGemm) -> list[list[int]]:
+    """address, dtype, rows, columns, strides; row r is row r // group * pitch + offset + r % group of the copy: group, pitch, offset"""
+    interleave, found, start = gemm.how.interleave if len(gemm.weights) > 1 else 0, [], 0
+    for i, w in enumerate(gemm.weights):
+        placed = (interleave, len(gemm.weights) * interleave, i * interleave) if interleave else (w.shape[0], 0, start)
+        found.append([w.data_ptr(), DTYPES[w.dtype], *w.shape, *w.stride(), *placed])
+        start += w.shape[0]
+    return found
+
+
+def _step(elements: int) -> int:
+    """Between samples, modulo the number of elements: coprime to it, so that no element is taken twice before all were."""
+    step = max(1, round(elements * GOLDEN))
+    while math.gcd(step, elements) != 1:
+        step += 1
+    return step
+
+
+def _offsets(parts: Tensor, steps: Tensor) -> Tensor:
+    """Where the samples of each weight lie, in elements from its address: int64 [P, SAMPLES]."""
+    rows, columns, row_stride, column_stride = parts[:, 2:6].unsqueeze(-1).unbind(1)
+    at = torch.arange(SAMPLES, device=parts.device) * steps % (rows * columns)
+    return at // columns * row_stride + at % columns * column_stride
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    """As many as run at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

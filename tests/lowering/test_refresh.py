@@ -1,0 +1,54 @@
+"""Kept weights that a kernel makes again on a GPU: by Triton's interpreter, and whose they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from te_dynamo.ir import op_named
+from te_dynamo.lowering import registry
+from te_dynamo.lowering.call import Call
+from te_dynamo.recipe import RECIPES
+
+CUDA = torch.device("cuda")
+
+
+def test_by_triton_s_interpreter():
+    """In a process of its own: what Triton reads from the environment holds for a process."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    cases = Path(__file__).with_name("refresh_in_interpreter.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=cases.parents[2])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
+
+
+def made_again(provider: str, recipe: str) -> bool:
+    attributes = {"out_dtype": torch.bfloat16, "merged": False, "interleave": 0, "sizes": (32,), "in_features": 32}
+    call = Call("linears", provider, "cuda", (torch.bfloat16, (), ()), RECIPES[recipe]().key, cached="inference", attributes=attributes)
+    return registry.implementation_of(call).kept_as(call) is not None
+
+
+@pytest.mark.parametrize(
+    ("provider", "by_kernel", "by_version"),
+    [
+        ("native", {"delayed", "current", "rowwise"}, set()),
+        ("te", {"delayed", "current"}, {"block", "mxfp8"}),
+        ("reference", {"delayed", "current", "rowwise"}, {"block", "mxfp8", "nvfp4"}),
+    ],
+)
+def test_whose_weights(provider, by_kernel, by_version):
+    """As README says."""
+    assert all(made_again(provider, recipe) for recipe in by_kernel)
+    assert not any(made_again(provider, recipe) for recipe in by_version)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
+def test_experts_are_quantized_at_every_call_on_a_gpu(recipe):
+    found = registry.find(op_named("grouped_linear"), "native", RECIPES[recipe](), CUDA)
+    assert found is not None and not found.cached
