@@ -1,4 +1,4 @@
-"""The command line: `python -m te_dynamo doctor`, `run script.py`, `accelerate launch ...`."""
+"""The command line: `python -m te_dynamo doctor`, `estimate module:factory`, `run script.py`, `accelerate launch ...`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+
+from te_dynamo.lab.command import add as add_estimate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
+    add_estimate(commands)
     run = commands.add_parser("run", help="run a script that uses Accelerate or the Trainer, unchanged, in FP8")
     run.add_argument("--recipe", help="te_dynamo's option, for example current")
     run.add_argument("script")

@@ -39,22 +39,55 @@ class Peak:
     source: str
 
 
-# By `torch.cuda.get_device_name()`. Datasheets quote FP8 with sparsity: twice the dense figure given here. A MIG slice has
-# another name, hence no peak.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": Peak(1979, 989.5, 3350, "NVIDIA H100 datasheet, SXM"),
-    "NVIDIA H100 PCIe": Peak(1513, 756, 2000, "NVIDIA H100 datasheet (2022), PCIe"),
-    "NVIDIA H100 NVL": Peak(1670.5, 835.5, 3900, "NVIDIA H100 datasheet, NVL"),
-    "NVIDIA H200": Peak(1979, 989.5, 4800, "NVIDIA H200 datasheet, SXM"),
-    "NVIDIA H200 NVL": Peak(1670.5, 835.5, 4800, "NVIDIA H200 datasheet, NVL"),
-    "NVIDIA B200": Peak(4500, 2250, 8000, "NVIDIA DGX B200 datasheet, an eighth"),
-    "NVIDIA L40S": Peak(733, 362, 864, "NVIDIA L40S datasheet"),
-    "NVIDIA L4": Peak(242.5, 121, 300, "NVIDIA L4 datasheet"),
-    "NVIDIA RTX 6000 Ada Generation": Peak(728.5, 364.2, 960, "NVIDIA RTX 6000 Ada datasheet"),
-    "NVIDIA GeForce RTX 4090": Peak(330.3, 165.2, 1008, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-    "NVIDIA GeForce RTX 5090": Peak(419, 209.5, 1792, "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"),
-}
-H100 = PEAKS["NVIDIA H100 80GB HBM3"]
+@dataclass(frozen=True)
+class GPU:
+    """A GPU as `torch.cuda` describes it.
+
+    short: its name on a command line; name: by `torch.cuda.get_device_name()`; memory: in GB, by datasheet; source: of the
+    multiprocessors and the memory.
+    """
+
+    short: str
+    name: str
+    capability: Capability
+    multiprocessors: int
+    memory: int
+    source: str
+    peak: Peak
+
+
+# Datasheets quote FP8 with sparsity: twice the dense figure given here. A MIG slice has another name, hence no peak.
+_HOPPER = "NVIDIA H100 Tensor Core GPU architecture whitepaper, table 4"
+_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
+_RTX6000 = "NVIDIA RTX 6000 Ada datasheet"
+_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"
+_XLA = "XLA's target_config/specs, as the driver reports them"
+_SXM, _PCIE, _NVL = (f"NVIDIA H100 datasheet{form}" for form in (", SXM", " (2022), PCIe", ", NVL"))
+_H200, _H200_NVL = "NVIDIA H200 datasheet, SXM", "NVIDIA H200 datasheet, NVL"
+GPUS = (
+    GPU("h100", "NVIDIA H100 80GB HBM3", HOPPER, 132, 80, _HOPPER, Peak(1979, 989.5, 3350, _SXM)),
+    GPU("h100-pcie", "NVIDIA H100 PCIe", HOPPER, 114, 80, _HOPPER, Peak(1513, 756, 2000, _PCIE)),
+    GPU("h100-nvl", "NVIDIA H100 NVL", HOPPER, 132, 94, "NVIDIA H100 NVL product brief", Peak(1670.5, 835.5, 3900, _NVL)),
+    GPU("h200", "NVIDIA H200", HOPPER, 132, 141, _XLA, Peak(1979, 989.5, 4800, _H200)),
+    GPU("h200-nvl", "NVIDIA H200 NVL", HOPPER, 132, 141, _H200_NVL, Peak(1670.5, 835.5, 4800, _H200_NVL)),
+    GPU("b200", "NVIDIA B200", BLACKWELL, 148, 180, _XLA, Peak(4500, 2250, 8000, "NVIDIA DGX B200 datasheet, an eighth")),
+    GPU("gb200", "NVIDIA GB200", BLACKWELL, 152, 186, _XLA, Peak(5000, 2500, 8000, "NVIDIA GB200 NVL72 datasheet, a 72nd")),
+    GPU("l40s", "NVIDIA L40S", ADA, 142, 48, "NVIDIA L40S datasheet", Peak(733, 362, 864, "NVIDIA L40S datasheet")),
+    GPU("l4", "NVIDIA L4", ADA, 58, 24, "NVIDIA L4 datasheet", Peak(242.5, 121, 300, "NVIDIA L4 datasheet")),
+    GPU(
+        "rtx6000-ada",
+        "NVIDIA RTX 6000 Ada Generation",
+        ADA,
+        142,
+        48,
+        "NVIDIA RTX 6000 Ada datasheet",
+        Peak(728.5, 364.2, 960, "NVIDIA RTX 6000 Ada datasheet"),
+    ),
+    GPU("rtx4090", "NVIDIA GeForce RTX 4090", ADA, 128, 24, _ADA, Peak(330.3, 165.2, 1008, _ADA)),
+    GPU("rtx5090", "NVIDIA GeForce RTX 5090", BLACKWELL_RTX, 170, 32, _BLACKWELL, Peak(419, 209.5, 1792, _BLACKWELL)),
+)
+PEAKS = {gpu.name: gpu.peak for gpu in GPUS}
+H100 = GPUS[0].peak
 
 
 @cache
@@ -64,3 +97,11 @@ def peak_of(device: torch.device) -> Peak:
         return PEAKS.get(torch.cuda.get_device_name(device), H100)
     except (AssertionError, RuntimeError):
         return H100
+
+
+def gpu_named(short: str) -> GPU:
+    """The GPU of a name on a command line, in any case. Raises ValueError with the names that there are."""
+    found = next((gpu for gpu in GPUS if gpu.short == short.lower()), None)
+    if found is None:
+        raise ValueError(f"te_dynamo knows no device {short!r}; it knows {', '.join(gpu.short for gpu in GPUS)}")
+    return found

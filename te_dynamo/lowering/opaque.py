@@ -79,7 +79,7 @@ def opaque_backward(
     return [next(present) if needed else None for needed in needs], amax if call.records else None
 
 
-def _forward(
+def forward(
     call: str, inputs: list[Tensor | None], scale: Tensor | None, start: int, needs: list[bool], fake: bool = False
 ) -> list[Tensor]:
     parsed = Call.parse(call)
@@ -95,7 +95,7 @@ def _forward(
     return [made.amaxes, made.amaxes.new_empty((0, len(made.results), *fields)), *made.results, *_leaves(made.saved)]
 
 
-def _backward(
+def backward(
     call: str,
     inputs: list[Tensor | None],
     saved: list[Tensor | None],
@@ -192,15 +192,15 @@ _define(
     "site_fwd",
     "(str call, Tensor?[] inputs, Tensor? scale, int start, bool[] needs) -> Tensor[]",
     FORWARD_TAGS,
-    lambda call, inputs, scale, start, needs: _forward(call, inputs, scale, start, needs),
-    _forward,
+    lambda call, inputs, scale, start, needs: forward(call, inputs, scale, start, needs),
+    forward,
 )
 _define(
     "site_bwd",
     "(str call, Tensor?[] inputs, Tensor?[] saved, Tensor[] grads, Tensor? scale, int start, bool[] needs) -> Tensor[]",
     BACKWARD_TAGS,
-    lambda call, inputs, saved, grads, scale, start, needs: _backward(call, inputs, saved, grads, scale, start, needs),
-    _backward,
+    lambda call, inputs, saved, grads, scale, start, needs: backward(call, inputs, saved, grads, scale, start, needs),
+    backward,
 )
 
 

@@ -242,7 +242,7 @@ class Recorder:
         for gemm in visit.gemms:
             flops[gemm.node, gemm.weight] += gemm.forward
         sites = graph.sites_of(visit.unit)
-        for site in [*sites, *_untold(visit, sites)]:
+        for site in [*sites, *untold(visit, sites)]:
             path = next((name for rename in renamings if (name := rename(site.path)) is not None), site.path)
             yield replace(site, path=path, flops=flops[site.node, site.kind != "attention"])
 
@@ -264,7 +264,7 @@ class Recorder:
         return fp8, total
 
 
-def _untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
+def untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
     """Sites for the weight GEMMs that no rule reported, or whose whole graph was left."""
     told = {site.node for site in sites if site.kind != "attention"}
     whole = next((site.reason for site in sites if site.kind == "graph"), None)

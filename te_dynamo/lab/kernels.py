@@ -1,0 +1,52 @@
+"""Triton kernels that are noted instead of launched."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from te_dynamo.lab.accesses import Accesses
+from te_dynamo.lab.launches import Launch, Recorder, nbytes, short, tensors_in
+
+
+class NotedKernel:
+    """Stands in for what Inductor makes of a kernel that it generated (its `CachingAutotuner`)."""
+
+    def __init__(self, name: str, source: str) -> None:
+        from torch._inductor.codecache import PyCodeCache
+
+        self.name, self.source = name, source
+        self.tuner = getattr(PyCodeCache.load(source), name)
+
+    def run(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
+        recorder = Recorder.current
+        if recorder is None:
+            return
+        named = [(name, t) for name, t in zip(self.tuner.fn.arg_names, args, strict=False) if isinstance(t, Tensor)]
+        ins, outs = [t for name, t in named if not name.startswith("out_")], [t for name, t in named if "out_" in name]
+        sizes = [a for a in args if isinstance(a, int)]
+        told = self.tuner.inductor_meta.get("kernel_num_gb")
+        moved = int(told * 1e9) if told else nbytes(t for _, t in named)
+        reduction = self.name.startswith(("triton_red", "triton_per"))
+        scattered = self.accesses.scattered_bytes(sizes, reduction, self.tuner.triton_meta["signature"], self.tuner.configs)
+        copies, tiled = self.accesses.copies(), "ynumel" in self.tuner.fn.arg_names
+        notes = [str(sizes), "tiled" * tiled, "scattered" * (scattered > 2 * moved), f"{copies} copies" * (copies > 1)]
+        detail = " ".join([*filter(None, notes), *(f"{name.split('_ptr')[0]}:{short(t)}" for name, t in named)])
+        role = "math" if self.tuner.custom_kernel else recorder.role(self.name, ins, outs, tiled=tiled)
+        recorder.kernels[self.name] = self
+        recorder.launches.append(Launch(recorder.phase, "triton", self.name, moved, role=role, scattered_bytes=scattered, detail=detail))
+
+    @cached_property
+    def accesses(self) -> Accesses:
+        return Accesses(self.source)
+
+
+def note_jit(function: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
+    """Stands in for `JITFunction.run`: a kernel that somebody wrote, launched outside of what Inductor generates."""
+    recorder = Recorder.current
+    if recorder is not None and not warmup:
+        tensors = tensors_in((args, kwargs))
+        detail = " ".join(map(short, tensors))
+        recorder.launches.append(Launch(recorder.phase, "triton", function.fn.__name__, nbytes(tensors), detail=detail))

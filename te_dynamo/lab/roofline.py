@@ -1,0 +1,47 @@
+"""The time of a launch: the longer of its arithmetic and its memory, at the part of the datasheet's peaks that good kernels reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from te_dynamo.lab.launches import FORWARD, Launch
+from te_dynamo.lowering.cost import BF16_REACHED, FP8_REACHED, MEMORY_REACHED
+from te_dynamo.lowering.devices import Peak
+
+ATTENTION_REACHED = {True: 0.55, False: 0.45}  # of the bf16 peak, in forward and backward, a causal half not counted: cuDNN, FA3
+L2_GBS = 5500.0  # H100's, for sectors that accesses do not fill
+KERNEL_US = 1.5  # of each kernel on the device: its first and last blocks
+HOST_US = 4.0  # of each launch on the host, where the step is no CUDA graph
+SMALL_US = 8.0
+
+
+def microseconds(launch: Launch, peak: Peak) -> float:
+    tflops = peak.bf16_tflops * BF16_REACHED
+    if launch.kind == "attention":
+        tflops = peak.bf16_tflops * ATTENTION_REACHED[launch.phase == FORWARD]
+    elif launch.math == "fp8":
+        tflops = peak.fp8_tflops * FP8_REACHED
+    elif launch.math == "f32":
+        tflops /= 2  # TF32
+    memory = launch.bytes / (peak.gbs * MEMORY_REACHED) / 1e3
+    return KERNEL_US + max(launch.flops / tflops / 1e6, memory, launch.scattered_bytes / L2_GBS / 1e3)
+
+
+# The group of a launch: the first that fits.
+GROUPS = {
+    "GEMMs": lambda launch: launch.kind == "gemm",
+    "attention": lambda launch: launch.kind == "attention",
+    "weights to FP8": lambda launch: launch.role == "weight",
+    "transposed copies": lambda launch: launch.role == "transpose",
+    "scales and other small kernels": lambda launch: launch.us < SMALL_US,
+    "kernels that write FP8": lambda launch: launch.role in ("cast", "amax"),
+    "norms, activations, sums": lambda launch: True,
+}
+
+
+def by_group(launches: Iterable[Launch]) -> dict[str, float]:
+    """Microseconds by group, in the order of `GROUPS`."""
+    found = dict.fromkeys(GROUPS, 0.0)
+    for launch in launches:
+        found[next(name for name, fits in GROUPS.items() if fits(launch))] += launch.us
+    return found

@@ -1,0 +1,45 @@
+"""What `python -m te_dynamo estimate` is given in the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """Its table is no buffer, and must be on the GPU all the same."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden)
+        self.up, self.down = nn.Linear(hidden, 2 * hidden, bias=False), nn.Linear(2 * hidden, hidden, bias=False)
+        self.tables = [torch.ones(hidden, dtype=torch.bfloat16)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x)))) * self.tables[0]
+        return y
+
+
+def mlp(tokens: int = 4096, hidden: int = 2048) -> tuple[nn.Module, Tensor]:
+    return Mlp(hidden).bfloat16(), torch.randn(tokens, hidden).bfloat16().requires_grad_()
+
+
+def model_alone() -> nn.Module:
+    return nn.Linear(16, 16)
+
+
+def needs_values() -> Any:
+    return nn.Linear(16, 16), torch.ones(1, 16) * torch.ones(()).item()
+
+
+def keywords_of_no_dict() -> Any:
+    return nn.Linear(16, 16), (), [1]
+
+
+def by_keywords() -> Any:
+    return nn.Linear(16, 16), {"input": torch.ones(2, 16)}
+
+
+NUMBER = 3

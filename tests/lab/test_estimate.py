@@ -1,0 +1,181 @@
+"""`te_dynamo.estimate` and its command: a whole step of a small model for a GPU that is not there, against plain arithmetic."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import te_dynamo
+from te_dynamo.__main__ import main
+from te_dynamo.lab import command, pretend
+from te_dynamo.lab.estimate import EstimateFailed
+from te_dynamo.lab.isolated import isolated
+from te_dynamo.lab.stand_in import building
+from te_dynamo.lab.step import _differentiable
+from te_dynamo.lowering.devices import GPUS, PEAKS, gpu_named
+from tests.lab import factories
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOKENS, HIDDEN = 4096, 2048
+FORWARD = 2 * 2 * TOKENS * HIDDEN * 2 * HIDDEN / 1e12  # TFLOP of both linears
+reason = pretend.unavailable()
+possible = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+@possible
+def test_the_command():
+    """With everything, in a process as a user starts it; the arithmetic is that of the two linears."""
+    arguments = ["--device", "h100", "--set", f"tokens={TOKENS}", "--recipe", "delayed", "--json", "--kernels"]
+    command = [sys.executable, "-m", "te_dynamo", "estimate", "tests.lab.factories:mlp", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    inductor, fp8 = found["sides"]
+    assert found["device"] == "NVIDIA H100 80GB HBM3" and found["training"]
+    for side in (inductor, fp8):
+        assert side["tflop"] == pytest.approx(3 * FORWARD)
+        assert side["gemms"] == 6
+        assert side["kernels"] == len(side["launches"])
+        assert side["ms"] == pytest.approx(sum(launch["us"] for launch in side["launches"]) / 1e3)
+        assert side["ms"] == pytest.approx(sum(side["groups"].values()) / 1e3)
+        assert side["ms"] == pytest.approx(side["forward_ms"] + side["backward_ms"])
+    assert inductor["fp8_tflop"] == 0 and fp8["fp8_tflop"] == fp8["tflop"]
+    peak = PEAKS["NVIDIA H100 80GB HBM3"]
+    overhead = 6 * 1.5e-3
+    assert inductor["groups"]["GEMMs"] / 1e3 == pytest.approx(3 * FORWARD / (0.75 * peak.bf16_tflops) * 1e3 + overhead, rel=1e-3)
+    assert fp8["groups"]["GEMMs"] / 1e3 == pytest.approx(3 * FORWARD / (0.70 * peak.fp8_tflops) * 1e3 + overhead, rel=1e-3)
+    weights = [launch for launch in fp8["launches"] if launch["role"] == "weight"]
+    each = (2 + 1 + 1) * HIDDEN * 2 * HIDDEN  # read, written both ways
+    assert sum(launch["bytes"] for launch in weights) == pytest.approx(2 * each, rel=0.01)
+    # Kept by Inductor: the norm's reciprocal deviation, the normed rows, and `up`'s output in bf16, GELU's in bf16.
+    rows = TOKENS * HIDDEN
+    assert inductor["saved"] == pytest.approx(2 * rows + 2 * 2 * rows + 2 * 2 * rows, rel=0.01)
+    assert {site["path"] for site in found["sites"] if site["provider"]} == {"up", "down"}
+    assert 1 < found["speedup"] < 2 and "roofline" in found["how_far"]
+
+
+@possible
+def test_a_model_as_it_is_here():
+    """Real tensors on the CPU, after a step of autograd's in this process: nothing changes. In inference weights are quantized once."""
+    model, x = factories.mlp(tokens=4096, hidden=256)
+    model(x).sum().backward()
+    before = {name: (p, p.device, p.grad.clone()) for name, p in model.named_parameters()}
+    found = te_dynamo.estimate(model, x, device="rtx4090", train=False, options={"recipe": "current"})
+    assert {name: (p, p.device) for name, p in model.named_parameters()} == {name: kept[:2] for name, kept in before.items()}
+    assert all(torch.equal(p.grad, before[name][2]) for name, p in model.named_parameters())
+    assert model.training and x.device.type == "cpu" and not torch.cuda.is_available()
+    assert found.device == "NVIDIA GeForce RTX 4090" and not found.training
+    assert found.inductor.gemms == found.fp8.gemms == 2 and found.inductor.saved == 0 and found.inductor.backward_ms == 0
+    assert found.fp8.fp8_tflop == found.fp8.tflop and not found.fp8.groups["weights to FP8"]
+    for text in (str(found), found.to_markdown()):
+        assert "Predicted, not measured" in text and "current" in text and "down" in text
+
+
+@possible
+def test_opaque_operators_are_looked_into():
+    """Emulated, the products are in float32, and every operator around them is a kernel."""
+    with torch.device("meta"):
+        model, x = factories.mlp()
+    found = te_dynamo.estimate(model, x, train=False, options={"provider": "reference", "recipe": "mxfp8"})
+    assert found.fp8.gemms == 2 and found.fp8.fp8_tflop == 0
+    assert found.fp8.kernels > 5 * found.inductor.kernels and found.speedup < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["factories.mlp"], "'factories.mlp' is not MODULE:FACTORY"),
+        (["no_such_module:make"], "'no_such_module' cannot be imported"),
+        (["tests.lab.factories:nothing"], "has no function 'nothing'"),
+        (["tests.lab.factories:NUMBER"], "is a int, not a function"),
+        (["tests.lab.factories:mlp", "--device", "h9"], "knows no device 'h9'; it knows h100"),
+        (["tests.lab.factories:mlp", "--recipe", "delaid"], "Did you mean 'delayed'?"),
+        (["tests.lab.factories:mlp", "--option", "skip"], "--option 'skip' is not KEY=JSON"),
+        (["tests.lab.factories:mlp", "--option", "skipp=[]"], "unknown option 'skipp'. Did you mean 'skip'?"),
+        (["tests.lab.factories:model_alone", "--real"], "gives no example inputs, only a Linear: it must return (model, args)"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(arguments, says, capsys):
+    assert main(["estimate", *arguments]) == 1
+    said = capsys.readouterr()
+    assert says in said.err and "Traceback" not in said.err and not said.out
+
+
+@possible
+def test_factories_on_fake_tensors():
+    def work() -> None:
+        pretend.pretend(gpu_named("h100"))
+        with FakeTensorMode():
+            model, (x,), kwargs = command._build("tests.lab.factories:mlp", {"hidden": 64}, real=False)()
+            assert {t.device.type for t in [*model.parameters(), x, model.tables[0]]} == {"cuda"} and not kwargs
+            assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and x.requires_grad and x.is_leaf
+            _, args, kwargs = command._build("tests.lab.factories:by_keywords", {}, real=False)()
+            assert args == () and kwargs["input"].shape == (2, 16)
+            for name, says in WRONG.items():
+                with pytest.raises(ValueError, match=says):
+                    command._build(f"tests.lab.factories:{name}", {}, real=False)()
+            with building():
+                tied = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+                tied[2].weight = tied[0].weight
+                tied.requires_grad_(False).bfloat16()
+            assert tied[0].weight is tied[2].weight and tied[0].weight.dtype == torch.bfloat16 and not tied[0].weight.requires_grad
+            assert tied[1].running_mean.dtype == torch.bfloat16 and tied[1].num_batches_tracked.dtype == torch.int64
+
+    isolated(work)
+
+
+WRONG = {
+    "model_alone": "gives no example inputs",
+    "needs_values": "failed: .*Remedy, if fake tensors are the reason: --real",
+    "keywords_of_no_dict": "must return keywords as a dict, not a list",
+}
+
+
+@possible
+def test_a_model_that_reads_values_is_told_so():
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * float(x.sum().numpy())
+
+    with pytest.raises(EstimateFailed, match="does not run on fake tensors.*estimate a part of the model"):
+        te_dynamo.estimate(Reads(16, 16), torch.ones(2, 16))
+    with pytest.raises(ValueError, match="no output requires grad.*--eval"):
+        _differentiable({"logits": torch.ones(2), "hidden": [torch.ones(2)]})
+    with pytest.raises(TypeError, match="takes an nn.Module, not function"):
+        te_dynamo.estimate(test_a_process_of_its_own, torch.ones(2))
+
+
+def test_a_process_of_its_own():
+    kept: list[int] = []
+
+    def work() -> int:
+        kept.append(1)
+        print("to stderr")
+        return 42
+
+    assert isolated(work) == 42 and not kept
+    with pytest.raises(ValueError, match="as it was raised"):
+        isolated(lambda: (_ for _ in ()).throw(ValueError("as it was raised")))
+    with pytest.raises(RuntimeError, match="ended with 7 before it had a result"):
+        isolated(lambda: os._exit(7))
+
+    class Local(Exception):
+        pass
+
+    with pytest.raises(RuntimeError, match="Local: what cannot be sent"):
+        isolated(lambda: (_ for _ in ()).throw(Local("what cannot be sent")))
+
+
+def test_devices_have_sources_and_names():
+    assert {"h100", "h200", "b200", "gb200", "l40s", "rtx4090", "rtx5090"} <= {gpu.short for gpu in GPUS}
+    assert len({gpu.short for gpu in GPUS}) == len({gpu.name for gpu in GPUS}) == len(GPUS)
+    assert all(gpu.source and gpu.peak.source and gpu.multiprocessors and gpu.memory for gpu in GPUS)
+    assert gpu_named("H100").peak is PEAKS["NVIDIA H100 80GB HBM3"]
