@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ import te_dynamo
 from te_dynamo import ops
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.ir.graph import is_call
-from te_dynamo.lowering.native import grouped
-from te_dynamo.recipe import Float8RowwiseScaling
 from te_dynamo.sites import Site
 from tests.numerics import sqnr
 from tests.pipeline import stages_of
@@ -246,38 +243,3 @@ def test_training_follows_bf16() -> None:
             optimizer.zero_grad()
         losses.append(loss.item())
     assert abs(losses[1] / losses[0] - 1) < 5e-3, losses
-
-
-# --- a GPU's implementation, its kernel stood in for by the definition
-
-
-@pytest.mark.parametrize("recipe", ["current", "rowwise"])
-def test_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from te_dynamo.lowering.call import Call, spec_of
-    from te_dynamo.lowering.compute import scales_of
-    from te_dynamo.recipe import Float8CurrentScaling
-
-    def multiply(a: Any, b: Any, offsets: Tensor) -> Tensor:
-        left = a.data.float() * a.scale_inv.expand(a.data.shape[0]).unsqueeze(-1)
-        right = b.data.float() * b.scale_inv.expand(b.data.shape[:2]).unsqueeze(-1)
-        return by_loop(left, right, offsets).bfloat16()
-
-    monkeypatch.setattr(grouped, "_multiply", multiply)
-    scaling = Float8RowwiseScaling() if recipe == "rowwise" else Float8CurrentScaling()
-    experts, x, offsets = made([5, 0, 40, 19], after=3)
-    inputs = [x.detach(), experts.weight.detach(), offsets]
-    attributes = {"out_dtype": torch.bfloat16, "in_features": K}
-    call = Call("grouped_linear", "native", "cuda", spec_of(tuple(inputs)), recipe=scaling.key, attributes=attributes)
-    scales, implementation = scales_of(call, None), grouped.NativeGroups()
-    (y,), _, _ = implementation.forward(call, inputs, scales, [True, True, False])
-    truth = by_loop(*inputs)
-    assert 26.5 < sqnr(truth, y) < 40 and (y[64:] == 0).all()
-    grad = torch.randn_like(y)
-    grad[64:] = torch.nan
-    dx, dw, _ = implementation.backward(call, inputs, [], [grad], scales, [True, True, False]).gradients
-    finite = torch.where(grad.isnan(), 0, grad)
-    truth_dx = by_loop(finite, experts.weight.detach().transpose(1, 2), offsets)
-    assert sqnr(truth_dx[:64], dx[:64]) > (26.5 if recipe == "rowwise" else 40)  # in FP8, or bfloat16
-    starts = [0, *offsets.tolist()]
-    truth_dw = torch.stack([finite[a:b].double().t() @ inputs[0][a:b].double() for a, b in pairwise(starts)])
-    assert sqnr(truth_dw, dw) > 40

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -23,13 +25,19 @@ def _gemms(node: Node) -> list[Gemm]:
     return [Gemm(node.args[0], node.args[1], None)]
 
 
+def _attributes(node: Node, recipe: Any) -> dict[str, Any]:
+    """inputs_first: whether the weights lie in memory as [E, K, N], as their gradients then should."""
+    weight = fake(node.args[1])
+    return {"in_features": int(weight.shape[2]), "inputs_first": weight.stride(1) == 1 and weight.stride(2) != 1}
+
+
 @operation(
     kind="grouped_linear",
     fake=_fake,
     forward=("input", "weight"),
     gradient=("grad_output",),
     gemms=_gemms,
-    attributes_of=lambda node, recipe: {"in_features": int(fake(node.args[1]).shape[2])},
+    attributes_of=_attributes,
     invariants=(
         Invariant("x is [T, K], weight [E, N, K], offsets [E]", lambda a: _fits(a.x, a.weight, a.offsets)),
         Invariant("the result is [T, N] in out_dtype", lambda a: same(a.out.shape, (a.x.shape[0], a.weight.shape[1]))),
@@ -38,8 +46,8 @@ def _gemms(node: Node) -> list[Gemm]:
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """Rows [offsets[e - 1], offsets[e]) of x times weight[e].T: what `torch.nn.functional.grouped_mm` gives of `weight.mT`.
 
-    x: [T, K]; weight: [E, N, K]; offsets: int32 [E], where each group ends. Returns [T, N] in `out_dtype`, zero in rows after the last
-    group.
+    x: [T, K]; weight: [E, N, K]; offsets: int32 [E], where each group ends. Returns [T, N] in `out_dtype`. Rows after the last group are
+    not read, and what is returned in them is unspecified, as `grouped_mm` has it: zeros here.
     """
     x, weight = x.to(out_dtype), weight.to(out_dtype)
     group = torch.searchsorted(offsets.long(), torch.arange(x.shape[0], device=x.device), right=True)  # E after the last

@@ -1,62 +1,105 @@
-"""Experts by torch's grouped GEMMs on a GPU: no offset is read by the host.
+"""Experts by torch's grouped GEMMs on a GPU, all three of a training step in FP8; no offset is read by the host.
 
-`_scaled_grouped_mm` takes E4M3 with a scale for each row, and gives bfloat16; a tensor's scale is that of each row. It sums over K, or N,
-and not over tokens, whose groups would have to be padded: the weight's gradient is a grouped GEMM in bfloat16, and so is the input's
-where the recipe has gradients in E5M2.
+`_scaled_grouped_mm` takes E4M3 alone, with a scale for each row of both operands, both with the summed dimension innermost, and gives
+bfloat16. What follows from this:
+
+- Gradients are E4M3 whatever the recipe's format, and each row has a scale of its own, a power of two, which makes good for the exponent
+  bit that E5M2 has more (docs/experts.md has the measurements).
+- The weights are cast once, both ways (`cast_matrices`). In dgrad, which sums over what were the weights' rows, the scale of a row is
+  multiplied into the gradient's column before this is cast.
+- Wgrad sums over an expert's tokens. Its operands are transposed copies (`transpose_rows`) of the input as forward has it, and of a
+  gradient that the input's scales are multiplied into before the cast; its own scales, powers of two, are when it is copied.
+- In wgrad a group begins at a multiple of 16, as TMA asks, and is not empty, as CUTLASS does: the copies have zeros in between.
+- Rows after the last group are not written: they hold anything, as those of `torch._grouped_mm` do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import te_dynamo.lowering.kernels.cast_matrices
+import te_dynamo.lowering.kernels.transpose_rows  # noqa: F401  (register their operators)
 from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.cost import not_worth_it
 from te_dynamo.lowering.devices import HOPPER, too_old
-from te_dynamo.lowering.fine_grained import operands_of
 from te_dynamo.lowering.fp8 import E4M3, row_amax
-from te_dynamo.lowering.granularity import Granularity
-from te_dynamo.lowering.grouped import by_tensor
-from te_dynamo.lowering.limits import unaligned
-from te_dynamo.lowering.partition import recomputed_in_backward
-from te_dynamo.lowering.quantized import Quantized, Scales
+from te_dynamo.lowering.granularity import Blocks
+from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned
+from te_dynamo.lowering.partition import activation_cast, activation_rounding
+from te_dynamo.lowering.quantized import Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements
 from te_dynamo.recipe import Float8RowwiseScaling, Recipe
 
-
-def _multiply(a: Quantized, b: Quantized, offsets: Tensor) -> Tensor:
-    """a: [T, C], b: [E, R, C], quantized -> [T, R] in bfloat16."""
-    assert a.data is not None and b.data is not None and a.scale_inv is not None and b.scale_inv is not None
-    rows, columns = a.scale_inv.expand(a.data.shape[0]), b.scale_inv.expand(b.data.shape[:2])
-    how: dict[str, Any] = {"offs": offsets, "out_dtype": torch.bfloat16, "use_fast_accum": True}
-    return torch._scaled_grouped_mm(a.data, b.data.transpose(1, 2), rows.contiguous(), columns.contiguous(), **how)
+GRADIENT = Blocks(E4M3, 1, None, power_of_2=True)  # each row
 
 
-def _in_groups(t: Tensor, offsets: Tensor) -> Tensor:
-    """t [T, C] with zeros in the rows after the last group, which hold anything."""
-    return torch.where(
-        (torch.arange(t.shape[0], device=t.device) < offsets[-1]).unsqueeze(1), t, torch.zeros((), dtype=t.dtype, device=t.device)
+def multiply(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, fast: bool = False) -> Tensor:
+    """In bfloat16: a [T, C], b [E, R, C] -> [T, R], the rows of each group times a matrix of their own; or a [M, P], b [N, P] -> [E, M, N],
+    each group of columns a product of its own. rows [T] or [E * M], columns [E, R] or [E * N]: float32, the operands' scale_inv."""
+    return torch._scaled_grouped_mm(
+        a, b.transpose(-2, -1), rows.contiguous(), columns.contiguous(), offs=offsets, out_dtype=torch.bfloat16, use_fast_accum=fast
     )
 
 
-def _by_row(t: Tensor, how: Granularity) -> Quantized:
-    """t: [..., C], each row of which has a scale."""
-    made = how.quantize(t.reshape(-1, t.shape[-1]))
-    assert made.data is not None and made.scale_inv is not None
-    return Quantized(made.data.reshape(t.shape), made.scale_inv.reshape(t.shape[:-1]))
+@dataclass(frozen=True)
+class Groups:
+    """Where the rows of each group are: offsets, int32 [E], where they end; tokens: T, the number of all rows."""
 
+    offsets: Tensor
+    tokens: Any
 
-def _cost(recipe: Recipe | None) -> dict[str, int]:
-    """What pays in training: forward alone, with a cast of the weight in one reading; or dgrad too, with a cast by rows both ways, which
-    Inductor makes of more readings."""
-    return {"products": 1, "weight_bytes": 3} if isinstance(recipe, PER_TENSOR) else {"products": 2, "weight_bytes": 8}
+    @cached_property
+    def count(self) -> int:
+        return self.offsets.shape[0]
+
+    @cached_property
+    def of_row(self) -> Tensor:
+        """int64 [T], the group of each row; the last one's number in those after it."""
+        rows = torch.arange(self.tokens, device=self.offsets.device, dtype=torch.int32)
+        return torch.searchsorted(self.offsets, rows, right=True).clamp(max=self.count - 1)
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """bool [T, 1], whether a row is in a group: those after the last one hold anything."""
+        return (torch.arange(self.tokens, device=self.offsets.device) < self.offsets[-1]).unsqueeze(1)
+
+    def only(self, t: Tensor) -> Tensor:
+        """t [T, any], with zeros in rows of no group."""
+        return torch.where(self.inside, t, torch.zeros((), dtype=t.dtype, device=t.device))
+
+    @cached_property
+    def spread(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The groups with gaps between, such that each begins at a multiple of 16 and none is empty: where they end, int32 [E]; the row at
+        each place, int32 [P], -1 in a gap; and the place's group, int64 [P]."""
+        multiple, zero = ALIGNMENT_ON_GPU, self.offsets.new_zeros(1)
+        sizes = torch.diff(self.offsets, prepend=zero)
+        room = ((sizes + (multiple - 1)) // multiple).clamp(min=1) * multiple
+        ends = room.cumsum(0).to(torch.int32)
+        places = (self.tokens + multiple - 1) // multiple * multiple + multiple * self.count
+        place = torch.arange(places, device=zero.device, dtype=torch.int32)
+        group = torch.searchsorted(ends, place, right=True).clamp(max=self.count - 1)
+        row = place - (ends - room)[group] + (self.offsets - sizes)[group]
+        return ends, torch.where(row < self.offsets[group], row, -1), group
+
+    def largest(self, t: Tensor) -> Tensor:
+        """t: f32 [T], not negative -> [E], the largest element of each group, 0 of an empty one."""
+        if t.numel() == 0:
+            return t.new_zeros(self.count)
+        group = torch.arange(self.count, device=t.device).unsqueeze(1)
+        return torch.where((self.of_row == group) & self.inside.t(), t, 0.0).amax(1)
 
 
 @implements("grouped_linear", provider="native", recipes=(*PER_TENSOR, Float8RowwiseScaling), devices=("cuda",))
 class NativeGroups(Implementation):
+    cached = frozenset({"training", "inference"})
+
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
         return too_old(device, HOPPER, "grouped FP8 GEMMs")
 
@@ -64,38 +107,103 @@ class NativeGroups(Implementation):
         dtypes = {case.attributes["out_dtype"], case.inputs["x"].dtype, case.inputs["weight"].dtype}
         if dtypes != {torch.bfloat16}:
             return "torch's grouped FP8 GEMM is for bfloat16"
-        return unaligned(case) or not_worth_it(case.inputs["x"], case.inputs["weight"], training=case.trains, **_cost(case.recipe))
+        products = 2 if getattr(case.recipe, "high_precision_wgrad", False) else 3
+        cost = {"training": case.trains, "products": products, "weight_bytes": 4}  # read once, written both ways
+        return unaligned(case) or not_worth_it(case.inputs["x"], case.inputs["weight"], **cost)
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
-        return ("x", "weight", "offsets")
+        return ("x", "offsets") if needs[1] and _wgrad_in_bf16(call) else ("offsets",)
+
+    def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
+        trains = call.cached == "training"
+        w8 = _weight(call, weights[0].detach(), scales_of(call, None).at("weight"), both_ways=trains)
+        if not trains:
+            return [w8.for_backward("data", "scale_inv")]
+        return [w8._replace(amax=None if w8.amax is None else w8.amax.amax())]
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
-        x, weight, offsets = inputs
-        x = _in_groups(x, offsets)
-        if isinstance(call.scaling, PER_TENSOR):
-            x8, w8 = by_tensor(x, scales.at("input")), by_tensor(weight, scales.at("weight"))
+        x, weight, offsets, *kept = inputs
+        groups = Groups(offsets, x.shape[0])
+        x8 = _input(call, x, groups, scales.at("input"))
+        if call.cached:
+            (w8,) = kept[0] if kept else weight
         else:
-            how = operands_of(call.scaling).forward
-            assert how.a is not None and how.b is not None
-            x8, w8 = _by_row(x, how.a), _by_row(weight, how.b)
-        amaxes = [t.amax.flatten() for t in (x8, w8) if t.amax is not None]
-        return Forward([_in_groups(_multiply(x8, w8, offsets), offsets)], [], amaxes)
+            w8 = _weight(call, weight, scales.at("weight"), both_ways=needs[0])
+        assert w8.data is not None and w8.scale_inv is not None
+        y = multiply(x8.data, w8.data, _of_rows(x8, groups.tokens), w8.scale_inv.expand(w8.data.shape[:2]), offsets, fast=True)
+        amaxes = [t.amax for t in (x8, w8) if t.amax is not None]
+        kept_of_x = x8.for_backward("data", "scale_inv") if needs[1] else Quantized()
+        kept_of_w = w8.for_backward("transposed", "scale_inv") if needs[0] else Quantized()
+        return Forward([y], [kept_of_x, kept_of_w], amaxes)
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
-        x, weight, offsets = inputs
-        grad = _in_groups(grads[0], offsets)
-        amaxes = [row_amax(grad)] if isinstance(call.scaling, PER_TENSOR) else []
+        (x, _, offsets), (x8, w8), grad = inputs, saved, grads[0]
+        groups = Groups(offsets, grad.shape[0])
+        by_tensor = isinstance(call.scaling, PER_TENSOR)
+        one = grad.new_ones((), dtype=torch.float32)
+        for_both = GRADIENT.quantize(grad) if by_tensor else None  # else each has scales of the other operand in it
         dx = dw = None
         if needs[0]:
-            across = None if amaxes else operands_of(call.scaling).dgrad
-            if across is None or across.a is None or across.b is None or call.scaling.fp8_format.gradient != E4M3:
-                dx = torch._grouped_mm(grad, weight, offs=offsets)
-            else:
-                with recomputed_in_backward():
-                    w8 = _by_row(weight.transpose(1, 2).contiguous(), across.b)
-                dx = _multiply(_by_row(grad, across.a), w8, offsets)
-        if needs[1]:
-            dw = torch._grouped_mm(grad.t(), _in_groups(x, offsets), offs=offsets)
-        return Backward([dx, dw, None], amaxes)
+            assert w8.transposed is not None and w8.scale_inv is not None
+            g8 = for_both or GRADIENT.quantize(grad.float() * w8.scale_inv[groups.of_row])
+            columns = (w8.scale_inv if by_tensor else one).expand(w8.transposed.shape[:2])
+            dx = multiply(g8.data, w8.transposed, _of_rows(g8, groups.tokens), columns, offsets)
+        if needs[1] and _wgrad_in_bf16(call):
+            dw = torch._grouped_mm(grad.t(), x, offs=offsets)
+        elif needs[1]:
+            assert x8.scale_inv is not None
+            g8 = for_both or GRADIENT.quantize(grad.float() * x8.scale_inv.unsqueeze(1))
+            dw = _wgrad(g8, x8, groups, x8.scale_inv if by_tensor else one, like_inputs=call["inputs_first"])
+        return Backward([dx, dw, None], [row_amax(groups.only(grad))] if by_tensor else [])
+
+
+def _wgrad_in_bf16(call: Call) -> bool:
+    return getattr(call.scaling, "high_precision_wgrad", False)
+
+
+def _wgrad(g8: Quantized, x8: Quantized, groups: Groups, x_inv: Tensor, like_inputs: bool) -> Tensor:
+    """[E, N, K], which lies in memory as [E, K, N] if `like_inputs`. x_inv: what all of x8 is still to be multiplied by, f32, 0-d."""
+    ends, rows, group = groups.spread
+    inverse = _of_rows(g8, groups.tokens)
+    largest = groups.largest(inverse)
+    factor = inverse[rows.clamp(min=0)] / largest[group]
+    g = torch.ops.te_dynamo.transpose_rows(g8.data, rows, factor)
+    x = torch.ops.te_dynamo.transpose_rows(x8.data, rows, None)
+    of_g = largest.unsqueeze(1).expand(groups.count, g.shape[0]).reshape(-1)
+    of_x = x_inv.expand(groups.count * x.shape[0])
+    return multiply(x, g, of_x, of_g, ends).transpose(1, 2) if like_inputs else multiply(g, x, of_g, of_x, ends)
+
+
+def _of_rows(t: Quantized, rows: Any) -> Tensor:
+    """The scale_inv of each row, [rows], where a tensor has one or its rows have one each."""
+    assert t.scale_inv is not None
+    return t.scale_inv.expand(rows) if t.scale_inv.dim() == 0 else t.scale_inv.reshape(rows)
+
+
+def _input(call: Call, x: Tensor, groups: Groups, scale_of: ScaleOf) -> Quantized:
+    """x [T, K]; the scale_inv of rows is [T]."""
+    recipe = call.scaling
+    if isinstance(recipe, Float8RowwiseScaling):
+        with activation_rounding():
+            made = Blocks(E4M3, 1, None, recipe.power_2_scale).quantize(x)
+        return Quantized(made.data, _of_rows(made, groups.tokens))
+    amax = row_amax(groups.only(x))
+    scale = scale_of.of(amax)
+    with activation_cast():
+        scaled = scale_of.casting.saturated(x, scale.value, E4M3)
+    with activation_rounding():
+        data = scaled.to(E4M3)
+    return Quantized(data, scale.inverse, amax=amax)
+
+
+def _weight(call: Call, weight: Tensor, scale_of: ScaleOf, both_ways: bool) -> Quantized:
+    """weight [E, N, K]; both_ways: with its transposed copies, [E, K, N]. The scale_inv of rows is [E, N]."""
+    recipe = call.scaling
+    if isinstance(recipe, Float8RowwiseScaling):
+        data, across, inverse, _ = torch.ops.te_dynamo.cast_matrices(weight, None, E4M3, recipe.power_2_scale, both_ways)
+        return Quantized(data, inverse, across if both_ways else None)
+    scale = scale_of.known or scale_of.of(row_amax(weight))
+    data, across, _, amax = torch.ops.te_dynamo.cast_matrices(weight, scale.value, E4M3, False, both_ways)
+    return Quantized(data, scale.inverse, across if both_ways else None, amax=amax)

@@ -1,0 +1,180 @@
+"""A batch of matrices in FP8 with a scale for each row, or one for all, and their transposed copies, in one read: the weights of experts.
+
+Forward sums over columns, and reads the matrices; dgrad sums over rows, and reads the transposed copies. Both hold the same values, so
+the scale of a row goes, in dgrad, into what it is multiplied with.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from te_dynamo.lowering.fp8 import FLOAT32_MAX, FP8_MAX, power_of_2, quantize, row_amax, scale_of
+
+# A row's amax comes before its cast: the rows of a program are read twice, the second time out of the L2 cache. 32 of them are a sector in
+# a transposed copy, and with 4,096 columns those of all programs that run at once fit in an H100's 50 MB.
+BLOCK_ROWS, BLOCK_COLUMNS = 32, 256
+
+
+@torch.library.custom_op("te_dynamo::cast_matrices", mutates_args=())
+def cast_matrices(
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x: [E, N, K], of any strides -> (FP8 [E, N, K], FP8 [E, K, N], scale_inv f32 [E, N], amaxes f32 [blocks], of which the largest is
+    the tensor's).
+
+    scale: f32, 0-d, of the whole tensor; then scale_inv has no elements. None: each row has its own, as `granularity.Blocks` gives it, but
+    that the scale_inv of a row of zeros is 0. transposed: whether the second is wanted, which else has no elements.
+    """
+    if x.device.type != "cuda":
+        return _reference(x, scale, dtype, power_of_2_scale, transposed)
+    made = _empty(x, scale, dtype, transposed)
+    launch(x, scale, power_of_2_scale, *made)
+    return made
+
+
+@cast_matrices.register_fake
+def _(x, scale, dtype, power_of_2_scale, transposed):
+    return _empty(x, scale, dtype, transposed)
+
+
+def _empty(x: Tensor, scale: Tensor | None, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    matrices, rows, columns = x.shape
+    across = (matrices, columns, rows) if transposed else (0, 0, 0)
+    by_row = (matrices, rows) if scale is None else (0, 0)
+    plain, wide = x.new_empty(x.shape, dtype=dtype), x.new_empty(across, dtype=dtype)
+    return plain, wide, x.new_empty(by_row, dtype=torch.float32), x.new_empty(_programs(x, scale), dtype=torch.float32)
+
+
+def _programs(x: Tensor, scale: Tensor | None) -> Any:
+    matrices, rows, columns = x.shape
+    across = 1 if scale is None else (columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    return matrices * ((rows + BLOCK_ROWS - 1) // BLOCK_ROWS) * across
+
+
+def _reference(
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition, for devices without Triton. Only the first amax is set."""
+    by_row = row_amax(x)
+    inverse = x.new_empty((0, 0), dtype=torch.float32)
+    scales = scale
+    if scales is None:
+        scales = scale_of(by_row, dtype)
+        scales = power_of_2(scales) if power_of_2_scale else scales
+        inverse = scales.reciprocal().masked_fill(by_row.isinf(), torch.nan).masked_fill(by_row == 0, 0.0)
+        scales = scales.unsqueeze(-1)
+    data = quantize(x, scales, dtype)
+    amax = x.new_zeros(_programs(x, scale), dtype=torch.float32)
+    if x.numel():
+        amax[0] = by_row.amax()
+    across = data.transpose(1, 2).clone(memory_format=torch.contiguous_format) if transposed else data.new_empty((0, 0, 0))
+    return data.contiguous(), across, inverse, amax
+
+
+def launch(x: Tensor, scale: Tensor | None, power_of_2_scale: bool, plain: Tensor, across: Tensor, inverse: Tensor, amax: Tensor) -> None:
+    """Runs the kernel, which fills the last four."""
+    _, rows, columns = x.shape
+    if x.numel():
+        _kernel()[(_programs(x, scale),)](
+            x,
+            x if scale is None else scale,
+            plain,
+            across,
+            inverse,
+            amax,
+            rows,
+            columns,
+            *x.stride(),
+            TOP=FP8_MAX[plain.dtype],
+            LARGEST=FLOAT32_MAX,
+            BY_ROW=scale is None,
+            POWER_OF_2=power_of_2_scale,
+            ACROSS=bool(across.numel()),
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_COLUMNS=BLOCK_COLUMNS,
+            num_warps=8,
+        )
+
+
+@functools.cache
+def _kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def cast_matrices_kernel(
+        source,
+        scale,
+        plain,
+        across,
+        inverse,
+        amax,
+        rows,
+        columns,
+        from_matrix,
+        from_row,
+        from_column,
+        TOP: tl.constexpr,
+        LARGEST: tl.constexpr,
+        BY_ROW: tl.constexpr,
+        POWER_OF_2: tl.constexpr,
+        ACROSS: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_COLUMNS: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        wide = tl.cdiv(columns, BLOCK_COLUMNS)
+        if BY_ROW:  # all columns
+            blocks, start, steps = 1, 0, wide
+        else:  # a block of them
+            blocks, start, steps = wide, program % wide * BLOCK_COLUMNS, 1
+        high = tl.cdiv(rows, BLOCK_ROWS)
+        matrix = (program // blocks // high).to(tl.int64)
+        row = (program // blocks % high * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        source += matrix * from_matrix
+        plain += matrix * rows * columns
+        across += matrix * rows * columns
+        peak = tl.zeros((BLOCK_ROWS,), tl.float32)
+        if BY_ROW:
+            for step in range(0, steps):
+                column = step * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+                inside = (row[:, None] < rows) & (column[None, :] < columns)
+                at = row[:, None] * from_row + column[None, :].to(tl.int64) * from_column
+                values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+                magnitude = tl.where(values == values, tl.abs(values), 0.0)  # a NaN does not count
+                here = tl.max(magnitude, 1)
+                peak = tl.where(here > peak, here, peak)
+            usable = (peak > 0) & (peak < float("inf"))
+            factor = tl.div_rn(tl.full((BLOCK_ROWS,), TOP, tl.float32), tl.where(usable, peak, 1.0))
+            factor = tl.where(usable, tl.where(factor > LARGEST, LARGEST, factor), 1.0)
+            if POWER_OF_2:
+                factor = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            undone = tl.div_rn(tl.full((BLOCK_ROWS,), 1.0, tl.float32), factor)
+            undone = tl.where(peak == 0, 0.0, tl.where(peak == float("inf"), float("nan"), undone))
+            tl.store(inverse + matrix * rows + row, undone, mask=row < rows)
+            factor = factor[:, None]
+        else:
+            factor = tl.load(scale)
+        # Backwards, as the columns that were read last are still near.
+        for step in range(0, steps):
+            column = start + (steps - 1 - step) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+            inside = (row[:, None] < rows) & (column[None, :] < columns)
+            at = row[:, None] * from_row + column[None, :].to(tl.int64) * from_column
+            values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+            if not BY_ROW:
+                peak = tl.max(tl.where(values == values, tl.abs(values), 0.0), 1)
+            scaled = values * factor
+            # Not clamp, which is a min and a max, here or above: see `cast_transpose`.
+            scaled = tl.where(scaled > TOP, TOP, scaled)
+            scaled = tl.where(scaled < -TOP, -TOP, scaled).to(plain.dtype.element_ty)
+            tl.store(plain + row[:, None] * columns + column[None, :], scaled, mask=inside)
+            if ACROSS:
+                target = across + column[:, None].to(tl.int64) * rows + row[None, :]
+                tl.store(target, tl.trans(scaled), mask=tl.trans(inside))
+        tl.store(amax + program, tl.max(peak, 0))
+
+    return cast_matrices_kernel
