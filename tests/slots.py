@@ -13,7 +13,7 @@ ROLES = {"input": FORWARD, "weight": FORWARD, "grad_output": GRADIENT}
 
 def index_of(weight: Tensor, role: str, ordinal: int = 0) -> int:
     """The slot of one of a weight's tensors, in its arena."""
-    return STATE.homes.by_weight[id(weight)].slots[ordinal, role][2]
+    return STATE.homes.by_weight[id(weight)].slots[ordinal, role].number
 
 
 def history_of(arena: Arena, direction: int, index: int) -> Tensor:
@@ -24,4 +24,4 @@ def history_of(arena: Arena, direction: int, index: int) -> Tensor:
 def all_slots() -> dict[tuple[int, int, str], int]:
     """Every slot of the process: (id of the weight, ordinal, role) -> its index."""
     homes = STATE.homes.by_weight.items()
-    return {(identity, *slot): index for identity, home in homes for slot, (_, _, index) in home.slots.items()}
+    return {(identity, *slot): at.number for identity, home in homes for slot, at in home.slots.items()}

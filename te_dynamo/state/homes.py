@@ -14,7 +14,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -45,15 +45,23 @@ class Holders:
         return [thing for reference in references if (thing := reference()) is not None]
 
 
+class Location(NamedTuple):
+    """Where a slot is. direction, number: in the tensors of its arena."""
+
+    arena: Any
+    direction: int
+    number: int
+
+
 class Home:
-    """The slots of one weight: `slots[ordinal, role]` is (arena, direction, index).
+    """The slots of one weight: `slots[ordinal, role]`.
 
     identity: the id of the weight. routes: by ordinal, the relative path from the weight's module to a site without weights whose
     slots are kept here too (an attention): how many names to strip from the module's path, and which to append.
     """
 
     def __init__(self) -> None:
-        self.slots: dict[Slot, tuple[Any, int, int]] = {}
+        self.slots: dict[Slot, Location] = {}
         self.identity = 0
         self.holders = Holders(())
         self.routes: dict[int, tuple[int, tuple[str, ...]]] = {}

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from te_dynamo.recipe import DelayedScaling
 from te_dynamo.state.arena import DIRECTIONS, GRADIENT, Arena
 from te_dynamo.state.group import Group
-from te_dynamo.state.homes import Home, Homes, Slot
+from te_dynamo.state.homes import Home, Homes, Location, Slot
 from te_dynamo.state.reduce import Reduction
 
 
@@ -141,7 +141,7 @@ class ScaleState:
         missing = list(dict.fromkeys((w.home, w.slot) for w in wanted if w.home is not None and not w.position()))
         if missing:
             for (home, slot), index in zip(missing, arena.take(direction, len(missing)), strict=True):
-                home.slots[slot] = (arena, direction, index)
+                home.slots[slot] = Location(arena, direction, index)
             self.version += 1
         return missing
 

@@ -399,7 +399,8 @@ def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("name", ["block", "mxfp8", "mxfp8 hybrid with square weights"])
 def test_a_linear_is_te_s(te, name, dtype, bias):
-    """Bit for bit: the same copies are given to the same GEMMs. Only a bias's gradient is summed in another order."""
+    """Bit for bit: the same copies are given to the same GEMMs. Only a bias's gradient is summed in another order, and what is infinite is
+    not saturated."""
     from transformer_engine.common import recipe as recipes
 
     theirs_of = {
@@ -432,11 +433,15 @@ def test_a_linear_is_te_s(te, name, dtype, bias):
                 with te.autocast(enabled=True, recipe=autocast):
                     z = theirs(other)
                 z.backward(dy)
+            if bias:
+                assert_one_rounding([ours.bias.grad], [theirs.bias.grad])
+            if step == 3 and name == "block":  # TE saturates what is infinite; here it stays in sight, where it is multiplied into
+                assert [(~t.isfinite()).all(1).nonzero().flatten().tolist() for t in (y, mine.grad)] == [[1], [1]]
+                assert (~ours.weight.grad.isfinite()).sum() == K + N - 1
+                continue
             for what, a, b in (("y", y, z), ("dx", mine.grad, other.grad), ("dw", ours.weight.grad, theirs.weight.grad)):
                 assert a.dtype == b.dtype == dtype
                 assert torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()), f"step {step}: {what}"
-            if bias:
-                assert_one_rounding([ours.bias.grad], [theirs.bias.grad])
 
 
 # --- whole models

@@ -73,7 +73,7 @@ class BlockLinears(Implementation):
         kernels, rows, dtype = _Kernels(call.scaling), GemmRows.of(call.attributes), call["out_dtype"]
         (x, weights, biases), (needs_x, needs_w, _) = inputs, needs
         flat = matrix(x)
-        x_rows, x_columns = kernels.quantize(flat, kernels.x, column_wise=any(needs_w))
+        x_rows, x_columns = kernels.quantize(kernels.visible(flat), kernels.x, column_wise=any(needs_w))
         outputs, saved = [], [Quantized(x_columns.data, x_columns.scale_inv)]
         for number, gemm in enumerate(rows.gemms()):
             if call.cached:
@@ -101,7 +101,7 @@ class BlockLinears(Implementation):
         for gemm, grad, w8 in zip(rows.gemms(), grads, w8s, strict=True):
             g, wanted = matrix(grad), [i for i in gemm if needs_w[i]]
             if needs_x or wanted:
-                g_rows, g_columns = kernels.quantize(g, kernels.gradient, row_wise=needs_x, column_wise=bool(wanted))
+                g_rows, g_columns = kernels.quantize(kernels.visible(g), kernels.gradient, row_wise=needs_x, column_wise=bool(wanted))
             if needs_x:
                 parts.append(kernels.gemm(g_rows, _copy(w8, kernels.weight), "NN", part_dtype)[: g.shape[0]])
             if wanted:
@@ -133,6 +133,10 @@ class _Kernels:
             pad_rows(t, self.multiple), how.dtype, how.columns, _square(how), power_of_2, epsilon, row_wise, column_wise
         )
         return Copy(rows, rows_inv, _square(how)), Copy(columns, columns_inv, _square(how))
+
+    def visible(self, t: Tensor) -> Tensor:
+        """`t` with NaN for what is infinite: TE's cast of blocks of 128 saturates that, and a GradScaler would not find the overflow."""
+        return t if self.mx else torch.where(t.isinf(), torch.nan, t)
 
     def gemm(self, a: Copy, b: Copy, layout: str, out_dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
         """layout: what it would be of the matrices themselves. Of blocks of 128 column-wise copies lie transposed."""
