@@ -76,6 +76,14 @@ def test_generate(hf_forks):
     assert re.search(r"uncompiled, [\d.]+ tokens a second: 'ab", printed) and "te_fp8, " in printed
 
 
+def test_moe(hf_forks):
+    printed = run(hf_forks, "moe.py", "--steps", "3")
+    assert "2 x mlp.experts.gate_up_proj: native" in printed and "2 x mlp.experts.down_proj: native" in printed
+    assert "2 x mlp.gate: not in FP8: it chooses the experts" in printed and "graphs: 1" in printed
+    first = [number(f"{name}: loss", printed) for name in ("float32", "te_fp8")]
+    assert abs(first[0] - first[1]) < 0.02 < first[0] - number(r"te_fp8: loss [\d.]+ at first,", printed)
+
+
 def test_vision_digits(hf_forks):
     printed = run(hf_forks, "vision_digits.py", "--epochs", "1")
     assert all(number(f"{name}: accuracy", printed) > 0.2 for name in ("float32", "te_fp8"))  # chance is a tenth
