@@ -1,4 +1,4 @@
-# make setup | demo | demo-real | test | test-all | test-gpu | lint | format
+# make setup | demo | demo-real | test | test-all | test-gpu | lint | format | docs | package
 # VENV is where everything is installed; nothing outside it is touched.
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,13 +8,27 @@ INSTALLED := $(VENV)/.te_dynamo
 # Installed first and named again with the rest, so that no later resolution replaces it.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo demo-real test test-all test-gpu lint format
+# Errors only: some machines' pip settings cause a warning for each package.
+PIP := $(PY) -m pip -qq --disable-pip-version-check
+
+# The tests need Transformer Engine's Python package without its libraries. It cannot be imported then, and peft (so transformers'
+# Trainer too) imports it where it is installed. This variable of its own, set as the interpreter starts, lets it be.
+BARE_TE := import importlib.util, os; importlib.util.find_spec('transformer_engine_torch') or os.environ.setdefault('NVTE_PROJECT_BUILDING', '1')
+
+.PHONY: setup demo demo-real test test-all test-gpu lint format docs package
 setup: $(INSTALLED)
+ifneq ($(filter setup,$(MAKECMDGOALS)),)
+	@echo "te_dynamo is installed in $(VENV). Next: make demo (minutes), or: $(PY) -m te_dynamo doctor"
+endif
 
 $(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet "$(TORCH)"
-	$(PY) -m pip install --quiet --editable ".[dev]" "$(TORCH)"
+	@echo "[1/3] $(VENV): a virtual environment"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] $(TORCH): the largest download, minutes without a cache"
+	@$(PIP) install "$(TORCH)"
+	@echo "[3/3] te_dynamo, and what its examples, tests and docs need: a minute or two"
+	@$(PIP) install --editable ".[dev]" "$(TORCH)"
+	@echo "$(BARE_TE)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/te_dynamo_dev.pth"
 	@touch $@
 
 demo: setup
@@ -44,3 +58,9 @@ lint: setup
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+
+package: setup
+	$(PY) -m tools.package $(ARGS)
