@@ -1,20 +1,23 @@
 """Fine-tunes a language model with LoRA (PEFT), in FP8: the frozen weights are quantized once, the adapters learn from the first step.
 
-    python examples/lora_peft.py [--model NAME] [--steps N] [--dora] [--out FOLDER]
+    python examples/lora_peft.py [--smollm2 | --model NAME] [--steps N] [--dora] [--out FOLDER] [--resume]
 
-Without --model it is a small Llama with random weights that reads bytes; a name of the hub or a folder loads a pretrained model and its
-tokenizer. The text is Python's help. Needs `pip install peft`.
+Without a model it is a small Llama with random weights that reads bytes. --smollm2: SmolLM2-135M with its real weights (93 MB, downloaded
+once); --model: a name of the hub or a folder. The text is Python's help. The folder gets the adapters, as PEFT saves them, and what else
+a run needs to go on: the optimizer's state and the scales.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from help_topics import passages
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import small_llama
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import te_dynamo
@@ -24,33 +27,37 @@ LENGTH, BATCH = 128, 4
 
 def main() -> None:
     arguments = parse_arguments()
-    torch.manual_seed(0)
-    base = small_llama() if arguments.model is None else AutoModelForCausalLM.from_pretrained(arguments.model)
-    tokens = torch.tensor(passages(LENGTH))
-    if arguments.model is not None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        ids = tokenizer("".join(bytes(row).decode(errors="ignore") for row in tokens.tolist()))["input_ids"]
-        tokens = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).reshape(-1, LENGTH)
-
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=arguments.dora))
+    base, tokens = load(arguments)
+    done = 0
+    if arguments.resume:
+        model = PeftModel.from_pretrained(base, arguments.out, is_trainable=True)
+    else:
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=arguments.dora))
     model.print_trainable_parameters()
     model.compile(backend="te_fp8", options={"keep_weights": True})  # keep_weights: what is frozen is quantized once
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
-    for step in range(1, arguments.steps + 1):
-        rows = torch.randint(len(tokens), (BATCH,))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=arguments.lr)
+    if arguments.resume:
+        state = torch.load(arguments.out / "state.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        te_dynamo.scale_state(model).load_state_dict(state["scales"])
+        done = state["step"]
+
+    model.train()
+    for step in range(done + 1, arguments.steps + 1):
+        rows = torch.randint(len(tokens), (BATCH,), generator=torch.Generator().manual_seed(step))
         loss = model(input_ids=tokens[rows], labels=tokens[rows]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0 or step in (1, arguments.steps):
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+        if step % 10 == 0 or step in (done + 1, arguments.steps):
+            print(f"step {step}: loss {loss.item():.4f}", flush=True)
 
     model.save_pretrained(arguments.out)  # the adapters, as always
-    torch.save(te_dynamo.scale_state(model).state_dict(), arguments.out / "scales.pt")
-    torch.manual_seed(0)
-    again = small_llama() if arguments.model is None else AutoModelForCausalLM.from_pretrained(arguments.model)
-    loaded = PeftModel.from_pretrained(again, arguments.out)
+    scales = te_dynamo.scale_state(model).state_dict()
+    torch.save({"step": arguments.steps, "optimizer": optimizer.state_dict(), "scales": scales}, arguments.out / "state.pt")
+    loaded = PeftModel.from_pretrained(load(arguments)[0], arguments.out)
     with torch.no_grad():
         check = loaded(input_ids=tokens[:BATCH], labels=tokens[:BATCH]).loss.item()
         here = model.eval()(input_ids=tokens[:BATCH], labels=tokens[:BATCH]).loss.item()
@@ -59,11 +66,31 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a pretrained model: a name of the hub or a folder")
-    parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--smollm2", action="store_true", help="SmolLM2-135M, from the package index")
+    which.add_argument("--model", help="a pretrained model: a name of the hub or a folder")
+    parser.add_argument("--steps", type=int, default=60, help="the last step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     parser.add_argument("--out", type=Path, default=Path("lora_out"), help="folder for the adapters (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from what that folder has")
     return parser.parse_args()
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Tensor]:
+    """The model without adapters, the same each time; and the text in its tokens, int64 [n, LENGTH]."""
+    torch.manual_seed(0)
+    if arguments.smollm2:
+        from real_weights import smollm2
+
+        base, tokenizer = smollm2()
+    elif arguments.model is not None:
+        base, tokenizer = AutoModelForCausalLM.from_pretrained(arguments.model), AutoTokenizer.from_pretrained(arguments.model)
+    else:
+        return small_llama(), torch.tensor(passages(LENGTH))
+    text = b"".join(map(bytes, passages(LENGTH))).decode(errors="ignore")
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return base, torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).reshape(-1, LENGTH)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.forks import Forks
 
@@ -69,6 +71,19 @@ def test_lora_peft(kind, hf_forks, tmp_path):
     printed = run(hf_forks, "lora_peft.py", "--steps", "3", "--out", str(tmp_path), *kind)
     exact, here = number("in float32:", printed), number("in FP8:", printed)
     assert abs(exact - here) < 0.05
+
+
+@pytest.mark.slow
+def test_lora_peft_resumes(hf_forks, tmp_path):
+    """Bit for bit."""
+    pytest.importorskip("peft", reason="needs peft: pip install -e .[peft]")
+    whole = run(hf_forks, "lora_peft.py", "--steps", "4", "--out", str(tmp_path / "whole"))
+    run(hf_forks, "lora_peft.py", "--steps", "2", "--out", str(tmp_path))
+    resumed = run(hf_forks, "lora_peft.py", "--steps", "4", "--out", str(tmp_path), "--resume")
+    assert "step 3:" in resumed and "step 2:" not in resumed
+    assert number("step 4: loss", resumed) == number("step 4: loss", whole)
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "whole")]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
 
 
 def test_generate(hf_forks):

@@ -62,7 +62,10 @@ from torch.nn.parallel import DistributedDataParallel
 dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=0, world_size=1)
 model, group, folder = tiny(LlamaForCausalLM), dist.group.WORLD, "checkpoint"
 """,
-        "Checkpoints": "optimizer = torch.optim.AdamW(model.parameters()); model(input_ids=torch.ones(2, 8, dtype=torch.long)).logits.sum().backward()",
+        "Checkpoints": """
+optimizer = torch.optim.AdamW(model.parameters())
+model(input_ids=torch.ones(2, 8, dtype=torch.long)).logits.sum().backward()
+""",
     },
     "docs/huggingface.md": {
         "": LLAMA + TRAINER,
@@ -76,10 +79,10 @@ class Pipe:
 pipeline = Pipe  # a real one needs a real tokenizer
 """,
         "PEFT: LoRA and DoRA": """
-import copy
 from peft import LoraConfig, PeftModel, get_peft_model
-base = tiny(LlamaForCausalLM)
-optimizer = torch.optim.AdamW(base.parameters())
+class AutoModelForCausalLM:
+    from_pretrained = staticmethod(lambda name: tiny(LlamaForCausalLM))
+name = "tiny"
 """,
     },
     "docs/accelerate.md": {
@@ -99,7 +102,8 @@ llama = tiny(LlamaForCausalLM)
 names = {
     "input_layernorm": "self_attention.layernorm_qkv.layer_norm", "self_attn.q_proj": "self_attention.layernorm_qkv.query",
     "self_attn.k_proj": "self_attention.layernorm_qkv.key", "self_attn.v_proj": "self_attention.layernorm_qkv.value",
-    "self_attn.o_proj": "self_attention.proj.", "post_attention_layernorm": "layernorm_mlp.layer_norm", "mlp.down_proj": "layernorm_mlp.fc2",
+    "self_attn.o_proj": "self_attention.proj.", "post_attention_layernorm": "layernorm_mlp.layer_norm",
+    "mlp.down_proj": "layernorm_mlp.fc2",
 }
 source = tiny(LlamaForCausalLM).state_dict()
 te_llama_state_dict = {"model.layers.0.self_attention._extra_state": None}
@@ -150,7 +154,7 @@ def test_every_page_with_python_is_run():
 
 
 @pytest.mark.parametrize("page", NEEDS)
-def test_a_page_s_python_runs(page, hf_forks, tmp_path):
+def test_a_page_s_python_runs(page: str, hf_forks: Forks, tmp_path: Path) -> None:
     if "from peft" in program(page):
         pytest.importorskip("peft", reason="needs peft: pip install -e .[peft]")
     hf_forks.run(program(page), str(tmp_path))
