@@ -84,7 +84,7 @@ class CPULinears(PerTensorLinears):
         plan, made = plan_of(call.but(inputs=(call.inputs[0], tuple(w.dtype for w in weights), None))), list[Quantized]()
         for number, width in enumerate(plan.widths):
             data, inverse = weights[0].new_empty((width, call["in_features"]), dtype=E4M3), weights[0].new_empty((), dtype=torch.float32)
-            kernels.te_quantize(plan.address, number, _pointers(weights), data.data_ptr(), inverse.data_ptr())
+            kernels.te_quantize(plan.address, number, addresses(weights), data.data_ptr(), inverse.data_ptr())
             made.append(Quantized(data, inverse))
         return made
 
@@ -96,7 +96,7 @@ class CPULinears(PerTensorLinears):
         count, flat = len(plan.given[1]), _rows(x)
         if call.cached:
             biases, fields = inputs[1 : 1 + count], inputs[1 + count :]
-            weights, inverses = fields[::WIDTH], _pointers(fields[1::WIDTH])
+            weights, inverses = fields[::WIDTH], addresses(fields[1::WIDTH])
         else:
             weights, biases, inverses = inputs[1 : 1 + count], inputs[1 + count :], None
         weights, biases = [w.contiguous() for w in weights], [None if b is None else b.contiguous() for b in biases]
@@ -110,11 +110,11 @@ class CPULinears(PerTensorLinears):
             flat.shape[0],
             flat.data_ptr(),
             flat.stride(0),
-            _pointers(weights),
-            _pointers(biases),
+            addresses(weights),
+            addresses(biases),
             _slots(scales, start),
             inverses,
-            _pointers(outputs),
+            addresses(outputs),
             _pointer(x8),
             _pointer(kept),
             amaxes.data_ptr() if call.records else None,
@@ -147,15 +147,15 @@ class CPULinears(PerTensorLinears):
         undone = kernels.te_backward(
             plan.address,
             flat[0].shape[0],
-            _pointers(flat),
+            addresses(flat),
             (c_int64 * len(flat))(*[g.stride(0) for g in flat]),
-            _pointers(weights),
+            addresses(weights),
             _pointer(x8),
             kept.data_ptr(),
             _slots(scales, start),
             _pointer(dx),
-            _pointers(dws),
-            _pointers(dbs),
+            addresses(dws),
+            addresses(dbs),
             amaxes.data_ptr() if call.records else None,
         )
         return None if undone else Packed(amaxes, [t for t in (dx, *dws, *dbs) if t is not None])
@@ -199,7 +199,8 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:
+def addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:
+    """Of tensors in memory, as C++ takes a list of them. They must outlive the call."""
     return (c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 

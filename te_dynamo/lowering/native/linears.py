@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from te_dynamo.lowering.cpu.grouped import CPUGroups
 from te_dynamo.lowering.cpu.linears import CPULinears
 from te_dynamo.lowering.devices import HOPPER, too_old
 from te_dynamo.lowering.fine_grained import FineGrainedLinears, native
-from te_dynamo.lowering.grouped import FineGrainedGroups, PerTensorGroups
+from te_dynamo.lowering.grouped import FineGrainedGroups
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
 from te_dynamo.lowering.per_tensor import OnePassKernels, PerTensorLinears, scaled_mm
 from te_dynamo.lowering.registry import PER_TENSOR, implements, missing
@@ -17,7 +18,7 @@ CUDA = OnePassKernels(scaled_mm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cas
 
 implements("linears", provider="native", recipes=PER_TENSOR, devices=("cpu",))(CPULinears)
 implements("linears", provider="native", recipes=PER_TENSOR, devices=("cuda",), kernels=CUDA)(PerTensorLinears)
-implements("grouped_linear", provider="native", recipes=PER_TENSOR, devices=("cpu",), gemm=scaled_mm)(PerTensorGroups)
+implements("grouped_linear", provider="native", recipes=PER_TENSOR, devices=("cpu",))(CPUGroups)
 implements("grouped_linear", provider="native", recipes=(Float8RowwiseScaling,), devices=("cpu",), multiply=native)(FineGrainedGroups)
 
 
