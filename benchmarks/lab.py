@@ -29,7 +29,7 @@ BACKENDS = {
     "bf16 Inductor": [],
     "te_fp8 native": [*TE_FP8, 'provider="native"'],
     "te_fp8 te": ["--import", "te_present", *TE_FP8, 'provider="te"'],
-    "te_fp8 te, recompute_inputs": ["--import", "te_present", *TE_FP8, 'provider="te"', "--option", "recompute_inputs=true"],
+    **{f"te_fp8 native, {memory}": [*TE_FP8, 'provider="native"', "--option", f'memory="{memory}"'] for memory in ("speed", "saving")},
 }
 FLOOR = """
 import dataclasses, json, os, sys

@@ -15,8 +15,10 @@ from te_dynamo.recipe import RECIPES, DelayedScaling, Float8CurrentScaling, Reci
 CHOICES: dict[str, tuple[str, ...]] = {
     "provider": ("auto", "te", "native", "reference"),
     "attention": ("auto", "fp8", "high_precision", "off"),
+    "memory": ("speed", "balanced", "saving"),
 }
-SWITCHES = ("include_logits", "include_routers", "like_te", "recompute_inputs", "keep_weights", "verify", "strict")
+SWITCHES = ("include_logits", "include_routers", "like_te", "keep_weights", "verify", "strict")
+REPLACED = {"recompute_inputs": "memory='saving'"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +48,10 @@ class Options:
         include_routers: Compute the routers of mixtures of experts in FP8 too: what chooses an expert, by a top-k.
         like_te: Match Transformer Engine bit for bit, at every site with delayed or current scaling (see
             `te_dynamo.recipe.DelayedScaling`; set it on a recipe for some sites only).
-        recompute_inputs: Recompute the FP8 inputs of linears in backward, from what is saved anyway, instead of saving them: less
-            memory for slightly more time. On a GPU; no effect on a CPU.
+        memory: What is kept from forward to backward (see docs/memory.md for bytes and time). "speed": whatever saves time, FP8
+            copies of weights among it. "balanced": never more bytes than in high precision; what an activation between two FP8
+            linears reads is kept in FP8, except with `like_te`. "saving": FP8 inputs of linears and copies of weights are made
+            again in backward too.
         keep_weights: Keep the FP8 copies of weights across training steps until the weights change: across the microbatches of
             gradient accumulation, and forever for frozen weights. Costs two bytes per element; scale state is unaffected. On a
             GPU, or with the provider "reference".
@@ -68,7 +72,7 @@ class Options:
     include_logits: bool = False
     include_routers: bool = False
     like_te: bool = False
-    recompute_inputs: bool = False
+    memory: str = "balanced"
     keep_weights: bool = False
     amax_group: Any = None
     debug_dir: str | None = None
@@ -201,6 +205,8 @@ def _as_dict(options: Mapping[str, Any] | Options | None) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise ValueError(f"te_fp8: options must be a dict or te_dynamo.Options, not {type(options).__name__}")
     for key in options:
+        if key in REPLACED:
+            raise ValueError(f"te_fp8: the option {key!r} is now {REPLACED[key]}.")
         if key not in KEYS:
             raise ValueError(f"te_fp8: unknown option {key!r}{_nearest(key, KEYS)} The options are: {', '.join(KEYS)}.")
     return dict(options)

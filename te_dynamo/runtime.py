@@ -19,7 +19,6 @@ from te_dynamo.cache_key import sources_key
 from te_dynamo.config import Options
 from te_dynamo.ir.graph import copy_graph_module
 from te_dynamo.lowering.graph_passes import joint_graph_passes
-from te_dynamo.lowering.partition import inputs_recomputed
 from te_dynamo.lowering.registry import functions_in_graphs, modules
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered
@@ -44,7 +43,6 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
         passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), *joint_graph_passes(sources)]
         stack.enter_context(config.patch(joint_custom_pre_pass=passes))
-        stack.enter_context(inputs_recomputed(options.recompute_inputs))
         return compile_fx(gm, list(inputs), config_patches=options.inductor_config())  # type: ignore[return-value]
 
 

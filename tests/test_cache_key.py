@@ -22,7 +22,7 @@ OTHER: dict[str, Any] = {
     "include_logits": True,
     "include_routers": True,
     "like_te": True,
-    "recompute_inputs": True,
+    "memory": "saving",
     "keep_weights": True,
     "verify": True,
     "strict": True,

@@ -50,6 +50,7 @@ def test_every_key_is_documented():
         ("strict", 0, "True or False"),
         ("debug_dir", 3, "path of a folder"),
         ("debug_dir", "", "path of a folder"),
+        ("memory", "balancd", "Did you mean 'balanced'?"),
         ("mode", "max-autotun", "Did you mean 'max-autotune'?"),
         ("inductor", ["max_autotune"], "a dict"),
         ("inductor", {1: True}, "a dict"),
@@ -76,6 +77,12 @@ def test_an_unknown_key_suggests_the_near_one(key, near):
 def test_an_unknown_key_like_nothing_lists_all():
     with pytest.raises(ValueError, match="unknown option 'zzzz'. The options are: recipe, provider"):
         Options.from_user({"zzzz": 1})
+
+
+def test_an_option_that_was_replaced_names_what_is_in_its_place():
+    for give in (Options.from_user, set_options):
+        with pytest.raises(ValueError, match="the option 'recompute_inputs' is now memory='saving'"):
+            give({"recompute_inputs": True})
 
 
 def test_options_of_a_wrong_type():

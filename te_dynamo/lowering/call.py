@@ -33,6 +33,8 @@ class Call:
     calibrating: whether an unset scale, which is 0, is taken from the tensor itself.
     records: whether its amaxes are wanted: a site with slots, in training.
     cached: "training" or "inference" where the weights come in quantized already, for both directions or for forward.
+    keeps_fp8: whether what an activation reads of its result is kept for backward in FP8 (see `lowering.activations`).
+    remakes: what backward makes again instead of keeping it: "weights", the FP8 copies that dgrad reads; "input", the FP8 input.
     producer: the computation that makes the first input, where a kernel of its own writes that quantized.
     attributes: the operation's, and what it tells of a node beside them (`SemanticOp.attributes_of`).
     """
@@ -46,6 +48,8 @@ class Call:
     calibrating: bool = False
     records: bool = False
     cached: str = ""
+    keeps_fp8: bool = False
+    remakes: tuple[str, ...] = ()
     producer: Call | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 

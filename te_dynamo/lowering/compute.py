@@ -38,7 +38,7 @@ def compute_forward(call: Call, flat: Sequence[Any], scales: Scales, needs: Sequ
     with _in_full_precision(call.device):
         if call.producer is not None:
             scale, lead = scales.at(call.operation.roles.forward[0]), inputs[0][0].shape[:-1]
-            quantize = partial(implementation.quantize_operand, scale=scale)
+            quantize = partial(implementation.quantize_operand, call, scale=scale)
             operand, made = producer_of(call.producer).forward(call.producer, inputs[0], scale, quantize)
             inputs[0], wanted[0] = MadeOperand(operand, lead), any(flattened(wanted[0]))
         if call.cached:

@@ -9,10 +9,12 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
+from te_dynamo.lowering.activations import ActivationsInFP8
+
 
 def joint_graph_passes(version: str) -> list[CustomGraphPass]:
     """All of them, in order. version: of our code, which the caches' key must hold."""
-    return [OneMeasurement(version)]
+    return [OneMeasurement(version), ActivationsInFP8(version)]
 
 
 class OneMeasurement(CustomGraphPass):

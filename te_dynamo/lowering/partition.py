@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,27 +13,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.lowering.call import Call
 
-_recompute_inputs: ContextVar[bool] = ContextVar("recompute_inputs", default=False)
 
-
-@contextmanager
-def inputs_recomputed(recompute: bool) -> Iterator[None]:
-    """What is traced in here makes the FP8 inputs of its linears again in backward, if `recompute`."""
-    token = _recompute_inputs.set(recompute)
-    try:
-        yield
-    finally:
-        _recompute_inputs.reset(token)
-
-
-def activation_cast() -> AbstractContextManager[None]:
-    """Around the cast of an activation to FP8, up to its last step, the rounding."""
-    return recomputed_in_backward() if _recompute_inputs.get() else nullcontext()
-
-
-def activation_rounding() -> AbstractContextManager[None]:
-    """Around the rounding to FP8: its result is what backward keeps of the activation, or makes again."""
-    return recomputed_in_backward() if _recompute_inputs.get() else kept_for_backward()
+def kept_or_remade(call: Call) -> AbstractContextManager[None]:
+    """Around the rounding of an input to FP8: it is what backward keeps of the input, or makes again."""
+    return recomputed_in_backward() if "input" in call.remakes else kept_for_backward()
 
 
 def kept_for_backward() -> AbstractContextManager[None]:

@@ -1,13 +1,14 @@
 """Linears of one input with one scale a tensor: forward, dgrad and wgrad, for any GEMM that multiplies FP8.
 
 What a provider brings is `Kernels`; the order of quantization, what is saved for backward and where amaxes go are the same for
-all. Saved: the input in FP8, once for all linears that share it, and the weights' scales. The weights' FP8 copies are made again
-in backward from the weights themselves, with the scales of the forward.
+all. Saved: the input in FP8, once for all linears that share it, and the weights' scales. The weights' FP8 copies are made again in
+backward from the weights themselves, with the scales of the forward, or kept where a kernel wrote them (see `Call.remakes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, casting_of, dequantize, quantize, row_amax
 from te_dynamo.lowering.limits import unaligned, unsupported_dtype
-from te_dynamo.lowering.partition import activation_cast, activation_rounding, recomputed_in_backward
+from te_dynamo.lowering.partition import kept_for_backward, recomputed_in_backward
 from te_dynamo.lowering.quantized import Kept, MadeOperand, Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation, Needs
 from te_dynamo.recipe import margin_of
@@ -74,18 +75,19 @@ class Kernels:
         """`t.t()` as an operand, of a `t` that lies in memory."""
         return torch.ops.te_dynamo.transpose(t) if self.contiguous else t.t()
 
-    def activation(self, x: Tensor, scale_of: ScaleOf) -> Quantized:
-        """x [T, K], padded: left to Inductor, which fuses it with what makes x. It is what backward keeps of x."""
+    def activation(self, x: Tensor, scale_of: ScaleOf, *, remade: bool) -> Quantized:
+        """x [T, K], padded: left to Inductor, which fuses it with what makes x. It is what backward keeps of x, unless `remade`."""
         amax = row_amax(x)
         scale = scale_of.of(amax)
-        with activation_cast():
+        with recomputed_in_backward() if remade else nullcontext():
             scaled = pad_rows(scale_of.casting.saturated(x, scale.value, scale_of.dtype), self.multiple)
-        with activation_rounding():
+        with recomputed_in_backward() if remade else kept_for_backward():
             data = self.stored(scaled.to(scale_of.dtype))
         return Quantized(data, scale.inverse, scale=scale.value, amax=amax)
 
-    def weight(self, parts: Sequence[Tensor], rows: GemmRows, scale_of: ScaleOf) -> Quantized:
-        """The weights [N_i, K] of one GEMM, joined [N, K]. Backward makes it again."""
+    def weight(self, parts: Sequence[Tensor], rows: GemmRows, scale_of: ScaleOf, *, across: bool) -> Quantized:
+        """The weights [N_i, K] of one GEMM, joined [N, K]; across: with the transposed copy, where kernels have one. Without it backward
+        quantizes them again."""
         with recomputed_in_backward():
             w = rows.join(parts)
         amax = row_amax(w)
@@ -114,8 +116,8 @@ Cast = Callable[[list[Tensor], Tensor, torch.dtype, int, bool, bool], tuple[Tens
 
 @dataclass(frozen=True)
 class OnePassKernels(Kernels):
-    """One kernel reads a weight and writes it, its transposed copy and its amax. The transposed copy is kept for backward, which
-    does not read the weight again.
+    """One kernel reads a weight and writes it, its transposed copy and its amax. Where the transposed copy is kept for backward, that
+    does not read the weight again; else the kernel writes it there.
 
     Activations and gradients are left to Inductor: it writes them from within the kernel that makes them, which saves more
     than one reading does.
@@ -123,11 +125,17 @@ class OnePassKernels(Kernels):
 
     cast: Cast = field(kw_only=True)
 
-    def weight(self, parts: Sequence[Tensor], rows: GemmRows, scale_of: ScaleOf) -> Quantized:
+    def weight(self, parts: Sequence[Tensor], rows: GemmRows, scale_of: ScaleOf, *, across: bool) -> Quantized:
         scale = scale_of.known or scale_of.of(torch.cat([row_amax(p) for p in parts]))
-        interleave = rows.interleave if len(parts) > 1 else 0
-        data, transposed, amax = self.cast(list(parts), scale.value, scale_of.dtype, interleave, True, True)
-        return Quantized(data, scale.inverse, transposed, scale=scale.value, amax=amax)
+        data, transposed, amax = self.cast(list(parts), scale.value, scale_of.dtype, _interleave(parts, rows), True, across)
+        return Quantized(data, scale.inverse, transposed if across else None, scale=scale.value, amax=amax)
+
+    def weight_transposed(self, parts: Sequence[Tensor], rows: GemmRows, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.cast(list(parts), scale, dtype, _interleave(parts, rows), False, True)[1]
+
+
+def _interleave(parts: Sequence[Tensor], rows: GemmRows) -> int:
+    return rows.interleave if len(parts) > 1 else 0
 
 
 class PerTensorLinears(Implementation):
@@ -147,8 +155,8 @@ class PerTensorLinears(Implementation):
     def unsupported(self, case: Case) -> str | None:
         return (unaligned(case) if self.kernels.contiguous else None) or unsupported_dtype(case.attributes["out_dtype"])
 
-    def quantize_operand(self, x: Tensor, scale: ScaleOf) -> Quantized:
-        return self.kernels.activation(x, scale)
+    def quantize_operand(self, call: Call, x: Tensor, scale: ScaleOf) -> Quantized:
+        return self.kernels.activation(x, scale, remade="input" in call.remakes)
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         """For training each with its transposed copy, and its amax as one number. Scaling each by its own amax costs one more
@@ -156,7 +164,7 @@ class PerTensorLinears(Implementation):
         rows, own = GemmRows.of(call.attributes), scales_of(call, None)
         made = []
         for gemm in rows.gemms():
-            w8 = self.kernels.weight([weights[i].detach() for i in gemm], rows, own.at("weight", gemm[0]))
+            w8 = self.kernels.weight([weights[i].detach() for i in gemm], rows, own.at("weight", gemm[0]), across=call.cached == "training")
             assert w8.data is not None and w8.amax is not None
             if call.cached == "inference":
                 made.append(w8.for_backward("data", "scale_inv"))
@@ -175,14 +183,14 @@ class PerTensorLinears(Implementation):
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         kernels, rows, dtype = self.kernels, GemmRows.of(call.attributes), call["out_dtype"]
         x, weights, biases, *kept = inputs
-        x8, lead = x if isinstance(x, MadeOperand) else (kernels.activation(matrix(x), scales.at("input")), x.shape[:-1])
+        x8, lead = x if isinstance(x, MadeOperand) else (self.quantize_operand(call, matrix(x), scales.at("input")), x.shape[:-1])
         assert x8.data is not None and x8.scale_inv is not None and x8.amax is not None
         outputs, saved, amaxes = [], [], [x8.amax] * (2 * len(rows.sizes))
         for number, gemm in enumerate(rows.gemms()):
             if call.cached:
                 w8 = (kept[0] if kept else weights)[number]
             else:
-                w8 = kernels.weight([weights[i] for i in gemm], rows, scales.at("weight", gemm[0]))
+                w8 = kernels.weight([weights[i] for i in gemm], rows, scales.at("weight", gemm[0]), across="weights" not in call.remakes)
             bias = rows.join_biases(biases, gemm, dtype, x8.data)
             y = kernels.multiply(x8.data, w8.data, x8.scale_inv, w8.scale_inv, dtype, bias, True)
             y = y[: tokens_of(lead)] if kernels.multiple > 1 else y

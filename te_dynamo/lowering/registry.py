@@ -38,7 +38,7 @@ class Case:
     learns: whether a gradient flows to the input of this name; in_memory: whether that lies in memory already, so that no
         kernel that makes it could be fused with what reads it.
     only_operand: of a producer, whether nothing but the operand that it makes is wanted of it.
-    recompute_inputs: the option.
+    remakes: what backward makes again (see `Call.remakes`).
     """
 
     op: SemanticOp
@@ -50,7 +50,7 @@ class Case:
     learns: Callable[[str], bool] = lambda name: False
     in_memory: Callable[[str], bool] = lambda name: False
     only_operand: bool = True
-    recompute_inputs: bool = False
+    remakes: tuple[str, ...] = ()
 
 
 class Forward(NamedTuple):
@@ -124,7 +124,7 @@ class Implementation:
     ) -> Backward:
         raise NotImplementedError
 
-    def quantize_operand(self, x: Tensor, scale: ScaleOf) -> Quantized:
+    def quantize_operand(self, call: Call, x: Tensor, scale: ScaleOf) -> Quantized:
         """The first input [tokens, K], as its GEMMs read it: of those that take an operand from a producer."""
         raise NotImplementedError
 

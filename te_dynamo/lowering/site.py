@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from te_dynamo.lowering.activations import kept_in_fp8
 from te_dynamo.lowering.call import Call, flattened
 from te_dynamo.lowering.compute import compute_backward, compute_forward, read_in_backward, scales_of, unflattened
 from te_dynamo.lowering.opaque import opaque_backward, opaque_forward
@@ -93,7 +94,8 @@ def site(
     flat = [*flattened(inputs), *flattened(cached)]
     results = list(_Site.apply(call, scales, grad_scales, sink, *flat))
     amax = [results.pop()] if call.records else []
-    return [*call.operation.outputs(call.attributes, results), *amax]
+    outputs = call.operation.outputs(call.attributes, results)
+    return [*(map(kept_in_fp8, outputs) if call.keeps_fp8 else outputs), *amax]
 
 
 def _pairs(scales: SiteScales) -> list[Scale] | None:

@@ -193,6 +193,8 @@ class _Lowering:
             recipe="" if plan.recipe is None else plan.recipe.key,
             amax_group=plan.amax_group,
             records=slots is not None and plan.trains,
+            keeps_fp8=plan.keeps_fp8,
+            remakes=plan.remakes,
             producer=self.producer(node, op, plan, unset) if plan.produces else None,
             attributes=op.all_attributes(node, plan.recipe),
         )

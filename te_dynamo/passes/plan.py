@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ from te_dynamo.config import Options
 from te_dynamo.ir import op_of, site_of
 from te_dynamo.ir.graph import fake, tensor, upstream
 from te_dynamo.ir.meta import IN_MEMORY, MASK, NOTES, ORIGIN, PATH, PLAN, PRODUCER, RECIPE, SITE, members_of, origin_of, site_path
-from te_dynamo.ir.op import SemanticOp
+from te_dynamo.ir.op import Gemm, SemanticOp
+from te_dynamo.ir.sizes import product
 from te_dynamo.lowering import registry
 from te_dynamo.lowering.cost import flops_of_gemm
+from te_dynamo.lowering.memory import MEMORY
 from te_dynamo.lowering.registry import Case, Implementation
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.select import wants_fp8
@@ -33,6 +36,7 @@ class Plan:
     calibrator: who computes it while a scale was never set: the provider itself, or another where that does not calibrate.
     amax_group: the name of the process group whose ranks share first scales, or "": in inference a rank may run alone.
     shared: roles that move as one because a kernel takes one scale for them (`Implementation.shared`).
+    keeps_fp8, remakes: what is kept for backward (see `Call`).
     produces: whether the provider makes its operand together with what the model computes it with.
     """
 
@@ -43,6 +47,8 @@ class Plan:
     opaque: bool = False
     calibrator: str = ""
     amax_group: str = ""
+    keeps_fp8: bool = False
+    remakes: tuple[str, ...] = ()
     produces: bool = False
     shared: tuple[tuple[str, ...], ...] = ()
 
@@ -80,7 +86,6 @@ class Planner:
             trains,
             learns=lambda name: is_learned(inputs[name]),
             in_memory=lambda name: lies_in_memory(inputs[name]),
-            recompute_inputs=self.options.recompute_inputs,
             **facts,
         )
 
@@ -121,7 +126,7 @@ class Planner:
         return self.amax_group if getattr(recipe, "reduce_amax", False) else ""
 
     def _computed_by(
-        self, provider: str, implementation: Implementation, op: SemanticOp, recipe: Recipe | None, trains: bool, produces: bool = False
+        self, provider: str, implementation: Implementation, op: SemanticOp, recipe: Recipe | None, trains: bool, **more: Any
     ) -> Plan:
         return Plan(
             provider,
@@ -132,7 +137,7 @@ class Planner:
             calibrator=provider if implementation.calibrates else registry.calibrator_of(op, recipe, self.device),
             amax_group=self._group_of(recipe) if trains else "",
             shared=implementation.shared,
-            produces=produces,
+            **more,
         )
 
     def _gemms(self, node: Node, op: SemanticOp, trains: bool) -> None:
@@ -142,8 +147,13 @@ class Planner:
         implementation = choice.implementation
         assert implementation is not None, "a site that nobody computes is left to Inductor by `select`"
         maker = next((n for n in node.all_input_nodes if n.name == node.meta.get(PRODUCER)), None)
-        producer, kept_by_inductor = self._producer(node, maker, choice.provider, implementation, recipe, trains)
-        plan = self._computed_by(choice.provider, implementation, op, recipe, trains, produces=kept_by_inductor is None)
+        memory, remakes = MEMORY[self.options.memory], self._remakes(op.gemms(node)) if trains else ()
+        keeps_fp8 = trains and memory.activations == "fp8" and not getattr(recipe, "like_te", False)
+        producer, kept_by_inductor = self._producer(node, maker, choice.provider, implementation, recipe, trains, remakes)
+        produces = kept_by_inductor is None
+        plan = self._computed_by(
+            choice.provider, implementation, op, recipe, trains, produces=produces, remakes=remakes, keeps_fp8=keeps_fp8
+        )
         kind = op.kind if maker is None else f"{op_of(maker).kind}_{op.kind}"
         taken = []
         for gemm, member in zip(op.gemms(node), members_of(node), strict=True):
@@ -159,8 +169,21 @@ class Planner:
             taken[0].detail[op_of(maker).kind] = kept_by_inductor or producer.kernel
         node.meta[PLAN], node.meta[SITE] = plan, taken[0]
 
+    def _remakes(self, gemms: Sequence[Gemm]) -> tuple[str, ...]:
+        """What backward makes again of these GEMMs, which share their input."""
+        x = gemms[0].x
+        features = sum(fake(g.weight).numel() // int(fake(x).shape[-1]) for g in gemms)
+        return MEMORY[self.options.memory].remakes(features, product(fake(x).shape[:-1]), in_memory=lies_in_memory(x))
+
     def _producer(
-        self, node: Node, maker: Node | None, provider: str, implementation: Implementation, recipe: Recipe, trains: bool
+        self,
+        node: Node,
+        maker: Node | None,
+        provider: str,
+        implementation: Implementation,
+        recipe: Recipe,
+        trains: bool,
+        remakes: tuple[str, ...],
     ) -> tuple[registry.Producer | None, str | None]:
         """The kernel that could make the operand, and why Inductor does, as a clause; "" where there is no such kernel."""
         op = op_of(maker)
@@ -169,7 +192,8 @@ class Planner:
             return None, ""
         if implementation.opaque and not producer.calibrates:
             return producer, "its kernel wants a scale that was set, which the linears' operator may meet unset"
-        return producer, producer.unsupported(self.case(maker, op, recipe, trains, only_operand=set(maker.users) == {node}))
+        only_operand = set(maker.users) == {node}
+        return producer, producer.unsupported(self.case(maker, op, recipe, trains, only_operand=only_operand, remakes=remakes))
 
     def _alone(self, node: Node, op: SemanticOp, trains: bool) -> None:
         """A site without weights: an attention. In FP8 where that is wanted and possible, else in high precision."""
@@ -240,13 +264,10 @@ def is_learned(node: Any) -> bool:
 
 
 def lies_in_memory(node: Any) -> bool:
-    """Whether a value is an input of the graph or made by a GEMM: there is nothing that a kernel could be fused with."""
-    while is_view(node):
-        op = site_of(node.args[0])
-        if op is not None and op.gemms(node.args[0]):
-            return True
+    """Whether a value is an input of the graph or made by a GEMM or an attention: there is nothing that a kernel could be fused with."""
+    while site_of(node) is None and is_view(node):
         node = node.args[0]
-    return node.op == "placeholder"
+    return site_of(node) is not None or node.op == "placeholder"
 
 
 def _activation_flops(node: Node, op: SemanticOp) -> int:

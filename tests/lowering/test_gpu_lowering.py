@@ -1,17 +1,13 @@
 """What Inductor is given for a GPU: the graphs after AOTAutograd's partition, made and run on a CPU."""
 
-import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch._functorch.aot_autograd import make_boxed_func
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from te_dynamo.backend import te_fp8
@@ -21,6 +17,8 @@ from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.graph_passes import OneMeasurement
 from te_dynamo.lowering.registry import Case
 from te_dynamo.recipe import DelayedScaling
+from tests.numerics import sqnr
+from tests.partitioned import calls, casts, interpreted, saved_for_backward
 
 aten, ours = torch.ops.aten, torch.ops.te_dynamo
 TOKENS, HIDDEN, INNER, BLOCKS = 32, 64, 128, 2
@@ -39,30 +37,6 @@ class Block(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-@contextlib.contextmanager
-def interpreted() -> Iterator[list[GraphModule]]:
-    """The partitioned graphs that Inductor is given from here on, forward and backward in turn; they are interpreted."""
-    from torch._inductor import compile_fx
-
-    given: list[GraphModule] = []
-
-    def interpret(gm, example_inputs, **_):
-        given.append(gm)
-        return make_boxed_func(gm.forward)
-
-    registry.load()
-    generated = {k: i for k, i in registry._IMPLEMENTATIONS.items() if k[:2] == ("linears", "native") and k[3] == "cuda"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
-        for key, implementation in generated.items():
-            patch.setitem(registry._IMPLEMENTATIONS, (*key[:3], "cpu"), implementation)
-        registry.implementation_of.cache_clear()
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        yield given
-    registry.implementation_of.cache_clear()
-
-
 @pytest.fixture
 def graphs():
     with interpreted() as given:
@@ -73,7 +47,7 @@ def graphs():
 def steady():
     """Forward and backward of the model below, by delayed scaling: to be looked at only."""
     with interpreted() as given:
-        train(*model_and_input())
+        train(*model_and_input(), memory="speed")
     return tuple(given)
 
 
@@ -88,15 +62,6 @@ def model_and_input(tokens=TOKENS):
     return nn.Sequential(*[Block() for _ in range(BLOCKS)]).bfloat16(), torch.randn(1, tokens, HIDDEN).bfloat16().requires_grad_()
 
 
-def calls(gm: GraphModule, target) -> list[Node]:
-    return gm.graph.find_nodes(op="call_function", target=target)
-
-
-def casts(gm: GraphModule, *dtypes) -> list[Node]:
-    nodes = calls(gm, torch.ops.prims.convert_element_type.default)
-    return [n for n in nodes if n.args[1] in dtypes]
-
-
 def reaches(start: Node, goals: set[Node]) -> bool:
     seen, queue = set(), [start]
     while queue:
@@ -109,12 +74,6 @@ def reaches(start: Node, goals: set[Node]) -> bool:
     return False
 
 
-def saved_for_backward(forward: GraphModule, results: int) -> list[torch.Tensor]:
-    """What forward returns beyond its results that is not one of its inputs."""
-    (output,) = forward.graph.find_nodes(op="output")
-    return [n.meta["val"] for n in output.args[0][results:] if n.op != "placeholder"]
-
-
 def test_the_steady_graph_has_no_cast_that_waits_for_an_amax(steady):
     for gm in steady:
         goals = {*casts(gm, E4M3, E5M2), *calls(gm, ours.cast_transpose.default)}
@@ -125,7 +84,7 @@ def test_the_steady_graph_has_no_cast_that_waits_for_an_amax(steady):
 def test_under_current_scaling_every_cast_waits_for_its_amax(graphs):
     """The control of the test above."""
     model, x = model_and_input()
-    train(model, x, recipe="current")
+    train(model, x, recipe="current", memory="speed")
     for gm in graphs[:2]:
         goals = {*casts(gm, E4M3, E5M2), *calls(gm, ours.cast_transpose.default)}
         assert goals and all(any(reaches(amax, {goal}) for amax in calls(gm, aten.amax.default)) for goal in goals)
@@ -172,9 +131,6 @@ def test_backward_writes_each_transposed_copy_once(steady):
 
 
 def test_numerics_and_the_first_step(graphs):
-    def sqnr(exact, value):
-        return 20 * torch.log10(exact.double().norm() / (exact.double() - value.double()).norm()).item()
-
     model, x = model_and_input(tokens=24)  # not a multiple of 16
     compiled = torch.compile(model, backend=te_fp8, fullgraph=True)
     for _ in range(3):  # the first with scales of its own, then delayed
@@ -192,23 +148,36 @@ def test_numerics_and_the_first_step(graphs):
         model.zero_grad()
 
 
-def test_inputs_made_again_in_backward_are_not_kept(graphs):
-    """Nor is what they are made of, where something else keeps that anyhow."""
+def test_what_each_setting_of_memory_keeps(graphs):
+    """FP8 inputs and copies of weights that backward makes again give the bits of those that are kept."""
     saved, gradients = {}, {}
-    for again in (False, True):
+    for memory in ("speed", "balanced", "saving"):
         torch._dynamo.reset()
         torch.manual_seed(0)
         graphs.clear()
         model, x = model_and_input()
-        train(model, x, recompute_inputs=again)
-        saved[again] = [t for t in saved_for_backward(graphs[0], results=2) if t.numel() > HIDDEN]
-        gradients[again] = [p.grad for p in model.parameters()]
-    assert {E4M3} < {t.dtype for t in saved[False]}
-    inputs = [t for t in saved[True] if t.dtype == E4M3 and TOKENS in t.shape]
-    assert not inputs, inputs
-    kept = {again: sum(t.numel() * t.itemsize for t in tensors) for again, tensors in saved.items()}
-    assert kept[False] - kept[True] >= TOKENS * (HIDDEN + INNER)  # two blocks, each with two inputs, one byte an element, at least half
-    assert all(torch.equal(a, b) for a, b in zip(gradients[False], gradients[True], strict=True))
+        train(model, x, memory=memory)
+        saved[memory] = [t for t in saved_for_backward(graphs[0], results=2) if t.numel() > HIDDEN]
+        gradients[memory] = {name: p.grad for name, p in model.named_parameters()}
+
+    def kept(memory, *shapes, dtype=E4M3):
+        return sum(t.numel() for t in saved[memory] if t.dtype == dtype and sorted(t.shape) in map(sorted, shapes))
+
+    inputs, results = ((TOKENS, HIDDEN), (TOKENS, INNER)), ((TOKENS, 1, INNER),)
+    copies = (
+        2 * INNER * HIDDEN,
+        INNER * HIDDEN,
+    )  # gate and up together have more than twice as many rows as there are tokens, down has not
+    assert kept("speed", *inputs) == kept("balanced", *inputs) == BLOCKS * TOKENS * (HIDDEN + INNER)
+    assert kept("speed", *results) == 0 and kept("balanced", *results) == kept("saving", *results) == BLOCKS * 2 * TOKENS * INNER
+    weights = ((2 * INNER, HIDDEN), (INNER, HIDDEN))
+    assert [kept(memory, *weights) for memory in saved] == [BLOCKS * sum(copies), BLOCKS * copies[1], 0]
+    assert kept("saving", *inputs) == 0
+    assert not any(t.dtype == torch.bfloat16 and t.shape[-1] in (INNER, 2 * INNER) for m in ("balanced", "saving") for t in saved[m])
+    for name, gradient in gradients["speed"].items():
+        same = torch.equal(gradient, gradients["balanced"][name])
+        assert same == (name in ("1.down.weight", "1.down.bias")), name  # whose gradients go through no activation
+        assert sqnr(gradient, gradients["saving"][name]) > 20
 
 
 def test_token_counts_of_any_size_share_one_graph(graphs):

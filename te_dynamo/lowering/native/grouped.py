@@ -16,6 +16,7 @@ bfloat16. What follows from this:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +33,7 @@ from te_dynamo.lowering.devices import HOPPER, too_old
 from te_dynamo.lowering.fp8 import E4M3, row_amax
 from te_dynamo.lowering.granularity import Blocks
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned
-from te_dynamo.lowering.partition import activation_cast, activation_rounding
+from te_dynamo.lowering.partition import kept_or_remade, recomputed_in_backward
 from te_dynamo.lowering.quantized import Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements
 from te_dynamo.recipe import Float8RowwiseScaling, Recipe
@@ -112,14 +113,15 @@ class NativeGroups(Implementation):
         return unaligned(case) or not_worth_it(case.inputs["x"], case.inputs["weight"], **cost)
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
-        return ("x", "offsets") if needs[1] and _wgrad_in_bf16(call) else ("offsets",)
+        weight = ["weight"] if needs[0] and _remakes_weight(call) else []
+        return (*(["x"] if needs[1] and _wgrad_in_bf16(call) else []), *weight, "offsets")
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         trains = call.cached == "training"
         w8 = _weight(call, weights[0].detach(), scales_of(call, None).at("weight"), both_ways=trains)
         if not trains:
             return [w8.for_backward("data", "scale_inv")]
-        return [w8._replace(amax=None if w8.amax is None else w8.amax.amax())]
+        return [w8._replace(scale=None, amax=None if w8.amax is None else w8.amax.amax())]
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         x, weight, offsets, *kept = inputs
@@ -128,24 +130,27 @@ class NativeGroups(Implementation):
         if call.cached:
             (w8,) = kept[0] if kept else weight
         else:
-            w8 = _weight(call, weight, scales.at("weight"), both_ways=needs[0])
+            w8 = _weight(call, weight, scales.at("weight"), both_ways=needs[0] and not _remakes_weight(call))
         assert w8.data is not None and w8.scale_inv is not None
         y = multiply(x8.data, w8.data, _of_rows(x8, groups.tokens), w8.scale_inv.expand(w8.data.shape[:2]), offsets, fast=True)
         amaxes = [t.amax for t in (x8, w8) if t.amax is not None]
         kept_of_x = x8.for_backward("data", "scale_inv") if needs[1] else Quantized()
-        kept_of_w = w8.for_backward("transposed", "scale_inv") if needs[0] else Quantized()
+        kept_of_w = w8.for_backward("transposed", "scale", "scale_inv") if needs[0] else Quantized()
         return Forward([y], [kept_of_x, kept_of_w], amaxes)
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
-        (x, _, offsets), (x8, w8), grad = inputs, saved, grads[0]
+        (x, weight, offsets), (x8, w8), grad = inputs, saved, grads[0]
         groups = Groups(offsets, grad.shape[0])
         by_tensor = isinstance(call.scaling, PER_TENSOR)
         one = grad.new_ones((), dtype=torch.float32)
         for_both = GRADIENT.quantize(grad) if by_tensor else None  # else each has scales of the other operand in it
         dx = dw = None
         if needs[0]:
+            if _remakes_weight(call):
+                with recomputed_in_backward():
+                    w8 = w8._replace(transposed=_cast(call, weight, w8.scale, both_ways=True)[1])
             assert w8.transposed is not None and w8.scale_inv is not None
             g8 = for_both or GRADIENT.quantize(grad.float() * w8.scale_inv[groups.of_row])
             columns = (w8.scale_inv if by_tensor else one).expand(w8.transposed.shape[:2])
@@ -157,6 +162,10 @@ class NativeGroups(Implementation):
             g8 = for_both or GRADIENT.quantize(grad.float() * x8.scale_inv.unsqueeze(1))
             dw = _wgrad(g8, x8, groups, x8.scale_inv if by_tensor else one, like_inputs=call["inputs_first"])
         return Backward([dx, dw, None], [row_amax(groups.only(grad))] if by_tensor else [])
+
+
+def _remakes_weight(call: Call) -> bool:
+    return "weights" in call.remakes and not call.cached
 
 
 def _wgrad_in_bf16(call: Call) -> bool:
@@ -186,24 +195,30 @@ def _input(call: Call, x: Tensor, groups: Groups, scale_of: ScaleOf) -> Quantize
     """x [T, K]; the scale_inv of rows is [T]."""
     recipe = call.scaling
     if isinstance(recipe, Float8RowwiseScaling):
-        with activation_rounding():
+        with kept_or_remade(call):
             made = Blocks(E4M3, 1, None, recipe.power_2_scale).quantize(x)
         return Quantized(made.data, _of_rows(made, groups.tokens))
     amax = row_amax(groups.only(x))
     scale = scale_of.of(amax)
-    with activation_cast():
+    with recomputed_in_backward() if "input" in call.remakes else nullcontext():
         scaled = scale_of.casting.saturated(x, scale.value, E4M3)
-    with activation_rounding():
+    with kept_or_remade(call):
         data = scaled.to(E4M3)
     return Quantized(data, scale.inverse, amax=amax)
 
 
 def _weight(call: Call, weight: Tensor, scale_of: ScaleOf, both_ways: bool) -> Quantized:
     """weight [E, N, K]; both_ways: with its transposed copies, [E, K, N]. The scale_inv of rows is [E, N]."""
-    recipe = call.scaling
-    if isinstance(recipe, Float8RowwiseScaling):
-        data, across, inverse, _ = torch.ops.te_dynamo.cast_matrices(weight, None, E4M3, recipe.power_2_scale, both_ways)
+    if isinstance(call.scaling, Float8RowwiseScaling):
+        data, across, inverse, _ = _cast(call, weight, None, both_ways)
         return Quantized(data, inverse, across if both_ways else None)
     scale = scale_of.known or scale_of.of(row_amax(weight))
-    data, across, _, amax = torch.ops.te_dynamo.cast_matrices(weight, scale.value, E4M3, False, both_ways)
-    return Quantized(data, scale.inverse, across if both_ways else None, amax=amax)
+    data, across, _, amax = _cast(call, weight, scale.value, both_ways)
+    return Quantized(data, scale.inverse, across if both_ways else None, scale=scale.value, amax=amax)
+
+
+def _cast(call: Call, weight: Tensor, scale: Tensor | None, both_ways: bool) -> Sequence[Tensor]:
+    """scale: None for one of each row."""
+    return torch.ops.te_dynamo.cast_matrices(
+        weight, scale, E4M3, getattr(call.scaling, "power_2_scale", False) and scale is None, both_ways
+    )

@@ -3,7 +3,8 @@
 What TE's own linear does (2.20.2, pytorch/module/linear.py) is done here, kernel for kernel. An input is quantized once, for
 forward and for wgrad, which reads its column-wise copy: that is saved, nothing else of it. So is a weight, for forward and for
 dgrad, and its column-wise copy is saved too: a byte an element from forward to backward, instead of another kernel that reads
-the weight. A gradient is quantized once, for dgrad and for wgrad. Copies that nobody asks for are not made.
+the weight, unless backward is to make it again (`Call.remakes`). A gradient is quantized once, for dgrad and for wgrad. Copies that
+nobody asks for are not made.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class BlockLinears(Implementation):
     cached = frozenset({"inference"})
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
-        return ()
+        return ("weights",) if "weights" in call.remakes else ()
 
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
         assert recipe is not None
@@ -79,7 +80,8 @@ class BlockLinears(Implementation):
             if call.cached:
                 w_rows = Copy(weights[number].data, weights[number].scale_inv, _square(kernels.weight))
             else:
-                w_rows, w_columns = kernels.quantize(rows.join([weights[i] for i in gemm]), kernels.weight, column_wise=needs_x)
+                kept = needs_x and "weights" not in call.remakes
+                w_rows, w_columns = kernels.quantize(rows.join([weights[i] for i in gemm]), kernels.weight, column_wise=kept)
                 saved.append(Quantized(w_columns.data, w_columns.scale_inv))
             bias = rows.join_biases(biases, gemm, dtype, x)
             # cuBLAS adds no float32 bias, and TE rounds it to bf16: it is added after the GEMM.
@@ -103,7 +105,12 @@ class BlockLinears(Implementation):
             if needs_x or wanted:
                 g_rows, g_columns = kernels.quantize(kernels.visible(g), kernels.gradient, row_wise=needs_x, column_wise=bool(wanted))
             if needs_x:
-                parts.append(kernels.gemm(g_rows, _copy(w8, kernels.weight), "NN", part_dtype)[: g.shape[0]])
+                if "weights" in call.remakes:
+                    w = rows.join([inputs[1][i] for i in gemm])
+                    w_columns = kernels.quantize(w, kernels.weight, row_wise=False, column_wise=True)[1]
+                else:
+                    w_columns = _copy(w8, kernels.weight)
+                parts.append(kernels.gemm(g_rows, w_columns, "NN", part_dtype)[: g.shape[0]])
             if wanted:
                 dtypes = {call.inputs[1][i] for i in wanted}
                 dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

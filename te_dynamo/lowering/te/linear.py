@@ -123,8 +123,9 @@ def gemm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dt
 def cast(
     parts: list[Tensor], scale: Tensor, dtype: torch.dtype, interleave: int, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A `per_tensor.Cast`: TE's kernel for one matrix; ours where matrices are joined, which TE's would have copied first."""
-    if len(parts) > 1:
+    """A `per_tensor.Cast`: TE's kernel for one matrix; ours where matrices are joined, which TE's would have copied first, and for the
+    transposed copy alone, beside which TE's writes the other."""
+    if len(parts) > 1 or not data:
         return torch.ops.te_dynamo.cast_transpose(parts, scale, dtype, interleave, data, transposed)
     return torch.ops.te_dynamo.te_quantize(parts[0], scale, dtype, data, transposed)
 

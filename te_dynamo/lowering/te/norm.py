@@ -84,8 +84,8 @@ class TENorm(Producer):
     def unsupported(self, case: Case) -> str | None:
         if not case.trains:
             return "in inference Inductor's norm writes FP8 as well"
-        if case.recompute_inputs:
-            return "recompute_inputs: what Inductor generates can be made again in backward"
+        if "input" in case.remakes:
+            return "memory='saving': what Inductor generates can be made again in backward"
         if not case.only_operand:
             return "its result is wanted in high precision too"
         if not case.in_memory("x"):

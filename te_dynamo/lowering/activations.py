@@ -1,0 +1,245 @@
+"""What backward reads of the result of an FP8 linear, kept in FP8: a pass over the joint graph.
+
+An activation (SwiGLU, GELU, ..., with biases and dropout) stands between two linears. Its backward reads what the first of them gave,
+the largest tensors of a layer. Where all that forward makes of it ends in FP8 casts, by element-wise operations alone, forward leaves a
+copy in FP8 behind, and backward computes of that what it reads:
+
+    forward    v ─▶ silu(gate) * up ─▶ FP8, as before        backward    v8 ─▶ v' ─▶ what it read of v, of silu(gate), ...
+               └─▶ v8, E4M3 with a scale for each 128
+
+The kernel that computes the activation reads v anyway: v8 costs its writing, and backward reads half as much. It is found on the joint
+graph, so no pattern of an activation need be known. What anything else reads, an attention or a sum with a residual, stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule, Node, map_arg, traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from te_dynamo.lowering.fp8 import E4M3, E5M2, FP8_MAX
+
+BLOCK = 128
+LEAST = 2.0**-100  # of an amax: 448 over it is a float32
+MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
+aten = torch.ops.aten
+REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.mean, aten.var, aten.var_mean, aten.any, aten.all}
+OF_THE_SHAPE = {aten.rand_like, aten.randn_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
+COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, which their tags do not tell
+
+
+def kept_in_fp8(y: Tensor) -> Tensor:
+    """`y` [..., N], the result of a linear, by way of a view [T, N] that is marked: the pass looks at this."""
+    meta = traceback.current_meta
+    before = meta.get("custom")
+    meta["custom"] = {**(before or {}), MARK: True}
+    try:
+        rows = y.view(-1, y.shape[-1])
+    finally:
+        if before is None:
+            del meta["custom"]
+        else:
+            meta["custom"] = before
+    return rows.view(y.shape)
+
+
+def in_blocks(t: Tensor) -> Tensor:
+    """[T, N], rows side by side or apart -> [T, blocks, size]. A block is 128 of a row, or all of it where N is no multiple of that."""
+    size = BLOCK if t.shape[-1] % BLOCK == 0 else t.shape[-1]
+    return aten.view.default(t, [-1, t.shape[-1] // size, size])
+
+
+def pack(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v [T, N] -> E4M3 [T, blocks, size], scale_inv float32 [T, blocks, 1]. NaN stays NaN and counts towards no amax; of a block with an
+    infinity no value is finite but zeros."""
+    blocks = in_blocks(v)
+    magnitude = blocks.abs().float()
+    amax = torch.where(magnitude.isnan(), 0.0, magnitude).amax(-1, keepdim=True)
+    scale = torch.where(amax > LEAST, FP8_MAX[E4M3] / amax, 1.0)
+    return (blocks.float() * scale).to(E4M3), amax / FP8_MAX[E4M3]
+
+
+def unpack(data: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """What was packed, [T, N]."""
+    return aten.view.default((data.float() * scale_inv).to(dtype), [-1, data.shape[1] * data.shape[2]])
+
+
+def amax_of_blocks(x: Tensor) -> Tensor:
+    """[T, N] -> [T * blocks], of values that are no NaN."""
+    return aten.view.default(in_blocks(x).amax(-1), [-1])
+
+
+class ActivationsInFP8(CustomGraphPass):
+    """See above. version: of our code, which the caches' key must hold."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    def uuid(self) -> Any:
+        return self.version
+
+    def __call__(self, graph: Graph) -> None:
+        results = [n for n in graph.nodes if _is_result(n)]
+        if results:
+            _Rewrite(graph, results).run()
+            graph.lint()
+
+
+def _is_result(node: Node) -> bool:
+    """Whether it is marked. What activation checkpointing decides about is left to it."""
+    if node.target is not aten.view.default or MARK not in node.meta.get("custom", ()) or "recompute" in node.meta:
+        return False
+    return not _is_backward(node) and node.meta["val"].dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_backward(node: Node) -> bool:
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Whether each element of its result is made of elements of its inputs, alike whenever it runs."""
+    if node.target is getattr or not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__name__", "") == "getitem"
+    pointwise = torch.Tag.pointwise in node.target.tags and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return pointwise or node.target.is_view or node.target.overloadpacket in COPIES
+
+
+def _ends(node: Node) -> bool:
+    """Whether its result is in FP8, small, or no value of its inputs: nothing that backward could read of it is in high precision."""
+    if node.target is torch.ops.te_dynamo.site_fwd.default or _is_fp8(node):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in REDUCTIONS | OF_THE_SHAPE
+
+
+def _wants_the_largest(node: Node) -> bool:
+    """Whether it reads of each of its inputs the largest element alone."""
+    return node.target is torch.ops.te_dynamo.largest.default or (node.target is aten.amax.default and len(node.args) == 1)
+
+
+def _is_fp8(node: Node) -> bool:
+    made = node.meta.get("val")
+    return any(isinstance(t, Tensor) and t.dtype in (E4M3, E5M2) for t in (made if isinstance(made, (list, tuple)) else [made]))
+
+
+class _Rewrite:
+    """Of one graph, in which `results` are marked."""
+
+    def __init__(self, graph: Graph, results: Sequence[Node]) -> None:
+        self.graph, self.nodes, self.fake_mode = graph, list(graph.nodes), results[0].meta["val"].fake_mode
+        closed = self._closed()
+        self.results = {r for r in results if closed[r]}
+        self.inside = self._inside()
+        self.remade: dict[Node, Node] = {}  # by what is inside: what backward reads in its place
+        self.traced: dict[Any, GraphModule] = {}
+
+    def run(self) -> None:
+        """Amaxes of what is inside are taken by blocks too, so that one kernel does all of it."""
+        for node in self.nodes:
+            if _is_backward(node):
+                for value in node.all_input_nodes:
+                    node.replace_input_with(value, self._remake(value, node))
+
+        if self.remade:
+            for node in self.inside:
+                node.meta.pop("recompute", None)  # backward reads it no more, so there is nothing to make again
+            for node in self.nodes:
+                if node.target is aten.amax.default and node.args[0] in self.inside:
+                    self._measure_by_blocks(node)
+
+    def _measure_by_blocks(self, amax: Node) -> None:
+        """An amax of each row [T], of which nothing but the largest is wanted, becomes amaxes of blocks [T * blocks]."""
+        casts = [u for u in amax.users if u.target is torch.ops.prims.convert_element_type.default]
+        readers = {u for n in (amax, *casts) for u in n.users} - {*casts}
+        if amax.args[1:] != ([-1],) or not all(map(_wants_the_largest, readers)):
+            return
+        (rows,) = amax.all_input_nodes
+        (new,) = self._inline(self._traced(amax_of_blocks, rows.meta["val"]), [rows], amax)
+        amax.replace_all_uses_with(new)
+        self.graph.erase_node(amax)
+        for cast in casts:
+            cast.meta["val"] = self._value(cast)
+
+    def _closed(self) -> dict[Node, bool]:
+        """For each node of forward, whether all that forward makes of it ends (see `_ends`)."""
+        closed: dict[Node, bool] = {}
+        for node in reversed(self.nodes):
+            closed[node] = all(_is_backward(u) or _ends(u) or (_is_elementwise(u) and closed[u]) for u in node.users)
+        return closed
+
+    def _inside(self) -> set[Node]:
+        """The results and what forward computes of them element for element, up to the FP8 values that are kept."""
+        inside = set(self.results)
+        for node in self.nodes:
+            kept = node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE
+            if not kept and _is_elementwise(node) and not _is_backward(node) and not inside.isdisjoint(node.all_input_nodes):
+                inside.add(node)
+        return inside
+
+    def _remake(self, value: Node, before: Node) -> Node:
+        """`value`, made for backward of what is kept in FP8."""
+        if value not in self.inside:
+            return value
+        if value not in self.remade:
+            if value in self.results:
+                self.remade[value] = self._kept_in_fp8(value, before)
+            else:
+                with self.graph.inserting_before(before):
+                    new = self.graph.node_copy(value, lambda n: self._remake(n, before))
+                self.remade[value] = _of_backward(new)
+        return self.remade[value]
+
+    def _kept_in_fp8(self, result: Node, before: Node) -> Node:
+        t = result.meta["val"]
+        kept = [self._saved(n) for n in self._inline(self._traced(pack, t), [result], result.next)]
+        back = self._traced(unpack, *(n.meta["val"] for n in kept), dtype=t.dtype)
+        return self._inline(back, kept, before, _of_backward)[0]
+
+    def _saved(self, node: Node) -> Node:
+        """`node` through what cannot be fused, so that the partitioner takes it for memory: what could be fused weighs twice as much, and
+        then the result itself would be kept. "Must be saved" counts only for what results of forward are made of."""
+        t = node.meta["val"]
+        with self.graph.inserting_after(node):
+            new = self.graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (node, list(t.stride())))
+        new.meta |= {"val": t, "partitioner_tag": "is_forward"}
+        return new
+
+    def _traced(self, function: Callable[..., Any], *tensors: Tensor, **keywords: Any) -> GraphModule:
+        """`function` of such tensors, in what Inductor takes. It is traced for two rows, and is right for any number."""
+        from torch._inductor.decomposition import select_decomp_table
+
+        key = (function, *keywords.values(), *((t.shape[1:], t.dtype, t.device) for t in tensors))
+        if key not in self.traced:
+            with self.fake_mode:
+                rows = [torch.empty((2, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in tensors]
+                self.traced[key] = make_fx(partial(function, **keywords), select_decomp_table())(*rows)
+        return self.traced[key]
+
+    def _inline(self, gm: GraphModule, inputs: Sequence[Node], before: Node, note: Callable[[Node], Node] = lambda n: n) -> list[Node]:
+        """The nodes of `gm`, which read `inputs`, before a node; gives its results."""
+        copies, given = dict[Node, Node](), iter(inputs)
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(given)
+            elif node.op != "output":
+                with self.graph.inserting_before(before):
+                    copies[node] = note(self.graph.node_copy(node, copies.__getitem__))
+                copies[node].meta["val"] = self._value(copies[node])
+        results = gm.graph.output_node().args[0]
+        return [copies[n] for n in (results if isinstance(results, (list, tuple)) else [results])]
+
+    def _value(self, node: Node) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.fake_mode:
+            return node.target(*args, **kwargs)
+
+
+def _of_backward(node: Node) -> Node:
+    node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "partitioner_tag": "is_backward"}
+    return node

@@ -1,0 +1,214 @@
+"""What backward reads of linears' results, kept in FP8: which results are, how exactly, and that gradients are those of what is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.measure import live_after
+from te_dynamo.backend import te_fp8
+from te_dynamo.lowering.activations import pack, unpack
+from te_dynamo.lowering.fp8 import E4M3
+from tests.numerics import sqnr
+from tests.partitioned import interpreted, saved_for_backward
+
+TOKENS, WIDTH, INNER = 48, 32, 256
+
+
+class MLP(nn.Module):
+    """gate and up share an input; `act` makes the input of `down` of them."""
+
+    def __init__(self, act: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up = nn.Linear(WIDTH, INNER, bias=False), nn.Linear(WIDTH, INNER)
+        self.down, self.act = nn.Linear(INNER, WIDTH), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.gate(x), self.up(x)))
+
+
+def normed(gate: Tensor, up: Tensor) -> Tensor:
+    return F.rms_norm(F.silu(gate) * up, (INNER,))
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "tanh": lambda gate, up: F.gelu(gate + 1, approximate="tanh") * up,
+    "relu2": lambda gate, up: F.relu(gate).square() * up,
+    "clamped": lambda gate, up: gate.clamp(max=2) * torch.sigmoid(1.702 * gate) * (up.clamp(-2, 2) + 1),
+    "normed": normed,
+}
+
+
+@pytest.fixture
+def graphs() -> Iterator[list[GraphModule]]:
+    with interpreted() as made:
+        yield made
+
+
+def gradients(model: nn.Module, x: Tensor, steps: int = 2, **options: object) -> list[Tensor]:
+    """Of the second step, that of x among them."""
+    torch._dynamo.reset()
+    model, x = copy.deepcopy(model), x.clone().requires_grad_()
+    run = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": "current", **options})
+    for _ in range(steps):
+        run(x).square().sum().backward()
+        made = [x.grad, *(p.grad for p in model.parameters())]
+        x.grad, _ = None, model.zero_grad()
+    return made
+
+
+def kept(graphs: list[GraphModule]) -> tuple[int, int]:
+    """The elements that the last forward keeps of the two results: in FP8, and in high precision."""
+    forward = graphs[-2] if len(graphs) > 1 else graphs[0]
+    saved = [t for t in saved_for_backward(forward, 1) if t.numel() >= TOKENS * INNER]
+    # the FP8 input of `down` is a matrix
+    return sum(t.numel() for t in saved if t.dtype == E4M3 and t.dim() == 3), sum(t.numel() for t in saved if t.itemsize > 1)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_what_an_activation_reads_is_kept_in_fp8(graphs, act):
+    model, x = MLP(ACTIVATIONS[act]).bfloat16(), torch.randn(2, TOKENS // 2, WIDTH).bfloat16()
+    found = gradients(model, x)
+    assert kept(graphs) == (2 * TOKENS * INNER, 0)
+    exact = gradients(model, x, memory="speed")
+    assert kept(graphs)[0] == 0
+    of_down, others = found[-2:], found[:-2]
+    assert all(torch.equal(a, b) for a, b in zip(of_down, exact[-2:], strict=True))
+    assert all(22 < sqnr(e, f) < 60 for e, f in zip(exact, others, strict=False))
+
+
+def test_dropout_is_drawn_once(graphs):
+    """Backward drops what forward dropped."""
+    model, x = MLP(lambda gate, up: F.dropout(F.silu(gate) * up, 0.5)), torch.randn(1, WIDTH)
+    with torch.no_grad():
+        model.down.weight.zero_()[:, :WIDTH].fill_diagonal_(1.0)  # gives the first features as they are
+    run = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": "current"})
+    for _ in range(3):
+        model.zero_grad()
+        y = run(x)
+        y.sum().backward()
+        dropped = ((y - x - model.down.bias)[0].abs() < 1e-5).tolist()
+        assert dropped == (model.up.bias.grad[:WIDTH] == 0).tolist() and 0 < sum(dropped) < WIDTH
+    assert any(t.dtype == E4M3 and t.dim() == 3 for t in saved_for_backward(graphs[0], 1))
+
+
+class Reads(MLP):
+    """Something else reads a result too."""
+
+    def __init__(self, reads: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(ACTIVATIONS["swiglu"])
+        self.reads = reads
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = self.gate(x), self.up(x)
+        return x + self.down(self.act(gate, up)), self.reads(gate)
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [lambda gate: gate, lambda gate: gate.tanh(), lambda gate: gate @ gate.mT, lambda gate: torch.softmax(gate, 0)],
+    ids=["returned", "its tanh", "a product", "a softmax"],
+)
+def test_what_anything_else_reads_is_not(graphs, reads):
+    model, x = Reads(reads), torch.randn(TOKENS, WIDTH)
+    run = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": "current"})
+    y, other = run(x)
+    (y.sum() + other.sum()).backward()
+    forward = graphs[0]
+    in_fp8 = [t for t in saved_for_backward(forward, 2) if t.dtype == E4M3 and t.dim() == 3]
+    assert [t.numel() for t in in_fp8] == [TOKENS * INNER]  # up alone
+
+
+def test_an_attention_and_a_residual_are_left_alone(graphs):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o, self.up = (nn.Linear(WIDTH, WIDTH) for _ in range(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (linear(x).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+            x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x + self.up(F.layer_norm(x, (WIDTH,)))
+
+    model, x = Attention(), torch.randn(2, 16, WIDTH)
+    assert all(map(torch.equal, gradients(model, x), gradients(model, x, memory="speed")))
+
+
+def test_what_is_checkpointed_is_left_to_the_checkpoint(graphs):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = MLP(ACTIVATIONS["swiglu"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.mlp, x, use_reentrant=False)
+
+    model, x = Checkpointed(), torch.randn(TOKENS, WIDTH)
+    found = gradients(model, x)
+    assert not [t for t in saved_for_backward(graphs[-2], 1) if t.numel() >= TOKENS * INNER]
+    assert all(map(torch.equal, found, gradients(model, x, memory="speed")))
+
+
+def test_like_te_it_is_what_te_reads(graphs):
+    model, x = MLP(ACTIVATIONS["swiglu"]), torch.randn(TOKENS, WIDTH)
+    assert all(map(torch.equal, gradients(model, x, like_te=True), gradients(model, x, like_te=True, memory="speed")))
+
+
+def test_compiled_on_a_cpu():
+    """With symbolic lengths: bytes at the allocator, and gradients beside those of high precision."""
+    model, x = MLP(ACTIVATIONS["swiglu"]), torch.randn(1024, WIDTH)
+    model(x).square().sum().backward()
+    live, noise = {}, {}
+    for memory in ("speed", "saving"):
+        torch._dynamo.reset()
+        trained = copy.deepcopy(model)
+        run = torch.compile(trained, backend=te_fp8, fullgraph=True, dynamic=True, options={"recipe": "current", "memory": memory})
+        for tokens in (512, 1024):
+            trained.zero_grad()
+            run(x[:tokens]).square().sum().backward()
+        noise[memory] = [sqnr(e.grad, p.grad) for e, p in zip(model.parameters(), trained.parameters(), strict=True)]
+        live[memory] = live_after(lambda run=run: run(x))
+    # gate and up are float32: a byte of four is kept, and what Inductor keeps in their place, a factor of a gradient, is not
+    assert live["speed"] - live["saving"] > 0.9 * 2 * 1024 * INNER * 3
+    assert all(s > 17 and s > f - 1.5 for f, s in zip(noise["speed"], noise["saving"], strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 5),
+    columns=st.sampled_from([1, 7, 48, 128, 256, 384]),
+    exponent=st.integers(-40, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_what_is_packed(rows, columns, exponent, dtype, seed):
+    torch.manual_seed(seed)
+    t = (torch.randn(rows, columns) * 2.0**exponent).to(dtype)
+    back = unpack(*pack(t), dtype=dtype)
+    assert back.shape == t.shape and back.dtype == dtype
+    block = 128 if columns % 128 == 0 else columns
+    peak = t.double().reshape(-1, block).abs().amax(1, keepdim=True).expand(-1, block).reshape(t.shape)
+    # E4M3: three bits after the leading one, down to 2**-6 of 448; below, steps of 2**-9. And bf16's or float32's rounding of the result.
+    bound = torch.maximum(t.double().abs() * 2.0**-4, peak / 448 * 2.0**-10) + t.double().abs() * 2.0**-8
+    assert ((back.double() - t.double()).abs() <= bound).all()
+
+
+def test_special_values_when_packed():
+    t = torch.ones(4, 256)
+    t[0, 3], t[1, 200], t[2] = torch.nan, -torch.inf, 0.0
+    t[3] = 2.0**-126
+    back = unpack(*pack(t), dtype=torch.float32)
+    assert back[0].isnan().nonzero().flatten().tolist() == [3] and torch.equal(back[0, 4:], t[0, 4:])
+    assert torch.equal(back[1, :128], t[1, :128]) and not back[1, 128:].isfinite().any()
+    assert torch.equal(back[2], t[2]) and back[3].isfinite().all() and back[3].abs().max() <= 2.0**-100

@@ -1,0 +1,55 @@
+"""The graphs that Inductor is given after AOTAutograd's partition, as it would be for a GPU, made and run on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx import GraphModule, Node
+
+from te_dynamo.lowering import registry
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[list[GraphModule]]:
+    """The partitioned graphs that Inductor is given from here on, forward and backward in turn; they are interpreted."""
+    from torch._inductor import compile_fx
+
+    given: list[GraphModule] = []
+
+    def interpret(gm, example_inputs, **_):
+        given.append(gm)
+        return make_boxed_func(gm.forward)
+
+    registry.load()
+    generated = {k: i for k, i in registry._IMPLEMENTATIONS.items() if k[:2] == ("linears", "native") and k[3] == "cuda"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
+        for key, implementation in generated.items():
+            patch.setitem(registry._IMPLEMENTATIONS, (*key[:3], "cpu"), implementation)
+        registry.implementation_of.cache_clear()
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        yield given
+    registry.implementation_of.cache_clear()
+
+
+def calls(gm: GraphModule, target: Any) -> list[Node]:
+    return gm.graph.find_nodes(op="call_function", target=target)
+
+
+def casts(gm: GraphModule, *dtypes: torch.dtype) -> list[Node]:
+    nodes = calls(gm, torch.ops.prims.convert_element_type.default)
+    return [n for n in nodes if n.args[1] in dtypes]
+
+
+def saved_for_backward(forward: GraphModule, results: int) -> list[Tensor]:
+    """What forward returns beyond its results that is not one of its inputs."""
+    (output,) = forward.graph.find_nodes(op="output")
+    return [n.meta["val"] for n in output.args[0][results:] if n.op != "placeholder"]
