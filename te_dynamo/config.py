@@ -37,9 +37,9 @@ class Options:
             quantization that Inductor generates; on a CPU C++. "reference": quantize, dequantize, compute in high precision.
             "auto": native; on a GPU with Transformer Engine, "te" for what native has no kernel for. A provider requested by
             name that cannot run is an error that says what is missing.
-        skip: fnmatch patterns of the sites to keep in high precision, for example ("lm_head", "*.mlp.*"). They match a site's
+        skip: fnmatch patterns of the sites to keep in high precision, for example `("lm_head", "*.mlp.*")`. They match a site's
             path inside the compiled module, as `named_modules()` spells it; for a raw weight, the path plus the parameter's
-            name. ("*",) leaves everything to Inductor.
+            name. `("*",)` leaves everything to Inductor.
         attention: "fp8": attention in FP8. "high_precision": fused high-precision attention in the layout that suits its
             length. "off": attention is left alone (an nn.MultiheadAttention entirely, with its linears). "auto": what the
             recipe's `fp8_dpa` says; it is False by default, which means "high_precision".

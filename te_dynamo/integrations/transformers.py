@@ -27,10 +27,11 @@ class TEFP8Callback(TrainerCallback):
 
         trainer = Trainer(model, args, train_dataset=..., callbacks=[TEFP8Callback(recipe="current")])
 
-    resume_from: the checkpoint that `train(resume_from_checkpoint=...)` is given, where that is no folder `checkpoint-<step>` of
-        `output_dir`: a Trainer does not tell its callbacks.
-    compile: False where you compile the model, or its layers, yourself; then only checkpoints are this class's business.
-    plugin: the arguments of `TEFP8Plugin`: te_fp8's options, fullgraph, dynamic, use_regional_compilation, ...
+    Args:
+        resume_from: The checkpoint that `train(resume_from_checkpoint=...)` is given, where that is no folder `checkpoint-<step>` of
+            `output_dir`: a Trainer does not tell its callbacks.
+        compile: False where you compile the model, or its layers, yourself; then only checkpoints are this class's business.
+        plugin: The arguments of `TEFP8Plugin`: te_fp8's options, fullgraph, dynamic, use_regional_compilation, ...
 
     It warns of a checkpoint without scale state, and raises ValueError for one whose scale state is another run's. With
     `load_best_model_at_end` the best checkpoint's scales are loaded too.
