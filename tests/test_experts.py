@@ -15,6 +15,7 @@ import te_dynamo
 from te_dynamo import ops
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.ir.graph import is_call
+from te_dynamo.passes.raise_grouped import GATHERED
 from te_dynamo.sites import Site
 from tests.numerics import sqnr
 from tests.pipeline import stages_of
@@ -165,9 +166,12 @@ def test_products_with_a_matrix_for_each(spelling: Any, raised: int) -> None:
 
     torch.manual_seed(0)
     module, x = Module(), torch.randn(32, K)
-    recorded = stages_of(module, x)
+    found: list[Site] = []
+    with observing(lambda gm, sites, _: found.extend(sites.all)):
+        recorded = stages_of(module, x)
     graph = recorded.graphs["raise"]
     assert sum(is_call(n, ops.grouped_linear) for n in graph.graph.nodes) == raised
+    assert sum(s.reason == GATHERED for s in found) == (spelling is gathered)
     (y,) = graph(*recorded.inputs)
     torch.testing.assert_close(y, module(x), rtol=1e-4, atol=1e-4)
 
@@ -215,6 +219,14 @@ def test_every_expert_is_a_site_and_the_router_is_not(name: str, dtype: torch.dt
     routers = [s for s in sites if s.reason and "routers stay" in s.reason]
     assert len(routers) == 1, [(s.path, s.reason) for s in sites if s.reason]
     assert 18 < sqnr(model(input_ids=ids, use_cache=False).logits, y) < 60
+
+
+def test_a_loop_over_experts_is_told_of(no_codegen: None) -> None:
+    model, ids = model_of("mixtral", torch.float32), torch.randint(0, 128, (1, 8))
+    assert not any("Python loop" in note for note in te_dynamo.explain(model, input_ids=ids).notes)
+    model.set_experts_implementation("eager")
+    report = te_dynamo.explain(model, input_ids=ids)
+    assert report.graph_break_count and sum("set_experts_implementation('grouped_mm')" in note for note in report.notes) == 1
 
 
 def test_routers_can_be_included(no_codegen: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,12 +10,16 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from te_dynamo import ops
-from te_dynamo.ir.graph import emit, emit_permuted, fake, tensor
+from te_dynamo.ir.graph import emit, emit_permuted, fake, is_call, tensor
 from te_dynamo.ir.meta import PATH
 from te_dynamo.passes.raise_linear import SPELLINGS, find_weight, path_of_linear, unusable
 from te_dynamo.passes.rules import Declined, Match, Rule
-from te_dynamo.passes.weights import weight_of
+from te_dynamo.passes.weights import is_owned, origin, weight_of
 
+GATHERED = (
+    "a matrix is gathered for each token, whose product has one row: there is no GEMM to compute in FP8. Remedy, with transformers: "
+    "model.set_experts_implementation('grouped_mm')"
+)
 GROUPED: tuple[Any, ...] = tuple(f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None)
 
 
@@ -53,6 +58,15 @@ class GroupedMM(Rule):
         return _emit(graph, node, v["x"], weight, v["offsets"], v["path"])
 
 
+def _is_gathered(operand: Any) -> bool:
+    """Whether an operand is matrices of a parameter [E, ...] that a tensor chooses."""
+    chosen, _ = origin(operand)
+    if chosen is None or not is_call(chosen, operator.getitem, torch.index_select):
+        return False
+    source, _ = origin(chosen.args[0])
+    return source is not None and is_owned(source) and fake(source).dim() == 3
+
+
 class BatchedProduct(Rule):
     """A batch of matrices times a parameter with a matrix for each: all groups are of one size."""
 
@@ -62,6 +76,8 @@ class BatchedProduct(Rule):
     def match(self, node: Node) -> Match | Declined | None:
         contraction = SPELLINGS[node.target](node)
         found = None if contraction is None else find_weight(contraction)
+        if contraction is not None and found is None and any(map(_is_gathered, contraction.operands)):
+            return Declined(GATHERED)
         if contraction is None or found is None:
             return None
         side, ref = found

@@ -68,7 +68,7 @@ def explain(
                     outputs = run(*detached(args), **detached(kwargs))
                 if backward:
                     _scalar(outputs).backward()
-            return _report(recorder, backward, list(dict.fromkeys(_skipped(model, recorder))))
+            return _report(recorder, backward, list(dict.fromkeys([*_skipped(model, recorder), *_loop(model)])))
         finally:
             discard_code(recorder.backend)
 
@@ -278,6 +278,17 @@ LEAK = (
     "{} scaling has one scale for all tokens of a call: what a token gives depends, within FP8's rounding, on the tokens after it and on "
     "the rest of the batch. Where it must not: recipe='delayed', once its scales are trained, or 'rowwise'"
 )
+
+
+def _loop(model: nn.Module) -> list[str]:
+    """Whether experts of transformers are called one after the other."""
+    kinds = [m for m in model.modules() if getattr(m, "_can_set_experts_implementation", bool)()]
+    if not any(getattr(m.config, "_experts_implementation", None) == "eager" for m in kinds):
+        return []
+    return [
+        "the experts are called in a Python loop over those that tokens chose, which breaks the graph at each step. "
+        "Remedy: model.set_experts_implementation('grouped_mm')"
+    ]
 
 
 def _report(recorder: Recorder, backward: bool, notes: Sequence[str]) -> Report:
