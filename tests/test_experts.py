@@ -176,6 +176,40 @@ def test_products_with_a_matrix_for_each(spelling: Any, raised: int) -> None:
     torch.testing.assert_close(y, module(x), rtol=1e-4, atol=1e-4)
 
 
+class DenselyMasked(nn.Module):
+    """Every expert sees every token, and what tokens did not choose counts as nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(K, E, bias=False)
+        self.up, self.down = (nn.Parameter(torch.randn(E, *shape) * 0.1) for shape in ((N, K), (K, N)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).softmax(-1).topk(2)
+        shares = torch.zeros(x.shape[0], E).scatter(1, chosen.indices, chosen.values)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            y = y + shares[:, e : e + 1] * nn.functional.linear(nn.functional.silu(x @ self.up[e].t()), self.down[e])
+        return y
+
+
+def test_a_dense_mixture_by_hand(no_codegen: None) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x, found = DenselyMasked(), torch.randn(64, K), list[Site]()
+    with observing(lambda gm, sites, _: found.extend(sites.all)):
+        y = torch.compile(model, backend=te_fp8, fullgraph=True)(x)
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, [model.up, model.down], upstream)
+    expected = model(x)
+    taken = [s for s in found if s.provider is not None]
+    assert len(taken) == 2 * E and all(s.kind == "linear" for s in taken)
+    assert [s.path for s in found if "routers stay" in (s.reason or "")] == ["router"]
+    assert 22 < sqnr(expected, y) < 40
+    for true, ours in zip(torch.autograd.grad(expected, [model.up, model.down], upstream), gradients, strict=True):
+        assert 18 < sqnr(true, ours) < 40
+
+
 # --- models of transformers
 
 SIZES = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=128, max_position_embeddings=64)
