@@ -109,6 +109,13 @@ def test_all_three_products_are_fp8_s(recipe: Recipe, sizes: list[int]) -> None:
     assert all(a > b - less for a, b in zip(ours, defined, strict=True))  # dB
 
 
+@pytest.mark.parametrize(("capability", "there"), [((8, 9), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)], ids=str)
+def test_where_the_kernel_is(capability: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = NativeGroups().unavailable(RECIPES[0], torch.device("cuda"))
+    assert (reason is None) == there and (there or "Hopper" in str(reason))
+
+
 @pytest.mark.parametrize("spread", [0.0, 2.0, 4.0])
 def test_gradients_in_e4m3_lose_less_than_in_e5m2(spread: float) -> None:
     """What the recipe would have by its definition, also where tokens differ by orders of magnitude; and of each expert."""

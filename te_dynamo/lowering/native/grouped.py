@@ -29,7 +29,7 @@ import te_dynamo.lowering.kernels.transpose_rows  # noqa: F401  (register their 
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.cost import not_worth_it
-from te_dynamo.lowering.devices import HOPPER, too_old
+from te_dynamo.lowering.devices import dotted
 from te_dynamo.lowering.fp8 import E4M3, row_amax
 from te_dynamo.lowering.granularity import Blocks
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned
@@ -102,7 +102,10 @@ class NativeGroups(Implementation):
     cached = frozenset({"training", "inference"})
 
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
-        return too_old(device, HOPPER, "grouped FP8 GEMMs")
+        found = torch.cuda.get_device_capability(device)
+        return (
+            None if found[0] == 9 else f"torch's grouped FP8 GEMM is for Hopper (compute capability 9.0), this device has {dotted(found)}"
+        )
 
     def unsupported(self, case: Case) -> str | None:
         dtypes = {case.attributes["out_dtype"], case.inputs["x"].dtype, case.inputs["weight"].dtype}
