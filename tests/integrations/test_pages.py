@@ -52,6 +52,7 @@ NEEDS: dict[str, dict[str, str]] = {
     "docs/recipes.md": {},
     "docs/checkpoints.md": {"": "model.compile(backend='te_fp8'); model(x).sum().backward()"},
     "docs/debugging.md": {},
+    "docs/memory.md": {},
     "docs/memory-and-speed.md": {"": LLAMA + "model = tiny(LlamaForCausalLM)"},
     "docs/distributed.md": {
         "": LLAMA
