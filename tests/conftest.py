@@ -18,7 +18,8 @@ def no_codegen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     from te_dynamo.runtime import compile_without_codegen
 
     if request.node.get_closest_marker("inductor") is None:
-        monkeypatch.setattr("te_dynamo.backend.compile_inductor", compile_without_codegen)
+        for module in ("backend", "runtime"):  # the latter compiles a graph that calibrates, once it stays in use
+            monkeypatch.setattr(f"te_dynamo.{module}.compile_inductor", compile_without_codegen)
 
 
 @pytest.fixture(scope="session")

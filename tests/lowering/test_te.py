@@ -262,23 +262,11 @@ def test_dimensions_that_it_cannot_take_are_left_with_the_reason(stand_in):
     assert sum("is not a multiple of 16" in (s.reason or "") for s in found) == 2
 
 
-INDUCTOR = [("llama", "delayed")]  # generating code takes a minute a model
-
-
-TRAINED = [(name, recipe) for recipe in ("delayed", "current") for name in ("llama", "bert", "gpt2", "vit")]
-
-
-SLOW = {("vit", "delayed")}  # two minutes on some processors; its other recipe, and the other models, are quick
-
-
-def marks_of(case: tuple[str, str]) -> tuple[Any, ...]:
-    return (*((pytest.mark.inductor,) if case in INDUCTOR else ()), *((pytest.mark.slow,) if case in SLOW else ()))
-
-
-@pytest.mark.parametrize(("name", "recipe"), [pytest.param(*case, marks=marks_of(case)) for case in TRAINED])
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
 def test_a_model_trains_as_with_the_reference(stand_in, monkeypatch, name, recipe):
-    """8 steps, one graph: losses and scale state as the definition's; to the bit, but that Inductor sums otherwise around other GEMMs."""
-    check_training(SMALL[name], recipe, monkeypatch, exactly=(name, recipe) not in INDUCTOR)
+    """8 steps, one graph: losses and scale state as the definition's, to the bit."""
+    check_training(SMALL[name], recipe, monkeypatch, exactly=True)
 
 
 @pytest.mark.slow
@@ -286,6 +274,7 @@ def test_a_model_trains_as_with_the_reference(stand_in, monkeypatch, name, recip
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
 def test_a_model_trains_as_with_the_reference_under_inductor(stand_in, monkeypatch, name, recipe):
+    """But that Inductor sums otherwise around other GEMMs."""
     check_training(CASES[name], recipe, monkeypatch, exactly=False)
 
 
@@ -320,9 +309,19 @@ def check_training(case: Case, recipe: str, monkeypatch: pytest.MonkeyPatch, exa
 
 
 @pytest.mark.inductor
-def test_inference_with_te(stand_in):
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_under_inductor(stand_in, grad):
     torch._dynamo.reset()
-    model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval(), torch.randn(20, 32)
-    with torch.no_grad():
-        y = torch.compile(model, backend=te_fp8, options={"provider": "te"})(x)
-        assert sqnr(model(x), y) > 22
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), torch.randn(20, 32)
+    run = torch.compile(model.train(grad), backend=te_fp8, options={"provider": "te"})
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):  # with the scales that the first call sets, too
+            model.zero_grad()
+            y = run(x)
+            if grad:
+                y.square().sum().backward()
+    assert sqnr(model(x), y) > 22
+    if grad:
+        found = [p.grad for p in model.parameters()]
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        assert all(sqnr(a, b) > 17 for a, b in zip(expected, found, strict=True))
