@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.forks import Forks
 
@@ -20,6 +21,20 @@ def no_codegen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.node.get_closest_marker("inductor") is None:
         for module in ("backend", "runtime"):  # the latter compiles a graph that calibrates, once it stays in use
             monkeypatch.setattr(f"te_dynamo.{module}.compile_inductor", compile_without_codegen)
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_torch_s_is_left_changed() -> Iterator[None]:
+    """What is global in torch is after a test as it was before: another test, in another order, would compute something else."""
+
+    def state() -> tuple[object, ...]:
+        depth = torch.autocast_increment_nesting()
+        torch.autocast_decrement_nesting()
+        return depth, torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+
+    before = state()
+    yield
+    assert state() == before
 
 
 @pytest.fixture(scope="session")

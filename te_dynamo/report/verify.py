@@ -246,11 +246,20 @@ def _undisturbed(inputs: Sequence[Any]) -> Iterator[None]:
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     cuda = sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
     with ExitStack() as stack:
+        stack.callback(_leave_autocast, torch.autocast_increment_nesting())
         stack.enter_context(torch.random.fork_rng(cuda))
         for kind in {"cpu", *(d.type for d in devices)} & {"cpu", "cuda", "xpu"}:
             enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
             stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype))
         yield
+
+
+def _leave_autocast(depth: int) -> None:
+    """Leaves the regions of autocast from `depth` on, whose graph failed inside of them; else it would go on to keep weights that it cast."""
+    while torch.autocast_decrement_nesting() >= depth:
+        pass
+    if depth == 1:
+        torch.clear_autocast_cache()
 
 
 class _RandomOps(TorchDispatchMode):

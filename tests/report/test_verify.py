@@ -186,6 +186,10 @@ def test_nothing_is_disturbed() -> None:
 
 
 def test_autocast_is_what_it_was_after_an_error() -> None:
+    """Its depth too: in a region that is never left, weights would be cast once for good."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+
     def fn(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return torch.mm(x, x)
@@ -194,6 +198,8 @@ def test_autocast_is_what_it_was_after_an_error() -> None:
     notes: list[str] = []
     assert compare(gm, gm, [torch.randn(4, 3)], stage="any", note=notes.append) is None
     assert "cannot be run here" in notes[0] and not torch.is_autocast_enabled("cpu")
+    assert torch.autocast_increment_nesting() == depth
+    torch.autocast_decrement_nesting()
 
 
 def test_other_random_numbers_are_a_note() -> None:
