@@ -274,7 +274,7 @@ def test_a_change_of_format_or_margin_rescales():
 
 
 def test_the_margins_cost_nothing_in_the_steady_state():
-    """Against none, which scales each amax to the format's largest number: 0.1 dB at most, of outputs and of gradients, by the same data."""
+    """0.1 dB at most against none, which scales each amax to the format's largest number: of outputs and of gradients."""
     model, noise = Net(), {}
     for margin in (None, 0):
         trained_model = copy.deepcopy(model)

@@ -585,7 +585,6 @@ def test_a_slot_that_is_used_again_starts_unset():
     assert arena.take(FORWARD, 1) == range(3, 4)
 
 
-@pytest.mark.inductor  # whose one graph runs many times
 @pytest.mark.parametrize("provider", ["native", "reference"])
 def test_a_layer_that_takes_a_dead_one_s_place_starts_fresh(provider):
     """One graph, one instance after the other: sooner or later Python gives a new one's objects a dead one's addresses."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -495,12 +493,10 @@ RESUME = """
 """
 
 
-def test_resuming_in_another_process_is_bit_identical(tmp_path):
+def test_resuming_in_another_process_is_bit_identical(forks, tmp_path):
     root = Path(__file__).resolve().parents[2]
     for parts in (("whole", "first"), ("second",)):
-        command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RESUME), str(tmp_path), *parts]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        forks.run(textwrap.dedent(RESUME), str(tmp_path), *parts, path=[str(root)])
     whole, half, second = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "half", "second"))
     assert whole["losses"] == half["losses"] + second["losses"]
     assert_equal(whole["model"], second["model"])
