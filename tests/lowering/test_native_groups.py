@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from te_dynamo.ir.op import op_named
 from te_dynamo.lowering.call import Call, spec_of
 from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fine_grained import defined
@@ -19,7 +20,7 @@ from te_dynamo.lowering.grouped import FineGrainedGroups, PerTensorGroups
 from te_dynamo.lowering.native.grouped import Groups, NativeGroups
 from te_dynamo.lowering.per_tensor import defined_mm
 from te_dynamo.lowering.quantized import Scale, Scales
-from te_dynamo.lowering.registry import Backward, Forward, Implementation
+from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Float8RowwiseScaling, Recipe
 from tests.numerics import sqnr
 
@@ -112,7 +113,10 @@ def test_all_three_products_are_fp8_s(recipe: Recipe, sizes: list[int]) -> None:
 @pytest.mark.parametrize(("capability", "there"), [((8, 9), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)], ids=str)
 def test_where_the_kernel_is(capability: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = NativeGroups().unavailable(RECIPES[0], torch.device("cuda"))
+    inputs, _ = made([16] * E)
+    given = dict(zip(("x", "weight", "offsets"), inputs, strict=True))
+    case = Case(op_named("grouped_linear"), given, {"out_dtype": torch.bfloat16}, RECIPES[0], torch.device("cuda"), trains=True)
+    reason = NativeGroups().unsupported(case)
     assert (reason is None) == there and (there or "Hopper" in str(reason))
 
 

@@ -36,7 +36,7 @@ from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned
 from te_dynamo.lowering.partition import kept_or_remade, recomputed_in_backward
 from te_dynamo.lowering.quantized import Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements
-from te_dynamo.recipe import Float8RowwiseScaling, Recipe
+from te_dynamo.recipe import Float8RowwiseScaling
 
 GRADIENT = Blocks(E4M3, 1, None, power_of_2=True)  # each row
 
@@ -101,16 +101,12 @@ class Groups:
 class NativeGroups(Implementation):
     cached = frozenset({"training", "inference"})
 
-    def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
-        found = torch.cuda.get_device_capability(device)
-        return (
-            None if found[0] == 9 else f"torch's grouped FP8 GEMM is for Hopper (compute capability 9.0), this device has {dotted(found)}"
-        )
-
     def unsupported(self, case: Case) -> str | None:
         dtypes = {case.attributes["out_dtype"], case.inputs["x"].dtype, case.inputs["weight"].dtype}
         if dtypes != {torch.bfloat16}:
             return "torch's grouped FP8 GEMM is for bfloat16"
+        if (found := torch.cuda.get_device_capability(case.device))[0] != 9:  # better in bfloat16 than by another provider, GEMM by GEMM
+            return f"torch's grouped FP8 GEMM is for Hopper (compute capability 9.0), this device has {dotted(found)}"
         products = 2 if getattr(case.recipe, "high_precision_wgrad", False) else 3
         cost = {"training": case.trains, "products": products, "weight_bytes": 4}  # read once, written both ways
         return unaligned(case) or not_worth_it(case.inputs["x"], case.inputs["weight"], **cost)
