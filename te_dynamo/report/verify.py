@@ -255,7 +255,7 @@ def _undisturbed(inputs: Sequence[Any]) -> Iterator[None]:
 
 
 def _leave_autocast(depth: int) -> None:
-    """Leaves the regions of autocast from `depth` on, whose graph failed inside of them; else it would go on to keep weights that it cast."""
+    """Leaves the regions of autocast from `depth` on, in which a graph failed; else weights that it cast would be kept for good."""
     while torch.autocast_decrement_nesting() >= depth:
         pass
     if depth == 1:
