@@ -35,7 +35,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=arguments.dora))
     model.print_trainable_parameters()
-    model.compile(backend="te_fp8", options={"keep_weights": True})  # keep_weights: what is frozen is quantized once
+    model.compile(backend="te_fp8")  # what is frozen is quantized once
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=arguments.lr)
     if arguments.resume:
         state = torch.load(arguments.out / "state.pt")

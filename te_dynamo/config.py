@@ -52,9 +52,9 @@ class Options:
             copies of weights among it. "balanced": never more bytes than in high precision; what an activation between two FP8
             linears reads is kept in FP8, except with `like_te`. "saving": FP8 inputs of linears and copies of weights are made
             again in backward too.
-        keep_weights: Keep the FP8 copies of weights across training steps until the weights change: across the microbatches of
-            gradient accumulation, and forever for frozen weights. Costs two bytes per element; scale state is unaffected. On a
-            GPU, or with the provider "reference".
+        keep_weights: Keep the FP8 copies of weights that learn across training steps until the weights change: across the
+            microbatches of gradient accumulation. Costs two bytes per element; scale state is unaffected. On a GPU, or with the
+            provider "reference". Those of frozen weights are kept there anyway, except with `like_te`.
         amax_group: The process group whose ranks share amaxes and therefore have equal scales; None: the world, if
             torch.distributed is initialized.
         debug_dir: A folder for each graph after each stage, as numbered, runnable scripts.

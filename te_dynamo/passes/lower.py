@@ -31,7 +31,7 @@ from te_dynamo.passes.attach import Slots
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.plan import Plan
-from te_dynamo.passes.weights import WeightRef, weight_of_gemm
+from te_dynamo.passes.weights import WeightRef, is_frozen, weight_of_gemm
 
 CHECKPOINT = "_checkpoint_context_fn"  # where Dynamo puts the contexts of a selective checkpoint
 
@@ -82,7 +82,7 @@ def lower(gm: GraphModule, *, calibrating: bool, keep_weights: bool = False) -> 
     """Rewrites `gm` and its sub-graphs in place.
 
     calibrating: unset scales are taken from the tensor itself, in the graph. keep_weights: where all scales are set, the
-    outermost graph takes the weights that it trains quantized too.
+    outermost graph takes the weights that it trains quantized too, not only those that are frozen.
     """
     lowering = _Lowering(calibrating, keep_weights)
     lowering.graph(gm, top=True)
@@ -156,7 +156,7 @@ class _Lowering:
         gemms = op.gemms(node)
         refs = [weight_of_gemm(g.weight) for g in gemms]
         cached: list[tuple[Any, ...]] = []
-        if unit.takes_cached(refs) and (kind := self.cached(call, plan)):
+        if unit.takes_cached(refs) and (kind := self.cached(call, plan, refs)):
             call = call.but(cached=kind)
             if kind == "inference":  # the weights themselves are not given
                 weights = {g.weight for g in gemms}
@@ -214,14 +214,18 @@ class _Lowering:
         )
         return call if producer_of(call).calibrates or not unset else None
 
-    def cached(self, call: Call, plan: Plan) -> str:
-        """How cached weights are given to a site: for "training", for "inference", or "" where it quantizes them itself."""
+    def cached(self, call: Call, plan: Plan, refs: Sequence[WeightRef | None]) -> str:
+        """How cached weights are given to a site: for "training", for "inference", or "" where it quantizes them itself.
+
+        In training they are if that was asked for, or if one of them is frozen: what does not change is quantized once.
+        """
         kinds = implementation_of(call).cached
         if not plan.trains:
             return "inference" if "inference" in kinds else ""
         like_te = getattr(plan.recipe, "like_te", False)  # whose copies have the slot's scale
         calibrates = plan.recipe is not None and plan.recipe.stateful and self.calibrating  # once or twice, in a graph of its own
-        return "training" if self.keep_weights and "training" in kinds and not like_te and not calibrates else ""
+        kept = self.keep_weights or any(r is not None and is_frozen(r.root) for r in refs)
+        return "training" if kept and "training" in kinds and not like_te and not calibrates else ""
 
     def cached_inputs(self, gm: GraphModule, call: Call, gemms: Sequence[Gemm], refs: Sequence[WeightRef | None]) -> list[tuple[Any, ...]]:
         """New last inputs of the graph: the fields of the quantized weight of each GEMM that are made."""

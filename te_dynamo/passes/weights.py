@@ -94,6 +94,11 @@ def is_owned(node: Node) -> bool:
     return node.op == "placeholder" and (declared or isinstance(tensor(node), torch.nn.Parameter))
 
 
+def is_frozen(node: Node) -> bool:
+    """Whether a placeholder is a parameter that does not learn."""
+    return is_owned(node) and not fake(node).requires_grad
+
+
 def depends_on_weights_only(node: Any) -> bool:
     """Whether `node` is computed from at least one parameter and from nothing that changes with the model's inputs."""
     found = False

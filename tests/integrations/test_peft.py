@@ -89,7 +89,7 @@ def test_adapters_are_right_from_the_first_step(dora):
 def test_the_frozen_base_is_quantized_once(monkeypatch):
     """With the provider that keeps weights on a CPU."""
     model = adapted()
-    call = torch.compile(model, backend="te_fp8", options={"keep_weights": True, "provider": "reference"})
+    call = torch.compile(model, backend="te_fp8", options={"provider": "reference"})
     optimizer = torch.optim.AdamW(learning(model), lr=1e-3)
     quantized: list[set[int]] = []
     original = PerTensorLinears.quantize_weights
