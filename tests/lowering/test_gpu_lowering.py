@@ -180,6 +180,47 @@ def test_what_each_setting_of_memory_keeps(graphs):
         assert sqnr(gradient, gradients["saving"][name]) > 20
 
 
+# What a host waits for a GPU in, so that a CUDA graph cannot be captured: numbers out of tensors, and sizes that depend on values.
+WAITS = {
+    "item",
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "nonzero_static",
+    "masked_select",
+    "bincount",
+    "_unique2",
+    "unique_dim",
+}
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
+def test_nothing_waits_for_the_gpu(graphs, recipe, trains):
+    """Opaque operators do not either: what they compute is run on fake tensors, which have no values."""
+    model, x = model_and_input()
+    with torch.set_grad_enabled(trains):
+        compiled = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": recipe})
+        for _ in range(2):
+            y = compiled(x)
+            if trains:
+                y.sum().backward()
+    nodes = [n for gm in graphs for n in gm.graph.nodes]
+    assert len(graphs) >= 1 + trains and any("mm" in str(n.target) or "site_fwd" in str(n.target) for n in nodes)
+    assert not [n for n in nodes if waits(n)]
+
+
+def waits(node: Node) -> bool:
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    return name in WAITS or name == "device_put" or node.kwargs.get("device") not in (None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("wait", [lambda x: x[x.nonzero()], lambda x: x.masked_select(x > 0), lambda x: x.to("meta")])
+def test_a_wait_is_seen(wait):
+    assert any(map(waits, make_fx(wait, tracing_mode="real")(torch.randn(4)).graph.nodes))
+
+
 def test_token_counts_of_any_size_share_one_graph(graphs):
     model, _ = model_and_input()
     compiled = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=True)
