@@ -14,7 +14,7 @@ from te_dynamo.recipe import RECIPES, DelayedScaling, Float8CurrentScaling, Reci
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "provider": ("auto", "te", "native", "reference"),
-    "attention": ("auto", "fp8", "high_precision", "off"),
+    "attention": ("auto", "fp8", "fp8_both", "high_precision", "off"),
     "memory": ("speed", "balanced", "saving"),
 }
 SWITCHES = ("include_logits", "include_routers", "like_te", "keep_weights", "verify", "strict")
@@ -40,9 +40,10 @@ class Options:
         skip: fnmatch patterns of the sites to keep in high precision, for example `("lm_head", "*.mlp.*")`. They match a site's
             path inside the compiled module, as `named_modules()` spells it; for a raw weight, the path plus the parameter's
             name. `("*",)` leaves everything to Inductor.
-        attention: "fp8": attention in FP8. "high_precision": fused high-precision attention in the layout that suits its
-            length. "off": attention is left alone (an nn.MultiheadAttention entirely, with its linears). "auto": what the
-            recipe's `fp8_dpa` says; it is False by default, which means "high_precision".
+        attention: "fp8": attention's forward in FP8, its backward in high precision: on Hopper an FP8 backward is no faster.
+            "fp8_both": both in FP8, as Transformer Engine's `fp8_dpa`. "high_precision": fused high-precision attention in the
+            layout that suits its length. "off": attention is left alone (an nn.MultiheadAttention entirely, with its linears).
+            "auto": what the recipe's `fp8_dpa` says: "fp8_both", or "high_precision", as by default.
         short_sequence: Self-attention up to this many tokens gets a packed layout (bs3hd), longer an interleaved one (bsh3d).
         include_logits: Compute the logits in FP8 too, instead of high precision.
         include_routers: Compute the routers of mixtures of experts in FP8 too: what chooses an expert, by a top-k.

@@ -66,13 +66,16 @@ def attention_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
         "form": "bshd",
         "qkv_layout": "bshd_bshd_bshd",
         "window": -1,
+        "attends": (),
+        "softcap": 0.0,
         "quantize_output": False,
         "quantize_gradients": False,
     }
     attributes["scale"] = given.pop("softmax_scale", None)
     fields = {name: given.pop(name) for name in ("provider", "recipe", "records", "calibrating") if name in given}
     defaults = {"provider": "reference", "recipe": DelayedScaling().key, "records": True, "calibrating": True}
-    return Call(op="attention", device="cpu", inputs=spec_of([q, k, v, mask]), attributes=attributes | given, **(defaults | fields))
+    op = given.pop("op", "attention")
+    return Call(op=op, device="cpu", inputs=spec_of([q, k, v, mask, None, ()]), attributes=attributes | given, **(defaults | fields))
 
 
 def attention(
@@ -92,4 +95,4 @@ def attention(
     scales = None if scale is None else (scale, start)
     packed = grad_scale if grad_scale is not None else scale
     grad_scales = None if packed is None else (packed, grad_start)
-    return site(attention_call(q, k, v, mask, **given).key, [q, k, v, mask], scales, grad_scales, sink)
+    return site(attention_call(q, k, v, mask, **given).key, [q, k, v, mask, None, ()], scales, grad_scales, sink)

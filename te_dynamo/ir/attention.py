@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ FUSED = (
 FORWARD, GRADIENT = ("q", "k", "v", "s", "o"), ("do", "dp", "dqkv")
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **_: Any) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return fake_like(q, (*q.shape[:-1], v.shape[-1]), q.dtype)
 
 
@@ -46,54 +46,112 @@ def _flops(q: Any, k: Any, v: Any, *_: Any) -> int:
 
 def _attributes(node: Node, recipe: Recipe | None) -> Mapping[str, Any]:
     """form: the order of the dimensions in memory of what is made; qkv_layout: how q, k and v lie, as TE spells it; window: where the
-    mask was proved to be a sliding window, how many columns before its own a row attends to, else -1; whether o, and the gradients of
-    q, k and v, leave in FP8."""
+    mask was proved to be a sliding window, how many columns before its own a row attends to, else -1; attends: the mask as a formula (see
+    `te_dynamo.passes.masks.attends`), () where it has none; whether o, and the gradients of q, k and v, leave in FP8."""
     form, in_memory = node.meta.get(LAYOUT, Layout()).form, node.meta.get(QKV_LAYOUT)
-    window = getattr(node.meta.get(MASK), "window", None)
+    proof = node.meta.get(MASK)
+    window = proof.window if proof is not None and proof.kind == "window" else None
+    attends = None if proof is None else proof.attends
     rounds = bool(getattr(recipe, "fp8_mha", False))
     return {
         "form": form,
         "qkv_layout": in_memory or Layout(form).name,
         "window": -1 if window is None else window,
+        "attends": () if attends is None else attends.text,
         "quantize_output": rounds,
         "quantize_gradients": rounds,
     }
 
 
-@operation(
+FACTS: dict[str, Any] = dict(
     kind="attention",
     fake=_fake,
     forward=FORWARD,
-    gradient=GRADIENT,
     prefix="attention.",
     attributes_of=_attributes,
     activation_flops=_flops,
-    in_aten=lambda q, k, v, mask: [(op, (q, k, v)) for op in FUSED],
+    in_aten=lambda q, k, v, *_: [(op, (q, k, v)) for op in FUSED],
     noted={LAYOUT: Layout},
     invariants=(
         Invariant("q is [B, H, S, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v]", lambda a: _shapes(a.q, a.k, a.v)),
         Invariant("k has the heads of q; with enable_gqa, a divisor of them", lambda a: _heads(a.q.shape[-3], a.k.shape[-3], a.enable_gqa)),
         Invariant("a mask is bool or float", lambda a: a.mask is None or a.mask.dtype == torch.bool or a.mask.is_floating_point()),
+        Invariant("sinks are [H]", lambda a: a.sinks is None or same(a.sinks.shape, a.q.shape[1:2])),
         Invariant("the result is [B, H, S, D_v]", lambda a: same(a.out.shape, (*a.q.shape[:-1], a.v.shape[-1]))),
     ),
 )
+
+
+@operation(gradient=GRADIENT, forward_only="fp8_forward_attention", **FACTS)
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    reads: Sequence[Tensor] = (),
     *,
     causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """`softmax(q @ k.T * scale + mask) @ v`, with the meaning of `scaled_dot_product_attention`.
 
     q: [B, H, S, D]; k: [B, H_kv, S_kv, D]; v: [B, H_kv, S_kv, D_v]; mask: None, bool (True attends) or float
     (added), broadcastable to [B, H, S, S_kv]. Returns [B, H, S, D_v] in the dtype of `q`.
+    sinks: [H], for each head the score of one more key, whose value is 0 (gpt-oss); with them no row is without a key.
+    reads: tensors out of which a formula gives the mask (see `_attributes`); the definition has no use for them.
     causal: row i attends to columns <= i (aligned at the top left, as torch does). scale: None is 1/sqrt(D).
+    softcap: with c above 0, scores become c tanh(scores / c) before the mask (Gemma 2).
     """
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=enable_gqa
-    )
+    if sinks is None and not softcap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return _written_out(q, k, v, mask, sinks, causal, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, softcap)
+
+
+@operation(**FACTS)
+def fp8_forward_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    reads: Sequence[Tensor] = (),
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    """`attention` whose forward alone is in FP8: what a planned `attention` becomes where its gradients are in high precision."""
+    return attention(q, k, v, mask, sinks, reads, causal=causal, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa, softcap=softcap)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool, scale: float, dropout_p: float, softcap: float
+) -> Tensor:
+    """With scores in memory, as the models that cap them or have sinks compute it in eager mode."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
+    scores = torch.matmul(q, k.mT) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if causal:
+        row, column = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
+        scores = scores.masked_fill(column > row[:, None], -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    scores = scores.float()
+    if sinks is not None:
+        beside = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        probabilities = torch.cat((scores, beside), -1).softmax(-1)[..., :-1]
+    else:
+        probabilities = scores.softmax(-1)
+        if mask is not None and mask.dtype == torch.bool:
+            probabilities = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, probabilities)
+    return torch.matmul(F.dropout(probabilities.to(q.dtype), dropout_p), v)

@@ -100,6 +100,7 @@ class SemanticOp:
     attributes_of: what an implementation must know of a node, in a recipe, beside its keywords; by name.
     outputs: what the node gives, out of the tensors that an implementation computed (one for each GEMM that it ran).
     activation_flops: FLOPs of products of activations, out of the shapes of a node's arguments.
+    forward_only: the operation that it becomes where its backward is in high precision, with the same inputs and no gradient roles.
     grouped: the operation that it becomes before it is planned; implementations are those of that one.
     noted: what must stand in a node's `meta` before it is planned, by key.
     by_rows: whether, with these attributes, each row [..., :] of the result is made of the same rows of the inputs, so that it
@@ -119,6 +120,7 @@ class SemanticOp:
     attributes_of: Callable[[Node, Recipe | None], Mapping[str, Any]] = lambda node, recipe: {}
     outputs: Callable[[Mapping[str, Any], list[Any]], list[Any]] = lambda attributes, computed: computed
     activation_flops: Callable[..., int] = _zero
+    forward_only: str = ""
     grouped: str = ""
     noted: Mapping[str, type] = field(default_factory=dict)
     by_rows: Callable[[Mapping[str, Any]], bool] = lambda attributes: True

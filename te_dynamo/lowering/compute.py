@@ -24,7 +24,7 @@ def scales_of(call: Call, slots: Sequence[Scale] | None) -> Scales:
     return Scales(slots, call.operation.roles, casting, call.calibrating)
 
 
-def _in_full_precision(device: str) -> AbstractContextManager[Any]:
+def in_full_precision(device: str) -> AbstractContextManager[Any]:
     """Whatever the user's autocast says, a site computes as it is told."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -35,7 +35,7 @@ def compute_forward(call: Call, flat: Sequence[Any], scales: Scales, needs: Sequ
     run = implementation.fake_forward if fake else implementation.forward
     inputs, wanted = call.nested(flat[: call.count]), call.nested(needs)
     made: list[Quantized] = []
-    with _in_full_precision(call.device):
+    with in_full_precision(call.device):
         if call.producer is not None:
             scale, lead = scales.at(call.operation.roles.forward[0]), inputs[0][0].shape[:-1]
             quantize = partial(implementation.quantize_operand, call, scale=scale)
@@ -64,7 +64,7 @@ def compute_backward(
     inputs, wanted = call.nested(read[: call.count]), call.nested(needs)
     if len(read) > call.count:
         inputs.append(list(read[call.count :]))
-    with _in_full_precision(call.device):
+    with in_full_precision(call.device):
         if call.producer is None:
             return run(call, inputs, saved, grads, scales, wanted)
         producer, (given, *rest), needs_of_producer = producer_of(call.producer), inputs, wanted[0]

@@ -122,7 +122,7 @@ def _leaves(saved: Sequence[Quantized]) -> list[Tensor]:
 
 
 def _amax(amaxes: Sequence[Tensor], call: Call, like: Tensor) -> Tensor:
-    if not call.records:
+    if not call.records or not amaxes:
         return like.new_empty(0, dtype=torch.float32)
     return torch.stack([a.amax() if a.numel() else a.sum() for a in amaxes])
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from te_dynamo.lowering.activations import kept_in_fp8
 from te_dynamo.lowering.call import Call, flattened
-from te_dynamo.lowering.compute import compute_backward, compute_forward, read_in_backward, scales_of, unflattened
+from te_dynamo.lowering.compute import compute_backward, compute_forward, in_full_precision, read_in_backward, scales_of, unflattened
 from te_dynamo.lowering.opaque import opaque_backward, opaque_forward
 from te_dynamo.lowering.quantized import Scale
 from te_dynamo.lowering.registry import implementation_of
@@ -69,7 +69,7 @@ class _Site(torch.autograd.Function):
             gradients, amax = opaque_backward(call, read, saved, outputs, grad_scales, needs)
         else:
             done = compute_backward(call, read, saved, outputs, scales_of(call, _pairs(grad_scales)), needs)
-            gradients, amax = flattened(done.gradients), largest_of(done.amaxes) if call.records else None
+            gradients, amax = flattened(done.gradients), largest_of(done.amaxes) if call.records and done.amaxes else None
         wanted = ctx.needs_input_grad
         missing = len(wanted) - 4 - len(gradients)  # cached weights
         return (None, None, None, amax if wanted[3] else None, *gradients, *[None] * missing)
@@ -91,6 +91,9 @@ def site(
     amax: f32 [scales], of each forward tensor.
     """
     call = Call.parse(key)
+    if implementation_of(call).differentiated:
+        with in_full_precision(call.device):
+            return implementation_of(call).forward(call, list(inputs), scales_of(call, None), None).outputs
     flat = [*flattened(inputs), *flattened(cached)]
     results = list(_Site.apply(call, scales, grad_scales, sink, *flat))
     amax = [results.pop()] if call.records else []

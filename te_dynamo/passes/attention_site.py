@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from te_dynamo import ops
 from te_dynamo.ir.graph import emit, emit_contiguous, emit_permuted, fake, is_call, is_method, operands, same_shape, same_size, tensor
-from te_dynamo.ir.meta import PATH, UNIFORM_ROWS
+from te_dynamo.ir.meta import NOTES, PATH, UNIFORM_ROWS
 from te_dynamo.passes.effects import storage
 
 Names = tuple[str, ...]
@@ -203,7 +203,7 @@ def arrange_mask(graph: Graph, mask: Any, names: Names, heads: int | None, like:
 @dataclass(frozen=True)
 class Attention:
     """What an attention was read as. out, dtype: the names of the result's dimensions, and its dtype; heads: how many `g` is
-    split into; path: the module's, where it is not the one in whose forward the pattern is."""
+    split into; sinks: of H elements; path: the module's, where it is not the one in whose forward the pattern is."""
 
     q: Operand
     k: Operand
@@ -215,6 +215,8 @@ class Attention:
     dropout_p: float = 0.0
     causal: bool = False
     enable_gqa: bool = False
+    softcap: float = 0.0
+    sinks: Node | None = None
     path: str = ""
 
 
@@ -225,7 +227,14 @@ def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node, uniform
         x = arrange(graph, operand.node, operand.names, wanted, site.heads, like)
         qkv.append(emit_cast(graph, x, site.dtype, like))  # explicit, as autocast would do it
     attributes = {"causal": site.causal, "scale": site.scale, "dropout_p": site.dropout_p, "enable_gqa": site.enable_gqa}
-    node = emit(graph, ops.attention, (*qkv, mask), attributes, like=like)
+    sinks: tuple[Node, ...] = ()
+    if site.softcap:
+        attributes["softcap"] = site.softcap
+    if site.sinks is not None:
+        sinks = (emit(graph, torch.flatten, (site.sinks,), like=like),)
+    node = emit(graph, ops.attention, (*qkv, mask, *sinks), attributes, like=like)
+    if said := _scores_of(site):
+        node.meta[NOTES] = {"scores": said}
     if uniform_rows:
         node.meta[UNIFORM_ROWS] = True
     if site.path:
@@ -238,6 +247,12 @@ def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node, uniform
         node = emit(graph, torch.flatten, (node, 0, merging), like=like)
         names = ("g", "i", "e") if merging == 1 else ("i", "e")
     return as_contiguous(graph, emit_permuted(graph, node, [names.index(name) for name in site.out], like), like)
+
+
+def _scores_of(site: Attention) -> str:
+    """What is done to scores, for a report."""
+    said = [f"soft-capped at {site.softcap:g} (tanh)"] if site.softcap else []
+    return ", ".join([*said, *(["with attention sinks"] if site.sinks is not None else [])])
 
 
 def as_contiguous(graph: Graph, node: Node, like: Node) -> Node:

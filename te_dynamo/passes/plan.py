@@ -13,7 +13,7 @@ from te_dynamo.config import Options
 from te_dynamo.ir import op_of, site_of
 from te_dynamo.ir.graph import fake, tensor, upstream
 from te_dynamo.ir.meta import IN_MEMORY, MASK, NOTES, ORIGIN, PATH, PLAN, PRODUCER, RECIPE, SITE, members_of, origin_of, site_path
-from te_dynamo.ir.op import Gemm, SemanticOp
+from te_dynamo.ir.op import Gemm, SemanticOp, op_named
 from te_dynamo.ir.sizes import product
 from te_dynamo.lowering import registry
 from te_dynamo.lowering.cost import flops_of_gemm
@@ -201,15 +201,20 @@ class Planner:
         wanted: Recipe | None = node.meta[RECIPE] if wants_fp8(node, self.options) else None
         plan = Plan(self.provider, None, trains)
         detail: dict[str, str] = {}
+        in_fp8 = op_named(op.forward_only) if op.forward_only and getattr(self.options, op.kind, "") == "fp8" else op
         for recipe in (wanted, None) if wanted is not None else (None,):
-            plan, detail = self._implemented(node, op, recipe, trains, detail)
+            plan, detail = self._implemented(node, op if recipe is None else in_fp8, recipe, trains, detail)
             if plan.implemented:
                 break
+        if plan.recipe is not None:
+            node.target = in_fp8.definition
+            if in_fp8 is not op and trains:
+                detail = detail | {"backward": "high precision"}
         site.provider, site.recipe = plan.provider, None if plan.recipe is None else plan.recipe.name
         site.flops = _activation_flops(node, op)
         site.layout = node.meta.get(IN_MEMORY)
         if (proof := node.meta.get(MASK)) is not None:
-            site.detail["mask"] = proof.kind if proof.kind != "unknown" else proof.reason
+            site.detail["mask"] = proof.described
         site.detail["precision"] = "fp8" if plan.recipe else "high"
         _note_scale(site, plan.recipe)
         site.detail |= {**node.meta.get(NOTES, {}), **detail}
@@ -229,7 +234,8 @@ class Planner:
                 kernel = found.kernel(case)
                 detail = detail | ({"kernel": kernel} if kernel else _declined(reasons))
                 return self._computed_by(name, found, op, recipe, trains), detail
-            reasons[name] = reason or ""
+            if found is not None or recipe is not None:
+                reasons[name] = reason or ""
         if recipe is not None:
             return Plan(self.provider, None, trains), detail | {"fp8": next((r for n, r in reasons.items() if n != "te"), "")}
         return Plan(self.provider, None, trains), detail | _declined(reasons)
@@ -237,9 +243,11 @@ class Planner:
     def _candidates(self, recipe: Recipe | None) -> list[str]:
         """Who is asked, in order: on a GPU TE, where it is there, has FP8 attention, which else is its definition."""
         if self.provider == "te":
-            return ["te"] if recipe is None else ["te", "reference"]
-        beside = recipe is not None and self.options.provider == "auto" and te_is_beside(self.device)
-        return [*(["te"] if beside else []), *([] if recipe is None else [self.provider])]
+            return ["te", "native"] if recipe is None else ["te", "reference"]
+        if recipe is None:
+            return [self.provider]
+        beside = self.options.provider == "auto" and te_is_beside(self.device)
+        return [*(["te"] if beside else []), self.provider]
 
 
 def _note_scale(site: Site, recipe: Recipe | None) -> None:
@@ -249,8 +257,9 @@ def _note_scale(site: Site, recipe: Recipe | None) -> None:
 
 
 def _declined(reasons: dict[str, str]) -> dict[str, str]:
-    """What is told of TE's kernel where it was asked and does not compute a site."""
-    return {"kernel": f"not TE's: {reasons['te']}"} if "te" in reasons else {}
+    """What is told of the kernels that were asked and do not compute a site."""
+    told = [("not TE's: " if name == "te" else "") + reason for name, reason in reasons.items() if reason]
+    return {"kernel": "; ".join(told)} if told else {}
 
 
 def te_is_beside(device: torch.device) -> bool:

@@ -4,7 +4,8 @@ It is read backwards from its last product:
 
     out           = probabilities @ v
     probabilities = softmax(scores) over the keys, with casts and dropout
-    scores        = q @ k.T | baddbmm | scores times a constant | scores + mask | masked_fill | where
+    scores        = q @ k.T | baddbmm | scores times a constant | c tanh(scores / c) | scores + mask | masked_fill | where
+                    | cat(scores, sinks), all but the last column of whose probabilities counts
 
 A product is any of `matmul`, `bmm`, `mm`, `einsum`, ...: read as a contraction, its labels give each dimension a name,
 so that the order in which q, k and v are stored does not matter. q and k may be scaled, cast up or have batch and heads
@@ -22,6 +23,7 @@ logarithm of the row's sum, which is lost beside 3e38, so its gradients are wron
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +60,6 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 MAX_DEPTH = 12  # nodes from the softmax back to the product
 # What fused attention cannot do between its product and its softmax (a product with a constant it can).
 UNSUPPORTED = {
-    torch.tanh: "the scores are soft-capped (tanh)",
     torch.mul: "the scores are multiplied by a tensor",
     torch.div: "the scores are divided by a tensor",
 }
@@ -66,12 +67,14 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Scores:
-    """product: the node that multiplies q and k; names: its dimensions; masks: in the order in which they are applied;
-    heads: how many there are where a reshape of the scores tells; nodes: from the product to the scores."""
+    """product: the node that multiplies q and k; names: its dimensions; softcap: c where scores become c tanh(scores / c); masks:
+    what is applied after that, in order; heads: how many there are where a reshape of the scores tells; nodes: from the product to the
+    scores."""
 
     product: Node
     names: Names
     scale: float
+    softcap: float = 0.0
     masks: tuple[Mask, ...] = ()
     heads: int | None = None
     nodes: tuple[Node, ...] = ()
@@ -79,13 +82,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """What multiplies v. names: the dimensions of the softmax; nodes: from the softmax to the product with v."""
+    """What multiplies v. names: the dimensions of the softmax; nodes: from the softmax to the product with v; without_last: all
+    columns of the softmax but its last."""
 
     softmax: Node
     names: Names
     dropout_p: float
     heads: int | None
     nodes: tuple[Node, ...]
+    without_last: bool = False
 
 
 class ByHand(Rule):
@@ -108,13 +113,17 @@ class ByHand(Rule):
     def rewrite(self, graph: Graph, match: Match) -> Node:
         site, masks = match.values["site"], match.values["masks"]
         mask = emit_mask(graph, masks, site, match.output)
-        uniform = any(m.fill not in (None, -math.inf) for m in masks)
+        fused = not site.softcap and site.sinks is None  # else its definition is the math as it stands
+        uniform = fused and any(m.fill not in (None, -math.inf) for m in masks)
         return emit_attention(graph, site, mask, match.output, uniform_rows=uniform)
 
 
 def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | Declined | None:
     """The attention whose last product is `node`, of these probabilities and v."""
-    scores = _scores(p.softmax.args[0], p.names, 1.0)
+    sinks = _sinks(p) if p.without_last else Sinks(p.softmax.args[0])
+    if sinks is None:
+        return None
+    scores = _scores(sinks.scores, p.names, 1.0)
     if scores is None or isinstance(scores, Declined):
         return scores
     operands = _name_first_product(scores)
@@ -128,7 +137,7 @@ def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | 
     output = node
     if out == ("g", "i", "e") and heads and (four := _split_afterwards(node, heads)) is not None:
         output, out = four, ("b", "h", "i", "e")
-    interior = (*scores.nodes, p.softmax, *p.nodes)
+    interior = (*scores.nodes, *sinks.nodes, p.softmax, *p.nodes)
     fault = (
         _shared({*interior, node}, output, {p.softmax, *p.nodes})
         or _softmax_fault(p)
@@ -149,6 +158,8 @@ def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | 
         scale=scores.scale * q.factor * k.factor,
         heads=next(iter(heads), None),
         dropout_p=p.dropout_p,
+        softcap=scores.softcap,
+        sinks=sinks.value,
         enable_gqa=k.repeats > 1 or _one_head(q, k, v),
     )
     nodes = [*q.nodes, *k.nodes, *v.nodes, *interior, node, output]
@@ -240,10 +251,14 @@ def _looked_through(q: Operand, k: Operand, v: Operand, dtype: torch.dtype) -> t
 def _probabilities(node: Any, names: Names) -> Probabilities | None:
     dropout_p, heads = 0.0, None
     nodes: list[Node] = []
+    without_last = False
     while tensor(node) is not None:
         if is_call(node, torch.softmax):
-            return Probabilities(node, names, dropout_p, heads, tuple(nodes))
+            return Probabilities(node, names, dropout_p, heads, tuple(nodes), without_last)
         nodes.append(node)
+        if is_call(node, operator.getitem) and not without_last and names[-1:] == ("j",) and _all_but_last(node.args[1]):
+            without_last, node = True, node.args[0]
+            continue
         if is_call(node, F.dropout) and not dropout_p and isinstance(node.args[1], (int, float)) and not node.args[3]:
             dropout_p = float(node.args[1])
         elif (moved := _moved(node, names)) is not None:
@@ -252,6 +267,57 @@ def _probabilities(node: Any, names: Names) -> Probabilities | None:
             return None
         node = node.args[0]
     return None
+
+
+def _all_but_last(index: Any) -> bool:
+    """Whether an index takes all of a tensor but the last entry of its last dimension."""
+    whole, (*_, last) = slice(None), index if isinstance(index, tuple) else (index,)
+    return (
+        isinstance(index, tuple)
+        and last in (slice(None, -1), slice(0, -1), slice(None, -1, 1))
+        and all(i in (..., whole) for i in index[:-1])
+    )
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """scores: what the softmax is of, but for one more column; value: that column's, one for each head: a node of H elements, None
+    where there is none; nodes: from the scores to the softmax."""
+
+    scores: Any
+    value: Node | None = None
+    nodes: tuple[Node, ...] = ()
+
+
+def _sinks(p: Probabilities) -> Sinks | None:
+    """The sinks beside the scores, which are read without the maximum that may have been taken off them."""
+    node: Any = p.softmax.args[0]
+    nodes: list[Node] = []
+    if is_call(node, torch.sub) and len(node.args) == 2 and (largest := _largest_of(*node.args)):
+        nodes, node = [node, *largest], node.args[0]
+    if not is_call(node, torch.cat) or len(node.args[0]) != 2 or p.names != ("b", "h", "i", "j"):
+        return None
+    dim: Any = (*node.args, node.kwargs.get("dim", 0))[1]
+    (scores, value), spread = node.args[0], []
+    while is_method(value, "expand", "to", "contiguous") or is_call(value, torch.broadcast_to):
+        spread.append(value)
+        value = value.args[0]
+    if dim % 4 != 3 or tensor(value) is None or not same_shape(fake(value).shape, (1, fake(scores).shape[1], 1, 1)):
+        return None
+    return Sinks(scores, value, (*nodes, node, *spread))
+
+
+def _largest_of(x: Any, largest: Any) -> tuple[Node, ...]:
+    """The nodes that give the largest of the last dimension of `x`, where `largest` is that; else none."""
+    nodes = (largest, largest.args[0]) if is_call(largest, operator.getitem) and largest.args[1] == 0 else (largest,)
+    made = nodes[-1]
+    if not (is_call(made, torch.max, torch.amax) or is_method(made, "max", "amax")) or made.args[0] is not x:
+        return ()
+    dim: Any = (*made.args, made.kwargs.get("dim"))[1]
+    dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+    last = fake(x).dim() - 1
+    kept = isinstance(dim, int) and dim % (last + 1) == last and same_shape(fake(largest).shape, (*fake(x).shape[:-1], 1))
+    return nodes if kept else ()
 
 
 def _moved(node: Node, names: Names) -> tuple[Names, int | None] | None:
@@ -284,6 +350,8 @@ def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | 
         return _and_node(before(node.args[0]), node)
     if (found := scaled(node)) is not None:
         return _and_node(before(found[0], factor=factor * found[1]), node)
+    if is_call(node, torch.tanh):
+        return _capped(before(node.args[0], factor=1.0), node, factor)
     if (moved := _moved(node, names)) is not None:
         return _and_node(before(node.args[0], names=moved[0]), node, **({"heads": moved[1]} if moved[1] else {}))
     if is_call(node, *UNSUPPORTED):
@@ -301,6 +369,15 @@ def _scores(node: Any, names: Names, factor: float, depth: int = 0) -> Scores | 
     return declined
 
 
+def _capped(scores: Scores | Declined | None, node: Node, factor: float) -> Scores | Declined | None:
+    """factor * tanh(scores), `node` being the tanh."""
+    if not isinstance(scores, Scores):
+        return scores
+    if scores.masks or scores.softcap or factor <= 0:
+        return Declined("the scores are soft-capped (tanh) more than once, by a negative number, or after they were masked")
+    return replace(scores, softcap=factor, scale=scores.scale * factor, nodes=(*scores.nodes, node))
+
+
 def _is_shift(value: Any) -> bool:
     """Whether `value` is a number, which the softmax cancels where it is added to all scores."""
     return isinstance(value, (int, float)) and abs(value) < 1e3
@@ -311,7 +388,7 @@ def _baddbmm(node: Node, names: Names, factor: float) -> Scores | Declined:
     if alpha is None or beta is None:
         return Declined("the scale of baddbmm is computed in the graph")
     masks = (Mask(node.args[0], names, factor * beta),) if beta else ()  # beta 0: what is added is not even read
-    return Scores(node, names, factor * alpha, masks, nodes=(node,))
+    return Scores(node, names, factor * alpha, masks=masks, nodes=(node,))
 
 
 def _and_node(scores: Scores | Declined | None, node: Node, **changes: Any) -> Scores | Declined | None:
@@ -373,7 +450,7 @@ def _softmax_fault(p: Probabilities) -> str | None:
 
 def _low_precision(interior: tuple[Node, ...], dtype: torch.dtype) -> str | None:
     for node in interior:
-        if torch.promote_types(fake(node).dtype, dtype) != fake(node).dtype:
+        if tensor(node) is not None and torch.promote_types(fake(node).dtype, dtype) != fake(node).dtype:
             what = "softmax is" if is_call(node, torch.softmax) else "scores are"
             return f"the {what} computed in {_spelled(fake(node).dtype)}, and the result is {_spelled(dtype)}"
     return None

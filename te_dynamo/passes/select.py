@@ -76,7 +76,7 @@ def wants_fp8(node: Node, options: Options) -> bool:
     if recipe is None or op is None or op.gemms(node):
         return recipe is not None
     chosen = getattr(options, op.kind, "fp8")
-    return chosen == "fp8" or (chosen == "auto" and recipe.fp8_attention)
+    return chosen in ("fp8", "fp8_both") or (chosen == "auto" and recipe.fp8_attention)
 
 
 def _reason(node: Node, kept: str | None, options: Options, unsupported: Unsupported, grad_enabled: bool) -> str | None:

@@ -248,7 +248,7 @@ class Recorder:
 
     def flops(self, backward: bool) -> tuple[int, int]:
         """(in FP8, all) FLOPs that count, over all calls."""
-        attention = self.options.attention == "fp8"
+        attention = self.options.attention in ("fp8", "fp8_both")
         fp8 = total = 0
         for graph in self.graphs:
             calls = graph.calls.total()
@@ -256,8 +256,9 @@ class Recorder:
                 logits = {site.node for site in graph.sites_of(visit.unit) if (site.reason or "").startswith(LOGITS)}
                 for gemm in visit.gemms:
                     if gemm.node not in logits and (gemm.weight or attention):
-                        flops = calls * (gemm.forward + gemm.backward * backward)
-                        fp8, total = fp8 + flops * gemm.fp8, total + flops
+                        in_backward = gemm.backward * backward
+                        fp8 += calls * (gemm.forward * gemm.fp8 + in_backward * gemm.fp8_backward)
+                        total += calls * (gemm.forward + in_backward)
         for seen in self.observer.seen:
             if seen.weight or attention:
                 total += seen.forward + seen.backward * backward

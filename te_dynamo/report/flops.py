@@ -56,7 +56,8 @@ ELEMENTWISE = frozenset({torch.add, torch.sub, torch.mul, torch.div, torch.where
 @dataclass(frozen=True)
 class CountedGemm:
     """node, path: the name of its node and the module it stands in; argument: which input of the outermost graph its weight
-    is (None where it multiplies activations, or no input is the weight); forward, backward: FLOPs of one call."""
+    is (None where it multiplies activations, or no input is the weight); forward, backward: FLOPs of one call; fp8, fp8_backward:
+    whether these are in FP8."""
 
     node: str
     path: str
@@ -65,6 +66,7 @@ class CountedGemm:
     forward: int
     backward: int
     fp8: bool
+    fp8_backward: bool
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,13 @@ def _gemms_at(node: Node, values: dict[Node, Value], grad: bool) -> Iterator[Cou
     places = list(_places(node).items())
 
     def gemm(weights: Sequence[Value], forward: int, learning: int, fp8: bool, member: int = 0) -> CountedGemm:
-        return CountedGemm(*places[member], bool(weights), _argument(weights), forward, forward * learning * grad, fp8)
+        return CountedGemm(
+            *places[member], bool(weights), _argument(weights), forward, forward * learning * grad, fp8, fp8 and backward_too
+        )
 
     op = op_of(node)
     in_fp8 = PLAN in node.meta and node.meta[PLAN].recipe is not None
+    backward_too = op is None or bool(op.roles.gradient)
     if op is not None and op.gemms(node):
         for member, (x, weight, *_) in enumerate(op.gemms(node)):
             learning = values[x].learns + values[weight].learns

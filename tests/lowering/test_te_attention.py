@@ -42,7 +42,7 @@ def te_attention(
     """TE's attention as a graph calls it; given: scales, gradients' scales, sink."""
     how = {"causal": causal, "softmax_scale": softmax_scale, "qkv_layout": layout, "form": layout[:2] + "hd"}
     call = attention_call(q, k, v, provider="te", recipe=recipe, records=bool(recipe), calibrating=False, **how)
-    return site(call.key, [q, k, v, None], *given)
+    return site(call.key, [q, k, v, None, None, ()], *given)
 
 
 def qkv_in(layout: str, heads: int = 4, kv_heads: int = 4, d: int = 16, b: int = 2, s: int = 24) -> tuple[list[Tensor], list[Tensor]]:
@@ -353,14 +353,16 @@ def test_a_model_whose_gemm_packs_q_k_and_v(model, short, kernel, no_codegen):
     assert least > (22 if "rope" in model else 25), least  # what bf16 rounds otherwise, FP8 makes more of
 
 
-def test_a_model_in_fp8(no_codegen):
+@pytest.mark.parametrize("attention", ["fp8", "fp8_both"])
+def test_a_model_in_fp8(attention, no_codegen):
     torch.manual_seed(0)
     module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
-    ours, site = trained(module, x, provider="te", attention="fp8")
+    ours, site = trained(module, x, provider="te", attention=attention)
+    assert site.detail.get("backward") == (None if attention == "fp8_both" else "high precision")
     assert site.detail["kernel"] == "TE's fused attention, bshd_bshd_bshd" and site.recipe == "delayed"
     expected, _ = trained(module, x, provider="te", attention="high_precision")
     assert 18 < sqnr(expected[0], ours[0]) < 30  # it is FP8
-    definition, _ = trained(module, x, provider="reference", attention="fp8")
+    definition, _ = trained(module, x, provider="reference", attention=attention)
     assert all(sqnr(a, b) > 17 for a, b in zip(definition, ours, strict=True))
 
 
@@ -381,7 +383,7 @@ def test_in_fp8_q_k_and_v_share_their_scale(no_codegen):
 )
 def test_fp8_that_te_does_not_have_is_the_definition(recipe, heads, words, no_codegen):
     module, x = SelfAttention(width=256, heads=heads).bfloat16(), torch.randn(2, 16, 256).bfloat16()
-    _, site = trained(module, x, provider="te", attention="fp8", recipe=recipe)
+    _, site = trained(module, x, provider="te", attention="fp8_both", recipe=recipe)
     assert words in site.detail["kernel"] and site.detail["precision"] == "fp8"
 
 

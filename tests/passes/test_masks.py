@@ -251,7 +251,7 @@ REASON: dict[str, tuple[Callable[[int, Tensor], Tensor], str]] = {
     "not low enough": (lambda s, q: (1.0 - torch.ones(s, s).tril()) * -100.0, "adds -100"),
     "a bias": (lambda s, q: (column(s) - row(s)) * 0.5, "positions"),
     "data": (lambda s, q: q[:, :1, :, :1] > 0, "depends on the input q"),
-    "data and causal": (lambda s, q: (column(s) <= row(s)) & (q[:, :1, :, :1] > 0).mT, "depends on the input q"),
+    "data in floats": (lambda s, q: torch.where(column(s) <= row(s), q[:, :1, :, :1].mT, -torch.inf), "depends on the input q"),
     "data through an unknown function": (lambda s, q: q[:, :1] @ q[:, :1].mT, "depends on the input q, through matmul"),
     "bits": (lambda s, q: torch.ones(s, s).tril().view(torch.int32) == 1, "bits"),
     "random": (lambda s, q: torch.rand(s, s) > 0.5, "rand"),
@@ -474,7 +474,8 @@ def test_transformers_with_an_attention_mask():
     padded = torch.ones(2, 16, dtype=torch.long)
     padded[0, :3] = 0
     _, (proof,) = simplified(fn, lm("llama", "sdpa", num_hidden_layers=1), ids(), padded)
-    assert proof is not None and proof.kind == "unknown" and "depends on the input attention_mask" in proof.reason
+    assert proof is not None and (proof.kind, proof.within) == ("padded", "causal")
+    assert proof.described == "causal of the keys that input attention_mask says are valid"
 
 
 # --- Random masks ----------------------------------------------------------------------------------------------------

@@ -593,7 +593,9 @@ def test_transposes_of_the_wrong_dimensions_are_seen() -> None:
 def test_scores_that_attention_does_not_have() -> None:
     gate = torch.rand(S, T)
     none(lambda q, k, v: (q @ k.mT * gate).softmax(-1) @ v, *qkv(), reason="multiplied by a tensor")
-    none(lambda q, k, v: (torch.tanh(q @ k.mT / 5.0) * 5.0).softmax(-1) @ v, *qkv(), reason="soft-capped")
+    none(lambda q, k, v: (torch.tanh(torch.tanh(q @ k.mT))).softmax(-1) @ v, *qkv(), reason="soft-capped (tanh) more than once")
+    none(lambda q, k, v: (torch.tanh((q @ k.mT).masked_fill(~KEEP, -1e9))).softmax(-1) @ v, *qkv(), reason="after they were masked")
+    none(lambda q, k, v: (torch.tanh(q @ k.mT) * -5.0).softmax(-1) @ v, *qkv(), reason="by a negative number")
     none(lambda q, k, v: (q @ k.mT).masked_fill(~KEEP, -3.0).softmax(-1) @ v, *qkv(), reason="scores are set to -3.0")
     none(lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, *qkv(), reason="between its products (relu, softmax)")
     none(lambda q, k, v: ((q @ k.mT).softmax(-1) * gate) @ v, *qkv(), reason="between its products (softmax, mul)")
@@ -704,10 +706,45 @@ DECODER: dict[str, Any] = {
 }
 
 
-def test_soft_capped_models_are_declined() -> None:
+def test_soft_capped_models() -> None:
     ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
     _, found, reasons = raised(Gemma2Model(Gemma2Config(**DECODER, head_dim=16)), ids, tolerance=2e-4)
-    assert (found, reasons) == ([], ["the scores are soft-capped (tanh)"] * 2)
+    assert ([node.kwargs["softcap"] for node in found], reasons) == ([50.0] * 2, [])
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda q, k: torch.tanh(q @ k.mT / 5.0) * 5.0,
+        lambda q, k: 5 * torch.tanh((q / 4) @ k.mT / 5.0),
+        lambda q, k: torch.tanh(q @ k.mT) + torch.where(KEEP, 0.0, -torch.inf),
+        lambda q, k: (torch.tanh(q @ k.mT / 7) * 7).masked_fill(~KEEP, torch.finfo(torch.float32).min),
+    ],
+)
+def test_soft_capped(scores: Any) -> None:
+    node = one(lambda q, k, v: scores(q, k).softmax(-1) @ v, *qkv())
+    assert node.kwargs["softcap"] in (1.0, 5.0, 7.0)
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, shift: bool = True, keep: slice = slice(None, -1)) -> Tensor:
+    scores = (q @ k.mT * 0.3).masked_fill(~KEEP, -torch.inf)
+    both = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+    both = both - both.max(-1, keepdim=True).values if shift else both
+    return both.softmax(-1)[..., keep] @ v
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_sinks(shift: bool) -> None:
+    q, k, v = qkv()
+    node = one(lambda q, k, v, sinks: with_sinks(q, k, v, sinks, shift), q, k, v, torch.randn(q.shape[1]))
+    assert tuple(tensor(node.args[4]).shape) == (q.shape[1],)  # type: ignore[union-attr]
+
+
+def test_what_is_no_sink() -> None:
+    q, k, v = qkv()
+    none(lambda q, k, v, s: with_sinks(q, k, v, s, keep=slice(1, None)), q, k, v, torch.randn(q.shape[1]), reason="between its products")
+    shifted = lambda q, k, v, s: torch.cat([q @ k.mT, (q @ k.mT)[..., :1]], -1).softmax(-1)[..., :-1] @ v  # noqa: E731
+    none(shifted, q, k, v, torch.randn(q.shape[1]), reason="")
 
 
 def test_models_that_return_their_attentions_are_declined() -> None:

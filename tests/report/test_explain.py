@@ -188,11 +188,14 @@ def test_attention_counts_only_in_fp8():
     x, linears, products = torch.randn(2, 8, 64), 4 * LINEAR_FLOPS, 2 * (2 * 2 * 4 * 8 * 8 * 16)
     high = te_dynamo.explain(Attention(), x)
     assert high.counted_flops == linears and high.fp8_flop_fraction == 1
-    report = te_dynamo.explain(Attention(), x, options={"attention": "fp8"}, backward=True)
+    report = te_dynamo.explain(Attention(), x, options={"attention": "fp8_both"}, backward=True)
     assert report.fp8_flop_fraction == 1
     assert report.counted_flops == linears * 3 - 3 * LINEAR_FLOPS + products * 3
     (attention,) = [s for s in report.sites if s.kind == "attention"]
     assert attention.layout and attention.flops == products
+    torch._dynamo.reset()
+    forward_alone = te_dynamo.explain(Attention(), x, options={"attention": "fp8"}, backward=True)
+    assert forward_alone.counted_flops - forward_alone.fp8_flops == 2 * products
     off = te_dynamo.explain(Attention(), x, options={"attention": "off"})
     assert paths(off, kind=("attention",)) == []
 

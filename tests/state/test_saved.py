@@ -164,7 +164,7 @@ def test_attention_is_named_after_its_module(per_layer):
             layer.compile(backend=te_fp8, options={"recipe": DelayedScaling(amax_history_len=HISTORY, fp8_dpa=True)})
         call: Any = model
     else:
-        call = compiled(model, attention="fp8")
+        call = compiled(model, attention="fp8_both")
     train(call, shape=(2, 8, SIZE))
     found = scales(model)
     assert {k for k in found if ".attention." in k} == keys(*(f"{i}.attention.{role}" for i in range(2) for role in roles))

@@ -95,9 +95,11 @@ def _empty(like: Tensor, shape: Any, form: Form, dtype: torch.dtype) -> Tensor:
     return as_bhsd(like.new_empty([shape[i] for i in ORDER[form]], dtype=dtype), form)
 
 
+OPERATIONS = ("attention", "fp8_forward_attention")
 _NO_SCALE = "FP8 attention has one scale a tensor, and {!r} is no such recipe"
 for _provider in ("reference", "native", "te"):
-    missing("attention", _provider, {recipe: _NO_SCALE.format(recipe.name) for recipe in CLASSES if recipe not in PER_TENSOR})
+    for _op in OPERATIONS:
+        missing(_op, _provider, {recipe: _NO_SCALE.format(recipe.name) for recipe in CLASSES if recipe not in PER_TENSOR})
 
 
 @implements("attention", provider=("reference", "native"), recipes=PER_TENSOR)
@@ -116,6 +118,8 @@ class FP8Attention(Implementation):
 
     def unsupported(self, case: Case) -> str | None:
         q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
+        if reason := modified(case):
+            return reason
         if dropout_p := case.attributes["dropout_p"]:
             return f"FP8 attention has no dropout (dropout_p={dropout_p})"
         if not (q.dim() == k.dim() == v.dim() == 4):
@@ -131,7 +135,7 @@ class FP8Attention(Implementation):
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         """Saved: q, k and v, the scale of S, o where it is quantized, and lse [B, H, S], the log of the sum of exp(scores)."""
-        q, k, v, mask = inputs
+        q, k, v, mask = inputs[:4]
         form, causal, casting = call["form"], call["causal"], scales.casting
         b, h, s, _ = q.shape
         peaks = [fp8.amax(x) for x in (q, k, v)]
@@ -181,7 +185,7 @@ class FP8Attention(Implementation):
         inv_do = scale_do.inverse
         dof = casting.saturated(do, scale_do.value, gradient).to(gradient).float()
         qf, kf, vf = q8.data.float(), _per_head(k8.data, h), _per_head(v8.data, h)
-        o, o_inv = (o8.data, o8.scale_inv) if call["quantize_output"] else (inputs[4][0], 1.0)
+        o, o_inv = (o8.data, o8.scale_inv) if call["quantize_output"] else (inputs[-1][0], 1.0)
         delta = (dof * o.float()).sum(-1, keepdim=True) * (inv_do * o_inv)
         times = softmax_scale(call, q8.data)
         factor = q8.scale_inv * k8.scale_inv * times
@@ -217,10 +221,10 @@ class FP8Attention(Implementation):
             shared = scales.at("dqkv").of(peak_dqkv)
             gradients = [fp8.dequantize(casting.saturated(x, shared.value, gradient).to(gradient), shared.inverse) for x in gradients]
         made = [_empty(do, x.shape, form, do.dtype).copy_(x) for x in gradients]
-        return Backward([*made, None], [peak_do, peak_dp, peak_dqkv])
+        return Backward([*made, *no_gradients(call)], [peak_do, peak_dp, peak_dqkv])
 
     def fake_forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
-        q, k, v, _ = inputs
+        q, k, v = inputs[:3]
         b, h, s, _ = q.shape
         form, f32 = call["form"], {"dtype": torch.float32}
         scalar, shape = q.new_empty((), **f32), (b, h, s, v.shape[3])
@@ -235,7 +239,7 @@ class FP8Attention(Implementation):
     ) -> Backward:
         (do,) = grads
         made = [_empty(do, x.data.shape, call["form"], do.dtype) for x in saved[:3]]
-        return Backward([*made, None], [do.new_empty((), dtype=torch.float32) for _ in scales.roles.gradient])
+        return Backward([*made, *no_gradients(call)], [do.new_empty((), dtype=torch.float32) for _ in scales.roles.gradient])
 
     def flops(self, call: Call, inputs: Sequence[Any]) -> int:
         """Two GEMMs, q k^T and S v, a mask or causality not deducted (as torch counts its own attention)."""
@@ -247,9 +251,65 @@ class FP8Attention(Implementation):
         return 2 * product((*q[:3], k[2], 3 * q[3] + 2 * v[3]))
 
 
+@implements("fp8_forward_attention", provider=("reference", "native"), recipes=PER_TENSOR)
+class FP8ForwardAttention(FP8Attention):
+    """The same forward; its backward is that of attention in high precision, of the same q, k and v. (TE's kernels take the
+    softmax's statistics from the forward in FP8 instead, which costs accuracy where scores are large.)"""
+
+    def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
+        return ("q", "k", "v", "mask")
+
+    def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
+        return super().forward(call, inputs, scales, needs)._replace(saved=[])
+
+    def backward(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
+    ) -> Backward:
+        (q, k, v, mask), (do,) = inputs[:4], grads
+        heads, h_kv, form = q.shape[1], k.shape[1], call["form"]
+        qf, kf, vf, dof = q.float(), _per_head(k, heads), _per_head(v, heads), do.float()
+        factor = qf.new_tensor(softmax_scale(call, q))
+        dq, dk, dv = (torch.zeros_like(x) for x in (qf, kf, vf))
+        for block in _blocks(q.shape[0], heads, q.shape[2], k.shape[2], call["causal"]):
+            scores = _scores(qf, kf, mask, block, factor, call["causal"])
+            probabilities = _softmax(scores, torch.logsumexp(scores, -1))
+            ds = dof[block.queries] @ vf[block.keys].mT
+            dp = probabilities * (ds - (probabilities * ds).sum(-1, keepdim=True)) * factor
+            dq[block.queries] = dp @ kf[block.keys]
+            dk[block.keys] += dp.mT @ qf[block.queries]
+            dv[block.keys] += probabilities.mT @ dof[block.queries]
+        gradients = [dq, *(x.unflatten(1, (h_kv, heads // h_kv)).sum(2) for x in (dk, dv))]
+        return Backward([*(_empty(do, x.shape, form, do.dtype).copy_(x) for x in gradients), *no_gradients(call)], [])
+
+    def fake_forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
+        return super().fake_forward(call, inputs, scales, needs)._replace(saved=[])
+
+    def fake_backward(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
+    ) -> Backward:
+        (do,) = grads
+        return Backward([*(_empty(do, x.shape, call["form"], do.dtype) for x in inputs[:3]), *no_gradients(call)], [])
+
+    def backward_flops(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Any], needs: Needs) -> int:
+        q, k, v = inputs[:3]
+        return 2 * product((*q[:3], k[2], 3 * q[3] + 2 * v[3]))
+
+
 def _quantized(x: Tensor, scale: Scale, casting: Casting, form: str) -> Quantized:
     data = _empty(x, x.shape, form, E4M3).copy_(casting.saturated(x, scale.value, E4M3).to(E4M3))
     return Quantized(data, scale.inverse, scale=scale.value)
+
+
+def modified(case: Case) -> str | None:
+    """What is done to the scores that kernels of plain attention, and FP8 attention, do not do; None where that is nothing."""
+    if case.attributes["softcap"]:
+        return f"the scores are soft-capped (tanh, {case.attributes['softcap']:g})"
+    return None if case.inputs["sinks"] is None else "it has attention sinks"
+
+
+def no_gradients(call: Call) -> list[Any]:
+    """Those of what follows q, k and v among the inputs."""
+    return [None, None, [None] * len(call.inputs[5])]
 
 
 def softmax_scale(call: Call, q: Tensor) -> float:

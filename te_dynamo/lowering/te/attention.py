@@ -21,7 +21,7 @@ from te_dynamo.ir.layout import ORDER, Layout, as_bhsd
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.fp8 import E4M3, amax, dequantize
 from te_dynamo.lowering.quantized import Quantized, Scales
-from te_dynamo.lowering.reference.attention import softmax_scale
+from te_dynamo.lowering.reference.attention import OPERATIONS, modified, no_gradients, softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.lowering.te.library import api, capability, cudnn_version, running
@@ -306,7 +306,7 @@ def _(do, q, k, v, o, lse, rng, qkv_inv, s_scale, o_inv, do_inv, dp_scale, dqkv_
 
 def _unsupported(case: Case) -> str | None:
     q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
-    return refused(
+    return modified(case) or refused(
         AttentionCase(
             dtype=q.dtype,
             head_qk=int(q.shape[3]),
@@ -319,6 +319,7 @@ def _unsupported(case: Case) -> str | None:
             dropout=case.attributes["dropout_p"],
             trains=case.trains,
             in_fp8=case.recipe is not None,
+            fp8_backward=case.op.name == "attention",
             capability=capability(case.device),
             cudnn=cudnn_version(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -330,7 +331,8 @@ def _common_attributes(call: Call, q: Tensor, layout: str) -> tuple[str, bool, f
     return layout, call["causal"] or call["window"] >= 0, softmax_scale(call, q)
 
 
-missing("attention", "te", {Float8CurrentScaling: "its kernels have delayed scales for S and dP, and 'current' scaling has none"})
+for _op in OPERATIONS:
+    missing(_op, "te", {Float8CurrentScaling: "its kernels have delayed scales for S and dP, and 'current' scaling has none"})
 
 
 @implements("attention", provider="te", recipes=(HIGH_PRECISION,))
@@ -367,7 +369,7 @@ class TEAttention(Implementation):
         buffers = torch.ops.te_dynamo.te_attention_bwd(
             do, *forward, *_common_attributes(call, do if q is None else q, layout), call["window"]
         )
-        return Backward([*(as_bhsd(t, call["form"]) for t in parts(buffers, layout)), None], [])
+        return Backward([*(as_bhsd(t, call["form"]) for t in parts(buffers, layout)), *no_gradients(call)], [])
 
 
 @implements("attention", provider="te", recipes=(DelayedScaling,))
@@ -412,7 +414,30 @@ class TEFP8Attention(Implementation):
             do8, *tensors, q8.scale_inv, s8.scale, o8.scale_inv, known["do"].inverse, known["dp"].value, known["dqkv"].value, *common
         )
         made = [as_bhsd(dequantize(t, known["dqkv"].inverse, do.dtype), call["form"]) for t in gradients]
-        return Backward([*made, None], [amax(do), amaxes[:1], amaxes[1:]])
+        return Backward([*made, *no_gradients(call)], [amax(do), amaxes[:1], amaxes[1:]])
+
+
+@implements("fp8_forward_attention", provider="te", recipes=(DelayedScaling,))
+class TEFP8ForwardAttention(TEFP8Attention):
+    """The forward in FP8; the backward in 16 bits, of q, k, v and o as they are, with the forward's statistics: what TE does with
+    NVTE_FP8_DPA_BWD=0."""
+
+    def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
+        return ("q", "k", "v", "outputs")
+
+    def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
+        done = super().forward(call, inputs, scales, needs)
+        return done._replace(saved=done.saved[4:6])  # lse, rng
+
+    def backward(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
+    ) -> Backward:
+        order = ORDER[call["form"]]
+        do, q, k, v, o = (t.permute(order).contiguous() for t in (grads[0], *inputs[:3], *inputs[-1]))
+        lse, rng = (t.data for t in saved)
+        common = _common_attributes(call, q, _apart(call["form"]))
+        made = torch.ops.te_dynamo.te_attention_bwd(do, q, k, v, o, lse, rng, *common, call["window"])
+        return Backward([*(as_bhsd(t, call["form"]) for t in made), *no_gradients(call)], [])
 
 
 def _apart(form: str) -> str:

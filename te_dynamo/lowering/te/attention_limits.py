@@ -19,7 +19,7 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class AttentionCase:
     """One attention call. head_qk, head_v: head sizes; mask: one that is neither causal nor a window; window: of a causal mask, -1 for
-    none; capability: of the device; cudnn: 91002 is 9.10.2."""
+    none; fp8_backward: where it is in FP8, whether its backward is too; capability: of the device; cudnn: 91002 is 9.10.2."""
 
     dtype: torch.dtype
     head_qk: int
@@ -35,6 +35,7 @@ class AttentionCase:
     cudnn: int
     deterministic: bool = False
     window: int = -1
+    fp8_backward: bool = True
 
     @property
     def largest_head(self) -> int:
@@ -81,7 +82,7 @@ IN_FP8 = (
     Limit(lambda c: c.cudnn < 90700, "FP8 attention needs cuDNN 9.7 (pip install -U nvidia-cudnn-cu12)"),
     Limit(lambda c: c.head_qk % 16 != 0 or c.head_v % 16 != 0, "head sizes {head_qk} and {head_v} are not multiples of 16"),
     Limit(
-        lambda c: c.capability < BLACKWELL and c.trains and (c.head_qk, c.head_v) != (128, 128),
+        lambda c: c.capability < BLACKWELL and c.trains and c.fp8_backward and (c.head_qk, c.head_v) != (128, 128),
         "FP8 attention trains with head size 128 on Hopper, not {head_qk} and {head_v}",
     ),
     Limit(
@@ -97,7 +98,8 @@ IN_FP8 = (
 
 def refused(case: AttentionCase) -> str | None:
     """Why TE has no kernel for this attention, as a clause; None if it has one."""
-    for limit in (*ALWAYS, *(IN_FP8 if case.in_fp8 else IN_16_BITS)):
+    in_16_bits = IN_16_BITS if not case.in_fp8 or (case.trains and not case.fp8_backward) else ()
+    for limit in (*ALWAYS, *in_16_bits, *(IN_FP8 if case.in_fp8 else ())):
         if limit.refuses(case):
             return limit.reason.format(**vars(case))
     return None

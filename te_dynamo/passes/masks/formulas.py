@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
@@ -69,6 +70,10 @@ def negated(formula: Formula) -> Formula:
     return both(*(frozenset(frozenset([_negated(i)]) for i in alternative) for alternative in formula))
 
 
+def symbols_of(formula: Formula) -> set[Expr]:
+    return {s for alternative in formula for inequality in alternative for monomial, _ in inequality for s in monomial.free_symbols}
+
+
 def differ(a: Formula, b: Formula) -> Formula:
     return either(both(a, negated(b)), both(negated(a), b))
 
@@ -78,12 +83,30 @@ def _negated(inequality: Inequality) -> Inequality:
     return frozenset((m, c) for m, c in ((m, (m == 1) - c) for m, c in row.items()) if c)  # 1 - expr <= 0
 
 
+@dataclass(frozen=True)
+class Datum:
+    """An element of a tensor of the graph. source: its node; shape: of the tensor; index: of the element; why: what kept it from
+    being anything but data."""
+
+    source: Any
+    shape: tuple[Expr, ...]
+    index: tuple[Expr, ...]
+    dtype: torch.dtype
+    why: str
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return (0, 1) if self.dtype == torch.bool else (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
+
+
 class Integers:
-    """What is known of the integers in the formulas: the ranges of indices and of symbolic sizes."""
+    """What is known of the integers in the formulas: the ranges of indices, of symbolic sizes and of data."""
 
     def __init__(self) -> None:
         self.shape_env: Any = None
         self.sizes: dict[Expr, Expr] = {}  # of the dimension that an index runs over
+        self.data: dict[Expr, Datum] = {}
+        self._symbols: dict[Any, Expr] = {}
 
     def of(self, value: Any) -> Expr:
         """A Python integer or SymInt as an expression. Sets no guard."""
@@ -102,6 +125,14 @@ class Integers:
         self.sizes[symbol] = size
         return symbol
 
+    def datum(self, datum: Datum) -> Expr:
+        """An element that may be any number of its dtype; the same symbol whenever it is read."""
+        key = (datum.source, datum.index)
+        if key not in self._symbols:
+            self._symbols[key] = symbol = sympy.Symbol(f"datum{len(self.data)}", integer=True)
+            self.data[symbol] = datum
+        return self._symbols[key]
+
     def bound(self, expr: Expr) -> float:
         """What the absolute value is at most; infinity where nothing is known."""
         return sum(
@@ -112,6 +143,8 @@ class Integers:
     def _range(self, symbol: Expr) -> tuple[float, float]:
         if symbol in self.sizes:
             return 0, min(self.bound(self.sizes[symbol]), UNBOUNDED)
+        if symbol in self.data:
+            return self.data[symbol].range
         known = None if self.shape_env is None else self.shape_env.var_to_range.get(symbol)
         low = int(known.lower) if known and known.lower.is_Integer else -math.inf
         high = int(known.upper) if known and known.upper.is_Integer else math.inf
@@ -133,6 +166,9 @@ class Integers:
                 known.add(symbol)
                 if symbol in self.sizes:
                     facts = [at_most(0, symbol), at_most(symbol + 1, self.sizes[symbol])]
+                elif symbol in self.data:
+                    least, most = self.data[symbol].range
+                    facts = [at_most(least, symbol), at_most(symbol, most)]
                 else:
                     low, high = self._range(symbol)
                     facts = [at_most(low, symbol) if low > -math.inf else FALSE, at_most(symbol, high) if high < UNBOUNDED else FALSE]

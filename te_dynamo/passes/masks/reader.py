@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from te_dynamo.ir.graph import example, tensor, upstream
 from te_dynamo.passes.effects import storage, writes
-from te_dynamo.passes.masks.formulas import Expr, Integers, Unproven
+from te_dynamo.passes.masks.formulas import Datum, Expr, Integers, Unproven, at_most, symbols_of
 from te_dynamo.passes.masks.tensors import HANDLERS, Place, Tensor, Value, meaning
 from te_dynamo.sites import clean_path
 
@@ -51,6 +51,10 @@ class Reader:
             found.update(upstream(*more))
         return found
 
+    def is_written(self, node: Node) -> bool:
+        """Whether anything writes to a tensor's memory."""
+        return any(_shares(node, target) for targets in self.writers.values() for target in targets)
+
     def shape(self, node: Node) -> tuple[Expr, ...]:
         value = tensor(node)
         if value is None:
@@ -63,20 +67,51 @@ class Reader:
             return self._meaning(node, state)
 
         def value(place: Place) -> Value:
-            return called()(place)
+            try:
+                found = place.cast(called()(place), place.dtype)
+            except Unproven as stop:
+                return self._datum(node, place, stop)
+            if node.op != "placeholder" and place.dtype == torch.bool and self._tells_of_one_datum(found, place.index):
+                return self._datum(node, place, Unproven(self._reason(found)))
+            return found
 
         try:
             return Tensor(self.shape(node), tensor(node).dtype, self.integers, value)
         except Unproven as stop:
             return stop
 
+    def _datum(self, node: Node, place: Place, stop: Unproven) -> Value:
+        """An element of a tensor that depends on data, of which no more is known than its dtype. Raises `stop` for any other, and where it
+        could not be read later on: it is no integer, or something writes to its memory."""
+        if place.dtype.is_floating_point or place.dtype.is_complex or self.is_written(node) or not self.origin(node):
+            raise stop
+        symbol = self.integers.datum(Datum(node, place.shape, place.index, place.dtype, str(stop)))
+        return at_most(1, symbol) if place.dtype == torch.bool else symbol
+
+    def _tells_of_one_datum(self, found: Value, index: tuple[Expr, ...]) -> bool:
+        """Whether a value asks of data at its own index alone, such as whether it is not 0: it is simpler to read the answer."""
+        read = [self.integers.data.get(symbol) for symbol in symbols_of(found)]
+        return len(found) > 1 and bool(read) and all(datum is not None and datum.index == index for datum in read)
+
+    def _reason(self, found: Value) -> str:
+        return next(self.integers.data[symbol].why for symbol in symbols_of(found))
+
+    def origin(self, node: Node) -> str:
+        """What a user calls the first tensor that a node is computed of; "" where it is computed of none."""
+        found, seen = [node], {node}
+        for n in found:  # which grows
+            known = [i for i in n.all_input_nodes if i not in seen and not isinstance(example(i), (int, float, torch.SymInt, torch.Size))]
+            seen.update(known)
+            found += known
+        data = [n for n in found if n.op in ("placeholder", "get_attr") and tensor(n) is not None]
+        return _description(min(data)) if data else ""
+
     def _meaning(self, node: Node, state: State) -> Any:
         if node.op in ("placeholder", "get_attr"):
             raise Unproven(f"depends on the {_description(node)}")
         if node.target not in HANDLERS:
-            data = [n for n in upstream(node) if n.op in ("placeholder", "get_attr") and tensor(n) is not None]
-            if data:
-                raise Unproven(f"depends on the {_description(min(data))}, through {_name(node.target)}")
+            if origin := self.origin(node):
+                raise Unproven(f"depends on the {origin}, through {_name(node.target)}")
             raise Unproven(f"{node.name} ({_name(node.target)}) is not understood")
         return meaning(node.target, *map_arg((node.args, node.kwargs), lambda n: self._argument(n, state[n])))
 

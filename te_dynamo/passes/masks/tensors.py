@@ -91,6 +91,9 @@ class Place:
             return False
         limit = int(2 / torch.finfo(dtype).eps) if dtype.is_floating_point else torch.iinfo(dtype).max
         lowest = -limit if dtype.is_floating_point else torch.iinfo(dtype).min
+        if number in self.integers.data:  # as it is, not computed with
+            low, high = self.integers.data[number].range
+            return lowest <= low and high <= limit
         return lowest <= number <= limit if isinstance(number, int) else self.integers.bound(number) <= min(-lowest, limit)
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
