@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.compilers import nop
 from torch.utils.flop_counter import FlopCounterMode
 
+from te_dynamo.backend import te_fp8
 from te_dynamo.ir import op_named
 from te_dynamo.lowering import registry
 from te_dynamo.lowering.call import flattened
@@ -407,3 +408,24 @@ def test_flops_are_the_gemms():
             op(*args)
         counted = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
         assert counted[f"te_dynamo.{op.default.name().partition('::')[2]}"] == gemms * one, name
+
+
+def test_by_rows_on_a_gpu_is_traced_and_gives_the_same(no_codegen, monkeypatch):
+    """There operator by operator would cost more than the GEMMs gain. Traced on a CPU, it is the opaque operators' computation."""
+    rowwise = Float8RowwiseScaling()
+    on_gpu, here = (registry.find(LINEARS, "native", rowwise, torch.device(device)) for device in ("cuda", "cpu"))
+    assert not on_gpu.opaque and here.opaque and isinstance(on_gpu, type(here))
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+        model, x = nn.Sequential(model), torch.randn(40, 64, requires_grad=True)
+        y = torch.compile(model, backend=te_fp8, options={"recipe": rowwise, "include_logits": True})(x)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+    opaque = results()
+    monkeypatch.setattr(type(here), "opaque", False)
+    for one, other in zip(opaque, results(), strict=True):
+        assert torch.equal(one, other)

@@ -22,10 +22,17 @@ implements("grouped_linear", provider="native", recipes=PER_TENSOR, devices=("cp
 implements("grouped_linear", provider="native", recipes=(Float8RowwiseScaling,), devices=("cpu",), multiply=native)(FineGrainedGroups)
 
 
-@implements("linears", provider="native", recipes=(Float8RowwiseScaling,), devices=("cpu", "cuda"), multiply=native)
+implements("linears", provider="native", recipes=(Float8RowwiseScaling,), devices=("cpu",), multiply=native)(FineGrainedLinears)
+
+
+@implements("linears", provider="native", recipes=(Float8RowwiseScaling,), devices=("cuda",), multiply=native)
 class RowwiseLinears(FineGrainedLinears):
+    """Traced: operator by operator, each quantization would pass over its tensor twenty times."""
+
+    opaque = False
+
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
-        return too_old(device, HOPPER, "row-wise FP8 GEMMs") if device.type == "cuda" else None
+        return too_old(device, HOPPER, "row-wise FP8 GEMMs")
 
 
 missing(
