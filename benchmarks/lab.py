@@ -1,145 +1,127 @@
-"""The predicted step of a Llama-3-8B layer on an H100, Inductor in bf16 against te_fp8's providers, on a machine without a GPU.
+"""What te_fp8 is predicted to give on a GPU that is not there, model by model: `python -m benchmarks --only lab`.
 
-    python -m benchmarks.lab PATH_TO_GPULAB [--shape 1x4096 ...] [--python PYTHON] [--json FILE]
-
-Two tables: the totals of a step, and the microseconds of its parts, beside the floor: the same GEMMs and attention in FP8 and
-bf16, one read and one write of each tensor that must exist, every quantization done by the kernel that makes the values.
-
-gpulab is an external cost model, not part of this repository: PATH_TO_GPULAB is its folder. It compiles the step for sm_90,
-runs it on fake CUDA tensors and records each launch: trust kernels, bytes and the ratio rather than milliseconds.
-The benchmarks on a GPU print `--json benchmarks/results/lab.json` beside their own times.
-It needs triton, transformer_engine's Python package and g++, so `--python` may name another interpreter than this one.
+Deterministic: the same versions give the same figures on any machine. `te_dynamo.lab` says how, docs/estimate.md how far to believe it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-SHAPES = ("1x4096", "4x2048", "16x512", "1x512")  # batch x length
-TE_FP8 = ["--backend", "te_fp8", "--import", "benchmarks.lab_backend", "--option"]
-BACKENDS = {
-    "bf16 Inductor": [],
-    "te_fp8 native": [*TE_FP8, 'provider="native"'],
-    "te_fp8 te": ["--import", "te_present", *TE_FP8, 'provider="te"'],
-    **{f"te_fp8 native, {memory}": [*TE_FP8, 'provider="native"', "--option", f'memory="{memory}"'] for memory in ("speed", "saving")},
-}
-FLOOR = """
-import dataclasses, json, os, sys
-import gpulab
-gpulab.pretend_h100()
-import fp8_cases
-hardware, rows = gpulab.Hardware(), {}
-for shape in sys.argv[2:]:
-    events, _ = fp8_cases.floor(*map(int, shape.split("x")), True, True)
-    rows[shape] = [dataclasses.asdict(event) | {"us": hardware.us(event)} for event in events]
-json.dump(rows, open(sys.argv[1], "w"))
-sys.stdout.flush()
-os._exit(0)
-"""
-WEIGHT_CASTS = ("cast_transpose", "te_quantize", "weights")
-SMALL = 8.0  # us
-# The group of a launch: the first that fits.
-GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "GEMMs": lambda e: e["kind"] == "gemm",
-    "attention": lambda e: e["kind"] == "attention",
-    "weights to FP8, both ways": lambda e: e["name"].startswith(WEIGHT_CASTS),
-    "transposed copies": lambda e: e["name"] == "transpose",
-    "scales and other small kernels": lambda e: e["us"] < SMALL,
-    "norms, RoPE, SwiGLU, sums and casts": lambda e: True,
-}
-COLUMNS = {"kernels": "kernels", "GEMMs": "gemms", "GB outside GEMMs": "gb", "saved MiB": "saved_mb", "predicted ms": "device_ms"}
+from benchmarks.lab_models import CASES, Case
+from te_dynamo.lab.estimate import HOW_FAR, Estimate, Example, estimate_of
+from te_dynamo.lab.roofline import GROUPS
+from te_dynamo.lab.show import Table, markdown_of
+from te_dynamo.lab.stand_in import building
+
+RESULTS = Path(__file__).parent / "results"
+LAYER = "Llama-3-8B layer"
 
 
-def measure(lab: Path, python: str, shapes: list[str], arguments: list[str]) -> list[dict[str, Any]]:
-    """A row for each shape, as gpulab gives them, with "gb", the gigabytes outside GEMMs."""
-    root = Path(__file__).parent.parent
-    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [python, "gpulab.py", "--case", "bf16", "--json", str(result), *arguments]
-        for shape in shapes:
-            command += ["--shape", shape]
-        subprocess.run(command, cwd=lab, env=os.environ | {"PYTHONPATH": paths}, check=True, stdout=subprocess.DEVNULL)
-        rows = json.loads(result.read_text())["rows"]
-    return [row | {"gb": row["triton_gb"] + row["extern_gb"]} for row in rows]
+def built(case: Case) -> Callable[[], Example]:
+    def build() -> Example:
+        with building():
+            model, inputs = case.make(case.batch, case.length)
+        return Example(model, (), inputs) if isinstance(inputs, dict) else Example(model, tuple(inputs), {})
+
+    return build
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown; the ratio is to the first backend at the same shape."""
-    lines = []
-    for i, reference in enumerate(next(iter(rows.values()))):
-        for name, measured in rows.items():
-            row = measured[i]
-            cells = [f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in COLUMNS.values()]
-            lines.append([row["shape"], name, *cells, f"{reference['device_ms'] / row['device_ms']:.3f}"])
-    return markdown(["shape", "backend", *COLUMNS, "ratio"], lines)
+def estimates(device: str = "h100", cases: Sequence[Case] = CASES, **options: Any) -> Iterator[tuple[Case, Estimate]]:
+    for case in cases:
+        yield case, estimate_of(built(case), device, options=options or None)
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    first, *rest = (f"| {' | '.join(cells)} |" for cells in (header, *lines))
-    return "\n".join([first, "|" + "---|" * len(header), *rest])
+def row(case: Case, found: Estimate) -> dict[str, Any]:
+    """What is kept of an estimate: totals and sites, without the launches."""
+    whole = found.to_dict()
+    return {"case": case.name, "shape": case.shape, "target": case.target, **{k: whole[k] for k in ("speedup", "sides", "sites", "notes")}}
 
 
-def floor(lab: Path, python: str, shapes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The launches of the floor at each shape."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "floor.json"
-        subprocess.run([python, "-c", FLOOR, str(result), *shapes], cwd=lab, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(result.read_text())
+def result(device: str, rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> dict[str, Any]:
+    return {"device": device, "versions": versions, "cases": list(rows), "layer": predictions(rows)}
 
 
-def spent(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Microseconds by group."""
-    result = dict.fromkeys(GROUPS, 0.0)
-    for event in events:
-        result[next(name for name, fits in GROUPS.items() if fits(event))] += event["us"]
-    return result
+def predictions(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{backend: {shape: {"predicted_ms", "ratio"}}} of the layer that `python -m benchmarks --gpu` times."""
+    found: dict[str, dict[str, dict[str, float]]] = {"bf16 Inductor": {}, "te_fp8 native": {}}
+    for r in rows:
+        if r["case"] == LAYER:
+            base, ours = r["sides"][:2]
+            found["bf16 Inductor"][r["shape"]] = {"predicted_ms": round(base["ms"], 3), "ratio": 1.0}
+            found["te_fp8 native"][r["shape"]] = {"predicted_ms": round(ours["ms"], 3), "ratio": round(r["speedup"], 3)}
+    return found
 
 
-def spending(rows: dict[str, list[dict[str, Any]]], floors: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: microseconds of a step by group, beside the floor's."""
-    lines = []
-    for i, row in enumerate(next(iter(rows.values()))):
-        measured = {"floor": floors[row["shape"]]} | {name: found[i]["events"] for name, found in rows.items()}
-        for name, events in measured.items():
-            groups = spent(events)
-            lines.append([row["shape"], name, *(f"{us:.0f}" for us in (*groups.values(), sum(groups.values())))])
-    return markdown(["shape", "backend", *GROUPS, "all, us"], lines)
+def markdown(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    rows = found["cases"]
+    missed = [r for r in rows if r["target"] is not None and r["speedup"] < r["target"] - 5e-4]
+    slower = [r for r in rows if r["speedup"] < 0.9995]
+    parts = [
+        f"# Predicted for {found['device']}",
+        f"A training step, forward and backward, of one layer each (two of Gemma 3). {versions}. By `python -m benchmarks --only lab`; the "
+        "same figures are in the JSON file of this name.",
+        HOW_FAR,
+        markdown_of(_totals(rows)),
+        f"Below 1.0x: {_names(slower)}. Below their target: {_names(missed)}.",
+        "Where the microseconds go:",
+        markdown_of(_groups(rows)),
+        "Sites that are left in high precision:",
+        markdown_of(_left(rows)),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def predictions(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """{backend: {shape: {"predicted_ms", "ratio"}}}; the ratio is to the first backend at the same shape."""
-    base = next(iter(rows.values()))
-    return {
-        name: {
-            row["shape"]: {"predicted_ms": round(row["device_ms"], 3), "ratio": round(reference["device_ms"] / row["device_ms"], 3)}
-            for row, reference in zip(measured, base, strict=True)
-        }
-        for name, measured in rows.items()
-    }
+def _names(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{r['case']} {r['shape']} ({r['speedup']:.2f}x)" for r in rows) or "none"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lab", type=Path, help="the folder of gpulab")
-    parser.add_argument("--shape", action="append", help=f"BATCHxLENGTH, repeatable (default: {' '.join(SHAPES)})")
-    parser.add_argument("--python", default=sys.executable, help="an interpreter with torch, transformers and triton")
-    parser.add_argument("--json", type=Path, help="also write the predictions to this file")
-    args = parser.parse_args()
-    shapes = args.shape or list(SHAPES)
-    rows = {name: measure(args.lab, args.python, shapes, arguments) for name, arguments in BACKENDS.items()}
-    print(table(rows), spending(rows, floor(args.lab, args.python, shapes)), sep="\n\n")
-    if args.json:
-        args.json.write_text(json.dumps(predictions(rows), indent=1) + "\n")
+def _totals(rows: Sequence[dict[str, Any]]) -> Table:
+    header = ("model", "shape", "", "kernels", "GEMMs", "FP8 FLOPs", "GB outside GEMMs", "saved MiB", "predicted ms", "ratio", "target")
+    cells = []
+    for r in rows:
+        for i, side in enumerate(r["sides"][:2]):
+            figures = (f"{side['gigabytes']:.2f}", f"{side['saved'] / 2**20:.1f}", f"{side['ms']:.3f}", f"{r['speedup'] if i else 1.0:.3f}")
+            share = f"{side['fp8_tflop'] / side['tflop']:.1%}" if side["tflop"] else "-"
+            target = f"{r['target']:.2f}" if i and r["target"] is not None else ""
+            cells.append((r["case"], r["shape"], side["label"], str(side["kernels"]), str(side["gemms"]), share, *figures, target))
+    return Table("", header, cells)
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> Table:
+    sides = [(r, side) for r in rows for side in r["sides"][:2]]
+    cells = [(r["case"], r["shape"], side["label"], *(f"{side['groups'][name]:.0f}" for name in GROUPS)) for r, side in sides]
+    return Table("", ("model", "shape", "", *GROUPS), cells)
+
+
+def _left(rows: Sequence[dict[str, Any]]) -> Table:
+    left = [(r, s) for r in rows for s in r["sites"] if s["provider"] is None and s["kind"] != "norm" and s["bf16_us"]]
+    cells = [(r["case"], r["shape"], s["path"], f"{s['bf16_us']:.0f}", s["reason"] or "") for r, s in left]
+    return Table("", ("model", "shape", "path", "GEMMs, us", "because"), cells)
+
+
+def write(found: dict[str, Any], folder: Path = RESULTS, name: str = "lab-h100") -> Path:
+    """As JSON and as Markdown; returns the path of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    path = folder / f"{name}.md"
+    path.write_text(markdown(found))
+    return path
+
+
+def main(device: str = "h100", cases: Sequence[Case] = CASES, say: Callable[[str], None] = print) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    rows, name = [], ""
+    for case, found in estimates(device, cases):
+        rows.append(row(case, found))
+        name = found.device
+        say(f"{found.speedup:7.2f}x  {case.name} {case.shape}")
+    return result(name, rows, {package: version(package) for package in ("torch", "transformers")})
 
 
 if __name__ == "__main__":
-    main()
+    print(write(main()))
