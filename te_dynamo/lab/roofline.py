@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from te_dynamo.lab.launches import FORWARD, Launch
-from te_dynamo.lowering.cost import BF16_REACHED, FP8_REACHED, MEMORY_REACHED
+from te_dynamo.lowering.cost import BF16_REACHED, FP8_REACHED, KERNEL_US, MEMORY_REACHED
 from te_dynamo.lowering.devices import Peak
 
 ATTENTION_REACHED = {True: 0.55, False: 0.45}  # of the bf16 peak, in forward and backward, a causal half not counted: cuDNN, FA3
 L2_GBS = 5500.0  # H100's, for sectors that accesses do not fill
-KERNEL_US = 1.5  # of each kernel on the device: its first and last blocks
 HOST_US = 4.0  # of each launch on the host, where the step is no CUDA graph
 SMALL_US = 8.0
 

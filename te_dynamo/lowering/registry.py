@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from te_dynamo.ir.op import SemanticOp, all_ops
+from te_dynamo.lowering import cost
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
@@ -111,6 +112,10 @@ class Implementation:
     def unsupported(self, case: Case) -> str | None:
         """Why it cannot, or should not, compute this site."""
         return None
+
+    def not_worth_it(self, case: Case, x: Tensor, weight: Tensor) -> str | None:
+        """Why a weight GEMM of this site, `x [..., K] @ weight [N, K].T`, would be slower than in high precision."""
+        return cost.not_worth_it(x, weight, training=case.trains)
 
     def kernel(self, case: Case) -> str:
         """What a report is to say of the kernel that computes this site, if anything."""

@@ -90,13 +90,15 @@ class Planner:
         )
 
     def unsupported(self, node: Node, trains: bool) -> str | None:
-        """Why nobody computes a site of weight GEMMs, as a clause; None where somebody does."""
+        """Why nobody computes a site of weight GEMMs, or nobody should, as a clause; None where somebody does."""
         op, recipe = site_of(node), node.meta[RECIPE]
         assert op is not None
         choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
         if choice.implementation is None:
             return choice.reason
-        return choice.implementation.unsupported(self.case(node, op, recipe, trains))
+        case = self.case(node, op, recipe, trains)
+        costs = (choice.implementation.not_worth_it(case, fake(gemm.x), fake(gemm.weight)) for gemm in op.gemms(node))
+        return choice.implementation.unsupported(case) or next((reason for reason in costs if reason), None)
 
     def plan(self, gm: GraphModule, *, grad_enabled: bool) -> None:
         """Puts a `Plan` and its `Site` on every semantic node of `gm`."""

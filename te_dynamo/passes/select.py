@@ -9,9 +9,7 @@ from torch.fx import GraphModule, Node
 
 from te_dynamo.config import Options
 from te_dynamo.ir import op_of, site_of
-from te_dynamo.ir.graph import fake
 from te_dynamo.ir.meta import RECIPE, UNIFORM_ROWS, origin_of, site_path
-from te_dynamo.lowering.cost import not_worth_it
 from te_dynamo.passes.heads import read_norms
 from te_dynamo.passes.logits import find_logits
 from te_dynamo.passes.routers import find_routers
@@ -91,8 +89,7 @@ def _reason(node: Node, kept: str | None, options: Options, unsupported: Unsuppo
         return kept
     if node.meta[RECIPE] is None:
         return "its recipe is None: high precision"
-    costs = (not_worth_it(fake(g.x), fake(g.weight), training=grad_enabled) for g in gemms)
-    return skips or unsupported(node, grad_enabled) or next((c for c in costs if c), None)
+    return skips or unsupported(node, grad_enabled)
 
 
 def against_wishes(reason: str | None) -> bool:

@@ -35,7 +35,7 @@ def provider(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def small_sites_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linears of a test's size would not pay."""
-    monkeypatch.setattr("te_dynamo.passes.select.not_worth_it", lambda *_, **__: None)
+    monkeypatch.setattr("te_dynamo.lowering.cost.not_worth_it", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,9 +26,9 @@ from torch import Tensor
 
 import te_dynamo.lowering.kernels.cast_matrices
 import te_dynamo.lowering.kernels.transpose_rows  # noqa: F401  (register their operators)
+from te_dynamo.lowering import cost
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.compute import scales_of
-from te_dynamo.lowering.cost import not_worth_it
 from te_dynamo.lowering.devices import dotted
 from te_dynamo.lowering.fp8 import E4M3, row_amax
 from te_dynamo.lowering.granularity import Blocks
@@ -107,9 +107,12 @@ class NativeGroups(Implementation):
             return "torch's grouped FP8 GEMM is for bfloat16"
         if (found := torch.cuda.get_device_capability(case.device))[0] != 9:  # better in bfloat16 than by another provider, GEMM by GEMM
             return f"torch's grouped FP8 GEMM is for Hopper (compute capability 9.0), this device has {dotted(found)}"
+        return unaligned(case)
+
+    def not_worth_it(self, case: Case, x: Tensor, weight: Tensor) -> str | None:
         products = 2 if getattr(case.recipe, "high_precision_wgrad", False) else 3
-        cost = {"training": case.trains, "products": products, "weight_bytes": 4}  # read once, written both ways
-        return unaligned(case) or not_worth_it(case.inputs["x"], case.inputs["weight"], **cost)
+        read_once = replace(cost.TRAINING, weight=4)  # and written both ways
+        return cost.not_worth_it(x, weight, training=case.trains, products=products, overhead=read_once)
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         weight = ["weight"] if needs[0] and _remakes_weight(call) else []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from te_dynamo.lowering import cost
 from te_dynamo.lowering.cpu.grouped import CPUGroups
 from te_dynamo.lowering.cpu.linears import CPULinears
 from te_dynamo.lowering.devices import HOPPER, too_old
@@ -11,7 +13,7 @@ from te_dynamo.lowering.fine_grained import FineGrainedLinears, native
 from te_dynamo.lowering.grouped import FineGrainedGroups
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
 from te_dynamo.lowering.per_tensor import OnePassKernels, PerTensorLinears, scaled_mm
-from te_dynamo.lowering.registry import PER_TENSOR, implements, missing
+from te_dynamo.lowering.registry import PER_TENSOR, Case, implements, missing
 from te_dynamo.recipe import Float8BlockScaling, Float8RowwiseScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe
 
 CUDA = OnePassKernels(scaled_mm, contiguous=True, multiple=ALIGNMENT_ON_GPU, cast=torch.ops.te_dynamo.cast_transpose)
@@ -30,6 +32,10 @@ class RowwiseLinears(FineGrainedLinears):
     """Traced: operator by operator, each quantization would pass over its tensor twenty times."""
 
     opaque = False
+
+    def not_worth_it(self, case: Case, x: Tensor, weight: Tensor) -> str | None:
+        products = 2 if getattr(case.recipe, "high_precision_wgrad", False) else 3
+        return cost.not_worth_it(x, weight, training=case.trains, products=products, overhead=cost.ROWWISE_TRAINING)
 
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
         return too_old(device, HOPPER, "row-wise FP8 GEMMs")

@@ -1,0 +1,173 @@
+"""Every Triton kernel of te_dynamo through ptxas: `python -m benchmarks --only ptxas`, `python -m benchmarks.ptxas 9.0` prints JSON.
+
+Each is launched with tensors that have shapes alone, in its forms that differ most.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import te_dynamo.lowering.kernels
+from te_dynamo.lab.ptxas import resources_of
+from te_dynamo.lowering.kernels import cast_matrices, cast_transpose, qkv, roll, transpose, transpose_rows
+
+CAPABILITIES = ((9, 0), (10, 0))
+E4M3, E5M2, BF16, F32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32
+FOLDER = Path(te_dynamo.lowering.kernels.__path__[0])
+Launches = dict[str, Callable[[], None]]
+
+
+def kernels() -> set[str]:
+    """The names of all kernels that are launched: functions of Triton that end so, in all files of the package."""
+    found = set()
+    for path in FOLDER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                found |= {node.name} if node.name.endswith("_kernel") else set()
+    return found
+
+
+def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches() -> Launches:
+    """By name, what launches."""
+    return {**_casts(), **_matrices(), **_transposes(), **_rolls(), **_qkv(), **_refresh()}
+
+
+def _casts() -> Launches:
+    def cast(dtype: torch.dtype, out: torch.dtype, interleave: int, plain: bool) -> Callable[[], None]:
+        def launch() -> None:
+            parts = [tensor(4096, 4096, dtype=dtype), tensor(4096, 4096, dtype=dtype)]
+            cast_transpose.launch(parts, tensor(dtype=F32), *cast_transpose._empty(parts, out, plain, True), interleave)
+
+        return launch
+
+    forms = [(BF16, E4M3, 0, True), (BF16, E5M2, 0, True), (BF16, E4M3, 128, False), (F32, E4M3, 128, True)]
+    return {f"cast_transpose {d} {o} {i} {p}": cast(d, o, i, p) for d, o, i, p in forms}
+
+
+def _matrices() -> Launches:
+    def cast(dtype: torch.dtype, by_row: bool, across: bool, strided: bool) -> Callable[[], None]:
+        def launch() -> None:
+            x = tensor(8, 4096, 1024, dtype=dtype).transpose(1, 2) if strided else tensor(8, 1024, 4096, dtype=dtype)
+            scale = None if by_row else tensor(dtype=F32)
+            cast_matrices.launch(x, scale, True, *cast_matrices._empty(x, scale, E4M3, across))
+
+        return launch
+
+    forms = [(BF16, True, True, False), (BF16, False, True, True), (BF16, True, False, True), (F32, True, True, False)]
+    return {f"cast_matrices {d} {r} {a} {s}": cast(d, r, a, s) for d, r, a, s in forms}
+
+
+def _transposes() -> Launches:
+    def rows(multiply: bool) -> Callable[[], None]:
+        factor = tensor(4096, dtype=F32) if multiply else None
+        return lambda: void(transpose_rows.launch(tensor(4096, 4096, dtype=E4M3), tensor(4096, dtype=torch.int32), factor))
+
+    return {
+        "transpose": lambda: void(transpose.launch(tensor(4096, 14336, dtype=E4M3))),
+        "transpose_rows": rows(False),
+        "transpose_rows, multiplied": rows(True),
+    }
+
+
+def void(_: object) -> None: ...
+
+
+def _rolls() -> Launches:
+    def update(longest: int) -> Callable[[], None]:
+        def launch() -> None:
+            n = 200
+            flags = [tensor(2, n, dtype=F32) for _ in range(2)]
+            history, cursor = tensor(2, n, longest, dtype=F32), tensor(2, n, dtype=torch.int64)
+            others = [tensor(2, n, dtype=F32), tensor(2, n, dtype=F32), tensor(2, n, dtype=torch.int64), tensor(2, n, dtype=torch.bool)]
+            roll.launch(flags[0], flags[1], history, cursor, *others)
+
+        return launch
+
+    return {f"roll, history of {longest}": update(longest) for longest in (1, 16, 1024)}
+
+
+def _qkv() -> Launches:
+    from te_dynamo.ir.qkv import views
+    from te_dynamo.lowering.call import Call, spec_of
+
+    def write(rotary: str, normalized: str, packing: str, head: int, dtype: torch.dtype) -> Callable[[], None]:
+        def launch() -> None:
+            whole = tensor(1, 4096, (32 + 16) * head, dtype=dtype).unflatten(-1, (-1, head)).transpose(1, 2)
+            q, k, v = whole.split([32, 8, 8], 1)
+            tables = [tensor(1, 1, 4096, head, dtype=dtype) if rotary else None] * 2
+            weights = [tensor(head, dtype=dtype) if normalized else None] * 2
+            inputs = [q, k, v if packing else None, *tables, *weights, None, None]
+            attributes = {
+                "form": "bshd",
+                "packing": packing,
+                "out_dtype": dtype,
+                "rotary": rotary,
+                "width": head if rotary else 0,
+                "normalized": normalized,
+                "eps": 1e-6,
+                "zero_centered": False,
+                "round_before_weight": dtype if normalized else None,
+                "norm_last": False,
+            }
+            call = Call("qkv", "native", "cuda", spec_of(tuple(inputs)), attributes=attributes)
+            qkv.launch(call, inputs, views(qkv._empty(call, inputs), "bshd", packing))
+
+        return launch
+
+    forms = [
+        ("halves", "", "2hd", 128, BF16),
+        ("halves", "rms", "2hd", 128, BF16),
+        ("interleaved", "", "", 64, BF16),
+        ("halves", "rms", "2hd", 256, BF16),
+        ("halves", "layer", "2hd", 128, F32),
+        ("", "rms", "", 128, F32),
+    ]
+    return {"qkv " + " ".join(map(str, form)): write(*form) for form in forms}
+
+
+def _refresh() -> Launches:
+    def tables() -> list[Tensor]:
+        """Of 8 GEMMs of a weight each: parts, offsets, samples, amaxes, changed."""
+        parts, offsets = tensor(8, 16, dtype=torch.int64), tensor(8, 512, dtype=torch.int64)
+        return [parts, offsets, tensor(8, 512, dtype=torch.int32), tensor(8, 8, dtype=F32), tensor(8, dtype=torch.int32)]
+
+    def look(record: bool) -> Callable[[], None]:
+        def launch() -> None:
+            from te_dynamo.lowering.kernels.refresh_triton import look_kernel
+
+            look_kernel[(8,)](tensor(8, 16, dtype=torch.int64), *tables(), RECORD=record, num_warps=4)
+
+        return launch
+
+    def write() -> None:
+        from te_dynamo.lowering.kernels.refresh_triton import write_kernel
+
+        write_kernel[(8,)](tensor(8, 16, dtype=torch.int64), tensor(8, 2, dtype=F32), *tables(), 8, COUNT=8, num_warps=8)
+
+    return {"look": look(False), "look, recording": look(True), "write": write}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints one JSON object: for each capability that is named, what each launch uses."""
+    found = {}
+    for text in arguments:
+        major, minor = map(int, text.split("."))
+        resources = resources_of(launches(), (major, minor))
+        found[text] = {name: [asdict(r) for r in rows] for name, rows in resources.items()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
