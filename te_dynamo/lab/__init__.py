@@ -8,7 +8,7 @@
     isolated.py       a process for it alone
     launches.py       what is noted; operators.py of an operator, kernels.py and accesses.py of a Triton kernel
     roofline.py       the time of a launch
-    ptxas.py          registers and spills of a Triton kernel
+    ptxas.py          registers and spills of hand-written Triton kernels
 
 docs/estimate.md says how far to believe it.
 """

@@ -127,16 +127,16 @@ def _answer_for_triton(gpu: GPU) -> None:
     triton.runtime.jit.JITFunction.run = note_jit
 
 
-def driver(capability: Capability) -> Any:
-    """Triton's driver of a GPU that is not there."""
+def driver(capability: Capability, device: int = 0) -> Any:
+    """Triton's driver of a GPU that is not there; it keeps what it has compiled by `device`."""
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     return SimpleNamespace(
         get_current_target=lambda: target,
-        get_current_device=lambda: 0,
+        get_current_device=lambda: device,
         get_current_stream=lambda index=0: 0,
-        get_active_torch_device=lambda: torch.device("cuda", 0),
+        get_active_torch_device=lambda: torch.device("cuda", device),
         is_active=lambda: True,
     )
 

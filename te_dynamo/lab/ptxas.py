@@ -43,7 +43,7 @@ def unavailable() -> str | None:
 def compiling(capability: Capability) -> Iterator[list[Resources]]:
     """While it is open, each launch of a Triton kernel compiles it for a GPU of this capability instead, and adds to the list.
 
-    Tensors may be of shapes alone, fake or "meta". For a process of its own: Triton keeps what it has compiled, and for whom.
+    Tensors may be of shapes alone, fake or "meta". For a process of its own, which has no driver afterwards.
     """
     import triton
     from triton.runtime.jit import JITFunction, MockTensor
@@ -58,7 +58,7 @@ def compiling(capability: Capability) -> Iterator[list[Resources]]:
         made = run(function, *mocked, grid=grid, warmup=True, **kwargs)
         found.append(_resources(function.fn.__name__, made))
 
-    triton.runtime.driver.set_active(driver(capability))
+    triton.runtime.driver.set_active(driver(capability, device=10 * capability[0] + capability[1]))
     JITFunction.run = compiled
     try:
         yield found
