@@ -1,6 +1,6 @@
 """Prints the cost of te_dynamo, as ratios to Inductor in the same run.
 
-    python -m benchmarks [--only compile|call|saved|state|cpu] [--json FILE] [--repeat N]
+    python -m benchmarks [--only SECTION ...] [--repeat N] [--output FOLDER [--name NAME]]
     python -m benchmarks --gpu [...]    # speed on a GPU, see `python -m benchmarks --gpu --help`
 
 compile: CPU time of the first forward and backward of a 32-layer Llama, cold and in a second process (caches warm).
@@ -8,8 +8,11 @@ call:    a training step of 20 tiny linears (host overhead), and of a small Llam
 saved:   bytes that linears keep allocated for backward.
 state:   the cost of delayed over current scaling: kernels and collectives of an update, time of a step with 200 sites.
 cpu:     a training step, a forward in eval, one token through 24 linears, and the host time of a tiny model (`benchmarks/cpu.py`).
-Each measurement runs in its own process; the two sides of a ratio run one after the other, those of `cpu` in turns. The ratios of
-times on a CPU predict nothing about a GPU (`benchmarks/lab.py` does).
+lab:     predicted training steps on a GPU that is not there (`benchmarks/lab.py`); also writes lab-h100.json and lab-h100.md.
+ptxas:   Triton kernels that spill registers (`benchmarks/ptxas.py`).
+
+Times are medians of N repetitions, with their extremes; each measurement runs in its own process, the sides of a ratio in turns. Only `lab`
+predicts anything about a GPU. With --output the figures are written as JSON, Markdown and a picture, with versions and processor.
 """
 
 from __future__ import annotations
@@ -17,18 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.figures import Figure, write
 
 ROOT = Path(__file__).resolve().parent.parent
 INDUCTOR: tuple[str, dict[str, Any]] = ("inductor", {})
 DELAYED, CURRENT, SKIPPED = (("te_fp8", options) for options in ({"recipe": "delayed"}, {"recipe": "current"}, {"skip": ["*"]}))
-Row = tuple[str, float, float | None]  # what, ratio, target
 
 
 def child(kind: str, backend: str, options: dict[str, Any] | None = None, cache: str | None = None) -> dict[str, float]:
@@ -47,41 +50,45 @@ def process(*module: str, cache: str | None = None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compile_rows() -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        inductor = [child("compile", "inductor", cache=a)["seconds"] for _ in range(2)]
-        fp8 = [child("compile", "te_fp8", cache=b)["seconds"] for _ in range(2)]
-    yield f"compile time, 32 layers, cold ({fp8[0]:.1f} s against {inductor[0]:.1f} s)", fp8[0] / inductor[0], 1.25
-    yield f"compile time, 32 layers, warm ({fp8[1]:.1f} s against {inductor[1]:.1f} s)", fp8[1] / inductor[1], 1.1
+def compile_rows(repeat: int) -> Iterator[Figure]:
+    ratios: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(repeat):
+        with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+            for how in ratios:
+                inductor, fp8 = (child("compile", backend, cache=cache)["seconds"] for backend, cache in (("inductor", a), ("te_fp8", b)))
+                ratios[how].append(fp8 / inductor)
+    yield Figure.of("compile", "compile time, 32 layers, cold", ratios["cold"], 1.0)
+    yield Figure.of("compile", "compile time, 32 layers, warm", ratios["warm"], 1.05)
 
 
-def call_rows(repeat: int) -> Iterator[Row]:
+def call_rows(repeat: int) -> Iterator[Figure]:
     cases = {"inductor": INDUCTOR, "skip": SKIPPED, "delayed": DELAYED, "current": CURRENT}
     runs = [{name: child("call", *case) for name, case in cases.items()} for _ in range(repeat)]
 
-    def ratio(a: str, b: str, what: str) -> float:
-        return statistics.median(run[a][what] / run[b][what] for run in runs)
+    def ratios(a: str, b: str, what: str) -> list[float]:
+        return [run[a][what] / run[b][what] for run in runs]
 
-    yield "host time per call, skip=['*'] to Inductor", ratio("skip", "inductor", "host_us"), 1.10
-    yield "host time per call, delayed to current", ratio("delayed", "current", "host_us"), 1.25
-    yield "host time per call, delayed to Inductor, 20 sites", ratio("delayed", "inductor", "host_us"), None
-    yield "step of a small Llama on a CPU, delayed to Inductor bf16", ratio("delayed", "inductor", "step_us"), None
+    yield Figure.of("call", "host time per call, skip=['*'] to Inductor", ratios("skip", "inductor", "host_us"), 1.10)
+    yield Figure.of("call", "host time per call, delayed to current", ratios("delayed", "current", "host_us"), 1.25)
+    yield Figure.of("call", "host time per call, delayed to Inductor, 20 sites", ratios("delayed", "inductor", "host_us"))
+    yield Figure.of("call", "step of a small Llama on a CPU, delayed to Inductor bf16", ratios("delayed", "inductor", "step_us"))
 
 
-def saved_rows() -> Iterator[Row]:
+def saved_rows(repeat: int) -> Iterator[Figure]:
     inductor, fp8 = child("saved", "inductor")["bytes"], child("saved", "te_fp8")["bytes"]
-    yield f"bytes saved for backward by linears ({fp8 / 1e6:.2f} MB against {inductor / 1e6:.2f} MB)", fp8 / inductor, 0.55
+    what = f"bytes saved for backward by linears ({fp8 / 1e6:.2f} MB against {inductor / 1e6:.2f} MB)"
+    yield Figure("saved", what, fp8 / inductor, 0.55)
 
 
-def state_rows() -> Iterator[Row]:
+def state_rows(repeat: int) -> Iterator[Figure]:
     for how in ("whole", "layers"):
         few, many = (child("state", how, {"layers": n}) for n in (4, 32))
         for what in ("kernels", "collectives"):
             counts = f"{few[what]:.0f} for 4 layers, {many[what]:.0f} for 32"
-            yield f"{what} of an update, {how} compiled: {counts}", many[what] / few[what], 1.0
-    runs = [(child("sites", *DELAYED), child("sites", *CURRENT)) for _ in range(3)]
-    ratio = statistics.median(a["step_us"] / b["step_us"] for a, b in runs)
-    yield "a step with 200 sites, with state (delayed) to without (current)", ratio, 1.05
+            yield Figure("state", f"{what} of an update, {how} compiled: {counts}", many[what] / few[what], 1.0)
+    runs = [(child("sites", *DELAYED), child("sites", *CURRENT)) for _ in range(repeat)]
+    ratios = [a["step_us"] / b["step_us"] for a, b in runs]
+    yield Figure.of("state", "a step with 200 sites, with state (delayed) to without (current)", ratios, 1.05)
 
 
 # The targets by what is measured and the dtype of the model.
@@ -93,11 +100,39 @@ ON_A_CPU = {
 }
 
 
-def cpu_rows() -> Iterator[Row]:
+def cpu_rows(repeat: int) -> Iterator[Figure]:
     for what, (says, targets) in ON_A_CPU.items():
-        for dtype, found in process("benchmarks.cpu", what).items():
-            times = f"{found['te_fp8']:.1f} ms against {found['inductor']:.1f} ms"
-            yield f"{says}, {dtype.removeprefix('torch.')} ({times})", found["ratio"], targets[dtype]
+        runs = [process("benchmarks.cpu", what) for _ in range(repeat)]
+        for dtype, target in targets.items():
+            found = [run[dtype] for run in runs]
+            times = f"{found[0]['te_fp8']:.1f} ms against {found[0]['inductor']:.1f} ms"
+            name = f"{says}, {dtype.removeprefix('torch.')} ({times})"
+            yield Figure.of("cpu", name, [f["ratio"] for f in found], target)
+
+
+def lab_rows(folder: Path | None) -> Iterator[Figure]:
+    from benchmarks import lab
+
+    found = lab.main(say=lambda _: None)
+    for row in found["cases"]:
+        target = None if row["target"] is None else 1 / row["target"]
+        yield Figure("lab", f"predicted step of {row['case']} {row['shape']} on {found['device']}", 1 / row["speedup"], target)
+    if folder is not None:
+        lab.write(found, folder)
+
+
+def ptxas_rows() -> Iterator[Figure]:
+    from benchmarks.ptxas import CAPABILITIES
+    from te_dynamo.lab.ptxas import unavailable
+
+    if (reason := unavailable()) is not None:
+        print(f"ptxas: {reason}", file=sys.stderr)
+        return
+    for capability in CAPABILITIES:
+        name = ".".join(map(str, capability))
+        rows = [r for launched in process("benchmarks.ptxas", name)[name].values() for r in launched]
+        what = f"of {len(rows)} launches, Triton kernels that spill registers for compute capability {name}"
+        yield Figure("ptxas", what, sum(r["spilled"] > 0 for r in rows), 0, unit="")
 
 
 def main() -> None:
@@ -106,27 +141,28 @@ def main() -> None:
 
         return run.main([argument for argument in sys.argv[1:] if argument != "--gpu"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("compile", "call", "saved", "state", "cpu"))
-    parser.add_argument("--json", type=Path, help="also write the ratios to this file")
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions of the call times (default: %(default)s)")
-    arguments = parser.parse_args()
-    sections = {
-        "saved": saved_rows,
-        "state": state_rows,
-        "call": lambda: call_rows(arguments.repeat),
-        "compile": compile_rows,
-        "cpu": cpu_rows,
+    names = ("saved", "state", "call", "compile", "cpu", "lab", "ptxas")
+    parser.add_argument("--only", choices=names, action="append", help="a section; repeatable (default: all)")
+    parser.add_argument("--repeat", type=int, default=3, help="repetitions of times (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="also write the figures to files in this folder")
+    parser.add_argument("--name", default="benchmarks", help="of these files (default: %(default)s)")
+    chosen = parser.parse_args()
+    sections: dict[str, Callable[[], Iterator[Figure]]] = {
+        "saved": lambda: saved_rows(chosen.repeat),
+        "state": lambda: state_rows(chosen.repeat),
+        "call": lambda: call_rows(chosen.repeat),
+        "compile": lambda: compile_rows(chosen.repeat),
+        "cpu": lambda: cpu_rows(chosen.repeat),
+        "lab": lambda: lab_rows(chosen.output),
+        "ptxas": ptxas_rows,
     }
     found = []
-    for name, section in sections.items():
-        if arguments.only in (None, name):
-            for what, ratio, target in section():
-                found.append({"what": what, "ratio": ratio, "target": target})
-                print(f"{ratio:7.2f}x  {'' if target is None else f'(target {target}x) '}{what}", flush=True)
-    if arguments.json:
-        import torch
-
-        arguments.json.write_text(json.dumps({"torch": torch.__version__, "figures": found}, indent=1) + "\n")
+    for name in chosen.only or names:
+        for figure in sections[name]():
+            found.append(figure)
+            print(figure, flush=True)
+            if chosen.output:  # what there is so far: a run that is interrupted leaves the sections before
+                write(found, chosen.output, chosen.name)
 
 
 if __name__ == "__main__":

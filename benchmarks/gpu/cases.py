@@ -30,7 +30,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Case:
-    """name: as the tables have it; family: what the bars compare; lab: what the cost model calls it, if it knows it."""
+    """name: as the tables have it; family: what the bars compare; lab: what the predictions call it, if there are any."""
 
     name: str
     family: str

@@ -34,8 +34,8 @@ def result(
 
 
 def predictions(path: Path) -> dict[str, Any]:
-    """{backend: {shape: {"predicted_ms", "ratio"}}} as `python -m benchmarks.lab --json` writes it; empty where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """{backend: {shape: {"predicted_ms", "ratio"}}} out of what `python -m benchmarks --only lab` writes; empty where there is none."""
+    return json.loads(path.read_text())["layer"] if path.exists() else {}
 
 
 def _prediction(row: Row, predicted: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ SECTIONS: tuple[tuple[str, str, dict[str, Cell]], ...] = (
         "layer",
         "## One transformer layer, forward and backward\n\n"
         "ms: a step among steps, as in training; device ms: the device's own time of it; host ms: until the step is launched. "
-        "Predictions are an external cost model's, for an H100.",
+        "Predictions are those of `te_dynamo.estimate`, for an H100.",
         LAYER,
     ),
     ("gemm", "## GEMMs", GEMM),

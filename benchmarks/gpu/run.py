@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, section in sections.items():
         if given.only in (None, name):
             found[name] = section()
-            text = write(path, result(about, versions(device), date, found, predictions(RESULTS / "lab.json")))
+            text = write(path, result(about, versions(device), date, found, predictions(RESULTS / "lab-h100.json")))
     print(text)
     print(f"written to {path} and {path.with_suffix('.md').name}")
 
