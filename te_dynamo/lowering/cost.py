@@ -16,7 +16,8 @@ KERNEL_US = 1.5
 
 @dataclass(frozen=True)
 class Overhead:
-    """What FP8 adds to a linear: bytes that are moved beyond what bf16 moves, for each element, and kernels."""
+    """What FP8 adds to a linear: bytes that are moved beyond what bf16 moves, for each element, and kernels, of which linears of one input
+    share some."""
 
     weight: int
     activation: int
@@ -26,7 +27,7 @@ class Overhead:
 
 # An activation is usually quantized by the kernel that makes it: only the writes are counted, and in training a transposed copy made
 # again in backward. A weight is read in bf16 and written in FP8, its transposed copy too; in inference that is done once.
-TRAINING = Overhead(weight=6, activation=3, gradient=3, kernels=4)
+TRAINING = Overhead(weight=6, activation=3, gradient=3, kernels=2)
 INFERENCE = Overhead(weight=0, activation=1, gradient=0, kernels=1)
 # Each copy has scales of its own: an amax along the other dimension is another pass.
 ROWWISE_TRAINING = Overhead(weight=8, activation=6, gradient=6, kernels=10)
