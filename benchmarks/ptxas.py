@@ -17,7 +17,18 @@ from torch import Tensor
 
 import te_dynamo.lowering.kernels
 from te_dynamo.lab.ptxas import resources_of
-from te_dynamo.lowering.kernels import cast_matrices, cast_transpose, qkv, roll, transpose, transpose_rows
+from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.kernels import (
+    activation,
+    cast_both,
+    cast_matrices,
+    cast_transpose,
+    qkv,
+    qkv_gradient,
+    roll,
+    transpose,
+    transpose_rows,
+)
 
 CAPABILITIES = ((9, 0), (10, 0))
 E4M3, E5M2, BF16, F32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32
@@ -41,7 +52,7 @@ def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def launches() -> Launches:
     """By name, what launches."""
-    return {**_casts(), **_matrices(), **_transposes(), **_rolls(), **_qkv(), **_refresh()}
+    return {**_casts(), **_matrices(), **_transposes(), **_rolls(), **_qkv(), **_both_ways(), **_refresh()}
 
 
 def _casts() -> Launches:
@@ -135,6 +146,49 @@ def _qkv() -> Launches:
         ("", "rms", "", 128, F32),
     ]
     return {"qkv " + " ".join(map(str, form)): write(*form) for form in forms}
+
+
+def _both_ways() -> Launches:
+    """What writes FP8 both ways; the gradients with a bias's sums too."""
+
+    def act(spelling: str, gated: bool) -> tuple[Call, Tensor, Tensor | None]:
+        attributes = {"spelling": spelling, "out_dtype": BF16, "alpha": 1.702, "limit": 7.0}
+        x, *up = tensor(4096, 28672).split(14336, 1)
+        return Call("activation", "native", "cuda", (BF16, BF16 if gated else None), attributes=attributes), x, up[0] if gated else None
+
+    def forward(spelling: str, gated: bool) -> Callable[[], None]:
+        call, x, up = act(spelling, gated)
+        return lambda: activation.launch(call, x, up, tensor(dtype=F32), activation._empty(x, E4M3, 16), False)
+
+    def backward(spelling: str, gated: bool, sums: bool) -> Callable[[], None]:
+        call, x, up = act(spelling, gated)
+        both = activation._empty_gradient(x, up, E5M2, 16, True, True, sums)
+        return lambda: activation.launch_gradient(call, tensor(4096, 14336), x, up, tensor(dtype=F32), both, False, [0, 14336][: 1 + gated])
+
+    def rotary(kind: str, sums: bool) -> Callable[[], None]:
+        grads = [tensor(1, 4096, heads, 128).transpose(1, 2) for heads in (32, 8, 8)]
+        tables = [tensor(1, 1, 4096, 128) for _ in range(2)] if kind else [None, None]
+        call = Call("qkv", "native", "cuda", (), attributes={"rotary": kind, "width": 128 if kind else 0})
+        both = qkv_gradient._empty(grads, E5M2, 16, True, True, sums)
+        return lambda: qkv_gradient.launch(call, grads, tables, tensor(dtype=F32), both, False, [0, 4096, 5120])
+
+    def cast(sums: bool) -> Callable[[], None]:
+        x = tensor(4096, 4096)
+        return lambda: cast_both.launch(x, tensor(dtype=F32), cast_both._empty(x, E5M2, 16, True, sums), False)
+
+    kinds = [
+        ("silu", True),
+        ("gelu", True),
+        ("gelu", False),
+        ("gelu_tanh", False),
+        ("mish", True),
+        ("relu_squared", False),
+        ("clamped_swiglu", True),
+    ]
+    made: Launches = {f"activation {s} {g}": forward(s, g) for s, g in kinds}
+    made |= {f"activation_gradient {s} {g} {sums}": backward(s, g, sums) for s, g in kinds for sums in (False, True)}
+    made |= {f"qkv_gradient {kind} {sums}": rotary(kind, sums) for kind in ("", "halves", "interleaved") for sums in (False, True)}
+    return made | {f"cast_both {sums}": cast(sums) for sums in (False, True)}
 
 
 def _refresh() -> Launches:

@@ -17,8 +17,9 @@ from te_dynamo.lowering import registry
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[list[GraphModule]]:
-    """The partitioned graphs that Inductor is given from here on, forward and backward in turn; they are interpreted."""
+def interpreted(*also: str) -> Iterator[list[GraphModule]]:
+    """The partitioned graphs that Inductor is given from here on, forward and backward in turn; they are interpreted. What computes
+    linears on a GPU, activations as their producers, and the operations `also` does so on the CPU."""
     from torch._inductor import compile_fx
 
     given: list[GraphModule] = []
@@ -28,16 +29,18 @@ def interpreted() -> Iterator[list[GraphModule]]:
         return make_boxed_func(gm.forward)
 
     registry.load()
-    generated = {k: i for k, i in registry._IMPLEMENTATIONS.items() if k[:2] == ("linears", "native") and k[3] == "cuda"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
-        for key, implementation in generated.items():
-            patch.setitem(registry._IMPLEMENTATIONS, (*key[:3], "cpu"), implementation)
+        for table, ops in ((registry._IMPLEMENTATIONS, ("linears", *also)), (registry._PRODUCERS, ("activation",))):
+            for key, made in [(k, m) for k, m in table.items() if k[0] in ops and k[1] == "native" and k[3] == "cuda"]:
+                patch.setitem(table, (*key[:3], "cpu"), made)
         registry.implementation_of.cache_clear()
+        registry.producer_of.cache_clear()
         torch._dynamo.reset()
         torch.manual_seed(0)
         yield given
     registry.implementation_of.cache_clear()
+    registry.producer_of.cache_clear()
 
 
 def calls(gm: GraphModule, target: Any) -> list[Node]:

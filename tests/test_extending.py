@@ -31,54 +31,54 @@ from tests.pipeline import stages_of
 
 # --- the operation
 
+SOFTPLUS = torch._C._nn.softplus  # what Dynamo calls `F.softplus`
+
 
 @operation(
     kind="glu",
     fake=lambda gate, up: torch.empty_like(gate),
     invariants=(Invariant("gate and up are alike", lambda a: a.gate.shape == a.up.shape and a.gate.dtype == a.up.dtype),),
 )
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`. gate, up: [..., N]; returns the same."""
-    return F.silu(gate) * up
+def softglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`softplus(gate) * up`. gate, up: [..., N]; returns the same."""
+    return F.softplus(gate) * up
 
 
 # --- the rule
 
 
-class RaiseSwiGLU(Rule):
+class RaiseSoftGLU(Rule):
     kind = "glu"
     ends_at = frozenset({torch.mul})
 
     def match(self, node: Node) -> Match | None:
         for activated, up in (node.args, node.args[::-1]):
-            if is_call(activated, F.silu) and len(activated.users) == 1 and isinstance(up, Node):
+            if is_call(activated, SOFTPLUS) and len(activated.users) == 1 and isinstance(up, Node):
                 gate = activated.args[0]
                 if fake(gate).shape == fake(up).shape and fake(gate).dtype == fake(up).dtype:
                     return Match(node, [activated, node], {"gate": gate, "up": up})
         return None
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
-        return emit(graph, swiglu, (match.values["gate"], match.values["up"]), like=match.output)
+        return emit(graph, softglu, (match.values["gate"], match.values["up"]), like=match.output)
 
 
 # --- its implementation: the FP8 operand of the linear that reads it, and its backward
 
 
-@produces("swiglu", provider=("reference", "native"), recipes=PER_TENSOR)
-class FP8SwiGLU(Producer):
+@produces("softglu", provider=("reference", "native"), recipes=PER_TENSOR)
+class FP8SoftGLU(Producer):
     kernel = "with the linear's FP8 operand"
     backward_reads = ("gate", "up")
 
     def forward(self, call: Call, inputs: Sequence[Any], scale: ScaleOf, quantize: Quantize) -> tuple[Quantized, list[Quantized]]:
         gate, up = inputs
-        return quantize(matrix(swiglu(gate, up))), []
+        return quantize(matrix(softglu(gate, up))), []
 
     def backward(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, needs: Needs) -> list[Any]:
         gate, up = inputs
-        sigmoid = torch.sigmoid(gate.float())
-        silu = gate.float() * sigmoid
-        d_gate = grad.float() * up.float() * (sigmoid + silu * (1 - sigmoid))
-        return [d_gate.to(gate.dtype), (grad.float() * silu).to(up.dtype)]
+        d_gate = grad.float() * up.float() * torch.sigmoid(gate.float())
+        return [d_gate.to(gate.dtype), (grad.float() * F.softplus(gate.float())).to(up.dtype)]
 
 
 # --- the whole path
@@ -90,14 +90,14 @@ class MLP(nn.Module):
         self.gate, self.up, self.down = nn.Linear(64, 128, bias=False), nn.Linear(64, 128, bias=False), nn.Linear(128, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+        return x + self.down(F.softplus(self.gate(x)) * self.up(x))
 
 
 @pytest.fixture(autouse=True)
 def rule(monkeypatch: pytest.MonkeyPatch, no_codegen: None) -> Iterator[None]:
     monkeypatch.setattr(raising, "FAMILIES", [list(family) for family in raising.FAMILIES])
     monkeypatch.setattr("te_dynamo.backend.FAMILIES", raising.FAMILIES)
-    raising.add_rule(RaiseSwiGLU())
+    raising.add_rule(RaiseSoftGLU())
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
@@ -126,11 +126,11 @@ def test_it_trains_in_fp8(provider: str, recipe: str) -> None:
 
 def test_the_operand_is_made_with_the_activation() -> None:
     graphs = stages_of(MLP(), torch.randn(4, 8, 64), options={"provider": "native"}).graphs
-    assert any(n.target is swiglu for n in graphs["plan"].graph.nodes)
+    assert any(n.target is softglu for n in graphs["plan"].graph.nodes)
     keys = [n.args[0] for n in graphs["lower"].graph.nodes if n.op == "call_function" and n.args and isinstance(n.args[0], str)]
     producers = [Call.parse(key).producer for key in keys]
-    assert [p and p.op for p in producers] == [None, "swiglu"]
-    assert not any(n.target is swiglu for n in graphs["lower"].graph.nodes)
+    assert [p and p.op for p in producers] == [None, "softglu"]
+    assert not any(n.target is softglu for n in graphs["lower"].graph.nodes)
 
 
 def test_explain_and_verify() -> None:
@@ -144,6 +144,6 @@ def test_explain_and_verify() -> None:
 def test_where_no_fp8_linear_reads_it_nothing_changes() -> None:
     model, x = MLP(), torch.randn(4, 8, 64)
     recorded = stages_of(model, x, options={"skip": ["down"]})
-    assert not any(n.target is swiglu for n in recorded.graphs["plan"].graph.nodes)
-    run = torch.compile(lambda x: F.silu(x) * x, backend=te_fp8, options={"recipe": None})
-    assert torch.equal(run(x), F.silu(x) * x)
+    assert not any(n.target is softglu for n in recorded.graphs["plan"].graph.nodes)
+    run = torch.compile(lambda x: F.softplus(x) * x, backend=te_fp8, options={"recipe": None})
+    assert torch.equal(run(x), F.softplus(x) * x)

@@ -42,7 +42,7 @@ def fresh():
 
 
 def check_sites(case: Case, sites: list[Site]) -> None:
-    taken = [s for s in sites if s.provider and s.kind in ("linear", "norm_linear")]
+    taken = [s for s in sites if s.provider and s.kind in ("linear", "norm_linear", "activation_linear")]
     left = [(s.path, s.reason) for s in sites if not s.provider and s.kind == "linear"]
     assert len(taken) == case.linears, left
     assert all("logits" in str(reason) for _, reason in left), left

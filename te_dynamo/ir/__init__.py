@@ -1,10 +1,11 @@
 """The semantic operations: what a site of the model means, independent of how it is computed. One file each.
 
 op.py               what an operation tells of itself
-linear.py grouped_linear.py norm.py qkv.py attention.py      the operations; `te_dynamo.ops` has them by name
+linear.py grouped_linear.py norm.py activation.py qkv.py attention.py   the operations; `te_dynamo.ops` has them by name
 graph.py sizes.py meta.py           reading and writing FX graphs, and what passes note on a node
 """
 
+import te_dynamo.ir.activation
 import te_dynamo.ir.attention
 import te_dynamo.ir.grouped_linear
 import te_dynamo.ir.linear

@@ -20,6 +20,7 @@ IN_MEMORY = "te_in_memory"  # fuse: the same for a person to read, with or witho
 NOTES = "te_notes"  # fuse: what else a report is to say of the site
 MEMBERS = "te_members"  # fuse: what was noted on each node that became a part of this one
 PRODUCER = "te_producer"  # fuse: the name of the node that makes its operand and could be computed with it
+READER = "te_reader"  # fuse: of linears, which operation alone reads what they give (see `passes.readers`)
 PLAN, SITE = "te_plan", "te_site"  # plan
 SLOTS = "te_slots"  # attach: where its scales stand
 

@@ -103,6 +103,7 @@ class SemanticOp:
     forward_only: the operation that it becomes where its backward is in high precision, with the same inputs and no gradient roles.
     grouped: the operation that it becomes before it is planned; implementations are those of that one.
     noted: what must stand in a node's `meta` before it is planned, by key.
+    reads: how many of its first inputs are activations: where these are all of one GEMM's output, it could hand the GEMM's gradient over.
     by_rows: whether, with these attributes, each row [..., :] of the result is made of the same rows of the inputs, so that it
         could be the operand of a GEMM as it is made.
     invariants: what must hold between a node's arguments and result.
@@ -123,6 +124,7 @@ class SemanticOp:
     forward_only: str = ""
     grouped: str = ""
     noted: Mapping[str, type] = field(default_factory=dict)
+    reads: int = 0
     by_rows: Callable[[Mapping[str, Any]], bool] = lambda attributes: True
     invariants: tuple[Invariant, ...] = ()
     in_aten: Callable[..., Sequence[tuple[OpOverload, tuple[Any, ...]]]] = _none

@@ -110,6 +110,7 @@ def _given(out: Sequence[Tensor], *inputs: Tensor | None) -> bool:
 @operation(
     kind="qkv",
     fake=_fake,
+    reads=3,
     invariants=(
         Invariant("q is [B, H, S, D], k and v [B, H_kv, S_kv, D]", lambda a: all(t is None or t.dim() == 4 for t in (a.q, a.k, a.v))),
         Invariant("v is given where it shares a buffer", lambda a: (a.v is None) == (not a.packing)),

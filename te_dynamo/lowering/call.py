@@ -36,6 +36,9 @@ class Call:
     keeps_fp8: whether what an activation reads of its result is kept for backward in FP8 (see `lowering.activations`).
     remakes: what backward makes again instead of keeping it: "weights", the FP8 copies that dgrad reads; "input", the FP8 input.
     producer: the computation that makes the first input, where a kernel of its own writes that quantized.
+    in_memory: roles ("input", "grad_output") whose tensor lies in memory already: no kernel makes it that could write it in FP8.
+    takes_gradient: of linears whose output's gradient comes quantized, from the site that reads it (see `lowering.handed`), {} elsewhere;
+    hands_gradient: the same of that site.
     attributes: the operation's, and what it tells of a node beside them (`SemanticOp.attributes_of`).
     """
 
@@ -51,6 +54,9 @@ class Call:
     keeps_fp8: bool = False
     remakes: tuple[str, ...] = ()
     producer: Call | None = None
+    in_memory: tuple[str, ...] = ()
+    takes_gradient: Mapping[str, Any] = field(default_factory=dict)
+    hands_gradient: Mapping[str, Any] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
     def __hash__(self) -> int:

@@ -56,15 +56,21 @@ def compute_backward(
     scales: Scales,
     needs: Sequence[bool],
     *,
+    ahead: Tensor | None = None,
     fake: bool = False,
 ) -> Backward:
-    """read: the inputs, those that backward does not read being None; then the outputs, where it reads them."""
+    """read: the inputs, those that backward does not read being None; then the outputs, where it reads them. ahead: the scale of the
+    gradient that it hands over."""
     implementation = implementation_of(call)
     run = implementation.fake_backward if fake else implementation.backward
     inputs, wanted = call.nested(read[: call.count]), call.nested(needs)
     if len(read) > call.count:
         inputs.append(list(read[call.count :]))
     with in_full_precision(call.device):
+        handed: Sequence[Tensor] = ()
+        if call.producer is None and call.hands_gradient:
+            handed = implementation.quantized_gradient(call, inputs, saved, grads, _given(ahead))
+            return Backward([None] * call.count, [], handed)
         if call.producer is None:
             return run(call, inputs, saved, grads, scales, wanted)
         producer, (given, *rest), needs_of_producer = producer_of(call.producer), inputs, wanted[0]
@@ -72,9 +78,17 @@ def compute_backward(
         done = run(call, [None, *rest], saved[producer.saves :], grads, scales, wanted)
         grad, *others = done.gradients
         through: list[Any] = [None] * len(given)
-        if grad is not None:
+        if call.hands_gradient:
+            made = saved[: producer.saves]
+            handed = producer.quantized_gradient(call.producer, given, made, grad, _given(ahead), call.hands_gradient)
+        elif grad is not None:
             through = producer.backward(call.producer, given, saved[: producer.saves], grad, needs_of_producer)
-    return Backward([through, *others], done.amaxes)
+    return Backward([through, *others], done.amaxes, handed)
+
+
+def _given(scale: Tensor | None) -> Tensor:
+    assert scale is not None, "a site that hands over a gradient is given its scale"
+    return scale
 
 
 def unflattened(fields: Sequence[Tensor | None]) -> list[Quantized]:

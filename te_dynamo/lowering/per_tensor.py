@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import te_dynamo.lowering.kernels.cast_both
 import te_dynamo.lowering.kernels.cast_transpose
 import te_dynamo.lowering.kernels.transpose  # noqa: F401  (registers its operator)
 from te_dynamo.ir.linear import GemmRows
@@ -24,7 +25,7 @@ from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, casting_of, dequantize, quantize, row_amax
 from te_dynamo.lowering.limits import unaligned, unsupported_dtype
 from te_dynamo.lowering.partition import kept_for_backward, recomputed_in_backward
-from te_dynamo.lowering.quantized import Kept, MadeOperand, Quantized, ScaleOf, Scales
+from te_dynamo.lowering.quantized import Kept, MadeGradient, MadeOperand, Quantized, Scale, ScaleOf, Scales
 from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation, Needs
 from te_dynamo.recipe import margin_of
 
@@ -101,6 +102,14 @@ class Kernels:
             t = quantize(rows.join(parts), scale, dtype).t()
             return self.stored(t.contiguous()) if self.contiguous else t
 
+    def activation_in_memory(self, x: Tensor, scale_of: ScaleOf) -> Quantized:
+        """As `activation`, of an x that no kernel makes with which a cast could be fused, and whose transposed copy backward reads."""
+        return self.activation(x, scale_of, remade=False)
+
+    def gradient_in_memory(self, grad: Tensor, scale_of: ScaleOf, data: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
+        """As `gradient`, of one that no kernel makes, with the transposed copy."""
+        return self.gradient(grad, scale_of, data, True, bias)
+
     def gradient(self, grad: Tensor, scale_of: ScaleOf, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
         """grad [T, N], padded: as dgrad reads it, and as wgrad does, if they are wanted; and its sum over the tokens [N], float32."""
         amax = row_amax(grad)
@@ -120,7 +129,7 @@ class OnePassKernels(Kernels):
     does not read the weight again; else the kernel writes it there.
 
     Activations and gradients are left to Inductor: it writes them from within the kernel that makes them, which saves more
-    than one reading does.
+    than one reading does. Where none makes them and the scale is known, one kernel writes them both ways.
     """
 
     cast: Cast = field(kw_only=True)
@@ -132,6 +141,22 @@ class OnePassKernels(Kernels):
 
     def weight_transposed(self, parts: Sequence[Tensor], rows: GemmRows, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return self.cast(list(parts), scale, dtype, _interleave(parts, rows), False, True)[1]
+
+    def activation_in_memory(self, x: Tensor, scale_of: ScaleOf) -> Quantized:
+        scale = scale_of.known
+        return super().activation_in_memory(x, scale_of) if scale is None else self._both(x, scale_of, scale, data=True, sums=False)[0]
+
+    def gradient_in_memory(self, grad: Tensor, scale_of: ScaleOf, data: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
+        scale = scale_of.known
+        if scale is None:
+            return super().gradient_in_memory(grad, scale_of, data, bias)
+        made, sums = self._both(grad, scale_of, scale, data, bias)
+        return made, sums.sum(0) if bias else None
+
+    def _both(self, t: Tensor, scale_of: ScaleOf, scale: Scale, data: bool, sums: bool) -> tuple[Quantized, Tensor]:
+        kinds = (scale_of.dtype, scale_of.casting.saturates_infinite, self.multiple, data, sums)
+        plain, across, amaxes, summed = torch.ops.te_dynamo.cast_both(t, scale.value, *kinds)
+        return Quantized(plain, scale.inverse, across, scale=scale.value, amax=amaxes), summed
 
 
 def _interleave(parts: Sequence[Tensor], rows: GemmRows) -> int:
@@ -146,6 +171,7 @@ class PerTensorLinears(Implementation):
 
     def __init__(self, kernels: Kernels, opaque: bool = False) -> None:
         self.kernels, self.opaque = kernels, opaque
+        self.takes_gradient = kernels.contiguous and not opaque
         if opaque:
             self.cached = frozenset({"inference"})
 
@@ -183,7 +209,7 @@ class PerTensorLinears(Implementation):
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         kernels, rows, dtype = self.kernels, GemmRows.of(call.attributes), call["out_dtype"]
         x, weights, biases, *kept = inputs
-        x8, lead = x if isinstance(x, MadeOperand) else (self.quantize_operand(call, matrix(x), scales.at("input")), x.shape[:-1])
+        x8, lead = x if isinstance(x, MadeOperand) else (self._operand(call, matrix(x), scales.at("input"), needs), x.shape[:-1])
         assert x8.data is not None and x8.scale_inv is not None and x8.amax is not None
         outputs, saved, amaxes = [], [], [x8.amax] * (2 * len(rows.sizes))
         for number, gemm in enumerate(rows.gemms()):
@@ -200,31 +226,45 @@ class PerTensorLinears(Implementation):
                 for i in gemm:
                     amaxes[scales.roles.place("weight", i)] = w8.amax
         _, wanted, _ = needs
-        kept_of_x = x8.for_backward("data", "scale_inv") if any(wanted) else Quantized()
+        read = "data" if x8.transposed is None else "transposed"
+        kept_of_x = x8.for_backward(read, "scale_inv") if any(wanted) else Quantized()
         return Forward(outputs, [kept_of_x, *saved], amaxes)
 
     def backward(
-        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
+        self,
+        call: Call,
+        inputs: Sequence[Any],
+        saved: Sequence[Quantized],
+        grads: Sequence[Any],
+        scales: Scales,
+        needs: Needs,
     ) -> Backward:
         kernels, rows = self.kernels, GemmRows.of(call.attributes)
         (x8, *w8s), weights, (needs_x, needs_w, needs_b) = saved, inputs[1], needs
         x_dtype, weight_dtype = call.inputs[0], scales.casting.forward
         with recomputed_in_backward():
-            x8t = kernels.transposed(x8.data) if x8.data is not None and any(needs_w) else None
+            x8t = kernels.transposed(x8.data) if x8.data is not None and any(needs_w) else x8.transposed
         dws: list[Tensor | None] = [None] * len(rows.sizes)
         dbs: list[Tensor | None] = [None] * len(rows.sizes)
-        amaxes: list[Tensor] = list(grads[:1]) * len(rows.sizes)
+        amaxes: list[Any] = [None] * len(rows.sizes)
         dx: Tensor | None = None
-        for gemm, grad, w8 in zip(rows.gemms(), map(matrix, grads), w8s, strict=True):
+        lead = grads[0].lead if isinstance(grads[0], MadeGradient) else grads[0].shape[:-1]
+        for gemm, grad, w8 in zip(rows.gemms(), grads, w8s, strict=True):
             wanted, summed = (any(n[i] for i in gemm) for n in (needs_w, needs_b))
-            g8, db = kernels.gradient(grad, scales.at("grad_output", gemm[0]), data=needs_x, transposed=wanted, bias=summed)
+            scale_of = scales.at("grad_output", gemm[0])
+            if isinstance(grad, MadeGradient):
+                g8, db = made_gradient(grad, scale_of)
+            elif "grad_output" in call.in_memory and wanted:
+                g8, db = kernels.gradient_in_memory(matrix(grad), scale_of, data=needs_x, bias=summed)
+            else:
+                g8, db = kernels.gradient(matrix(grad), scale_of, data=needs_x, transposed=wanted, bias=summed)
             peak = g8.amax
             assert peak is not None
             if needs_x:
                 w8t = w8.transposed
                 if w8t is None:
                     w8t = kernels.weight_transposed([weights[i] for i in gemm], rows, w8.scale, weight_dtype)
-                part = kernels.multiply(g8.data, w8t, g8.scale_inv, w8.scale_inv, x_dtype)[: grad.shape[0]]
+                part = kernels.multiply(g8.data, w8t, g8.scale_inv, w8.scale_inv, x_dtype)[: tokens_of(lead)]
                 dx = part if dx is None else dx.float() + part.float()
             if wanted:
                 self._wgrads(call, rows, gemm, needs_w, g8, x8t, x8.scale_inv, into=dws)
@@ -233,8 +273,13 @@ class PerTensorLinears(Implementation):
                 if needs_b[i]:
                     dbs[i] = rows.rows(db, member, len(gemm)).to(call.inputs[2][i])
         if dx is not None:
-            dx = dx.to(x_dtype).reshape(*grads[0].shape[:-1], dx.shape[-1])
+            dx = dx.to(x_dtype).reshape(*lead, dx.shape[-1])
         return Backward([dx, dws, dbs], amaxes)
+
+    def _operand(self, call: Call, x: Tensor, scale_of: ScaleOf, needs: Needs) -> Quantized:
+        """x [T, K], which no producer makes."""
+        alone = "input" in call.in_memory and "input" not in call.remakes and any(needs[1])
+        return self.kernels.activation_in_memory(x, scale_of) if alone else self.quantize_operand(call, x, scale_of)
 
     def _wgrads(
         self,
@@ -264,6 +309,13 @@ class PerTensorLinears(Implementation):
 
     def backward_flops(self, call: Call, inputs: Sequence[Any], saved: Sequence[Any], grads: Sequence[Any], needs: Needs) -> int:
         return backward_flops(inputs, grads, needs)
+
+
+def made_gradient(grad: MadeGradient, scale_of: ScaleOf) -> tuple[Quantized, Tensor | None]:
+    """As `Kernels.gradient`."""
+    scale = scale_of.known
+    assert scale is not None, "a gradient is handed over only where its scale is known"
+    return Quantized(grad.data, scale.inverse, grad.transposed, scale=scale.value, amax=grad.amaxes), grad.sums.sum(0)
 
 
 def forward_flops(call: Call, inputs: Sequence[Any]) -> int:

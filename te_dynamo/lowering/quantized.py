@@ -70,6 +70,20 @@ class MadeOperand(NamedTuple):
     lead: Sequence[Any]
 
 
+class MadeGradient(NamedTuple):
+    """The gradient of a GEMM's output where the site that reads this wrote it quantized: [tokens, N], padded. Empty where not wanted.
+
+    amaxes: f32, the largest is the tensor's; sums: f32 [n, N], that over the tokens in n pieces.
+    lead: the sizes that tokens are the product of.
+    """
+
+    data: Tensor
+    transposed: Tensor
+    amaxes: Tensor
+    sums: Tensor
+    lead: Sequence[Any]
+
+
 @dataclass(frozen=True)
 class Scales:
     """Where the tensors of a site get their scales in one direction.

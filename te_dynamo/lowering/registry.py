@@ -40,6 +40,8 @@ class Case:
         kernel that makes it could be fused with what reads it.
     only_operand: of a producer, whether nothing but the operand that it makes is wanted of it.
     remakes: what backward makes again (see `Call.remakes`).
+    transposed, keeps_fp8: of a producer, whether backward reads the transposed copy of the operand, and whether what the producer reads is
+        kept in FP8.
     """
 
     op: SemanticOp
@@ -52,6 +54,8 @@ class Case:
     in_memory: Callable[[str], bool] = lambda name: False
     only_operand: bool = True
     remakes: tuple[str, ...] = ()
+    transposed: bool = False
+    keeps_fp8: bool = False
 
 
 class Forward(NamedTuple):
@@ -69,6 +73,7 @@ class Backward(NamedTuple):
 
     gradients: list[Any]
     amaxes: list[Tensor]
+    handed: Sequence[Tensor] = ()  # the fields of the quantized gradient that it hands over, where its call says so
 
 
 class Packed(NamedTuple):
@@ -90,6 +95,7 @@ class Implementation:
     shared: roles of which its kernels take one scale for all.
     takes_producer: whether its first input may come from a producer: it has `quantize_operand` then, and its backward does not
         read that input.
+    takes_gradient: whether the gradient of its output may come quantized, as a `MadeGradient`: where one scale is known for it.
     cached: the kinds of quantized weights that it takes (see `Call.cached`).
     """
 
@@ -98,6 +104,7 @@ class Implementation:
     calibrates = True
     shared: tuple[tuple[str, ...], ...] = ()
     takes_producer = False
+    takes_gradient = False
     cached: frozenset[str] = frozenset()
 
     def backward_reads(self, call: Call, needs: Needs) -> Collection[str]:
@@ -117,6 +124,10 @@ class Implementation:
         """Why a weight GEMM of this site, `x [..., K] @ weight [N, K].T`, would be slower than in high precision."""
         return cost.not_worth_it(x, weight, training=case.trains)
 
+    def hands_gradient_of(self, case: Case) -> bool:
+        """Whether it can write the gradient of its inputs quantized: it has `quantized_gradient` then."""
+        return False
+
     def kernel(self, case: Case) -> str:
         """What a report is to say of the kernel that computes this site, if anything."""
         return ""
@@ -129,6 +140,12 @@ class Implementation:
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
+        raise NotImplementedError
+
+    def quantized_gradient(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scale: Tensor
+    ) -> Sequence[Tensor]:
+        """The gradient of the GEMM's output that its inputs are views of, as `call.hands_gradient` says (`kernels.tiles.Both`)."""
         raise NotImplementedError
 
     def quantize_operand(self, call: Call, x: Tensor, scale: ScaleOf) -> Quantized:
@@ -185,10 +202,12 @@ class Producer:
 
     kernel: what a report calls it; calibrates: whether it computes with a scale that was never set.
     backward_reads: the inputs, by name, that its backward is given; saves: how many `Quantized` its forward saves.
+    hands_gradient: whether it can write the gradient of its inputs quantized: it has `quantized_gradient` then.
     """
 
     kernel = "the provider's kernel"
     calibrates = True
+    hands_gradient = False
     backward_reads: Collection[str] = ()
     saves = 0
 
@@ -205,6 +224,13 @@ class Producer:
 
     def backward(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, needs: Needs) -> list[Any]:
         """grad: of the operand, in high precision, [..., K] -> a gradient for each input; None for one that is not wanted."""
+        raise NotImplementedError
+
+    def quantized_gradient(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, scale: Tensor, wanted: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """As `backward`, of the GEMM's output that the inputs are views of, cast by `scale` as `wanted` says (`lowering.handed`): the
+        fields of `kernels.tiles.Both`."""
         raise NotImplementedError
 
 

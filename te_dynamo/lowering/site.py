@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from te_dynamo.lowering.activations import kept_in_fp8
 from te_dynamo.lowering.call import Call, flattened
 from te_dynamo.lowering.compute import compute_backward, compute_forward, in_full_precision, read_in_backward, scales_of, unflattened
+from te_dynamo.lowering.handed import CARRIERS, carriers
 from te_dynamo.lowering.opaque import opaque_backward, opaque_forward
-from te_dynamo.lowering.quantized import Scale
+from te_dynamo.lowering.quantized import MadeGradient, Scale
 from te_dynamo.lowering.registry import implementation_of
 from te_dynamo.lowering.scalars import largest_of
 
@@ -38,11 +39,17 @@ def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return made[: len(made) // 2], made[len(made) // 2 :]
 
 
+GIVEN = 5  # what the autograd function is given before tensors
+
+
 class _Site(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, scales: SiteScales, grad_scales: SiteScales, sink: Tensor | None, *flat: Any) -> Any:
-        needs = list(ctx.needs_input_grad[4 : 4 + call.count])
+    def forward(
+        ctx: Any, call: Call, scales: SiteScales, grad_scales: SiteScales, sink: Tensor | None, ahead: Tensor | None, *flat: Any
+    ) -> Any:
+        needs = list(ctx.needs_input_grad[GIVEN : GIVEN + call.count])
         implementation = implementation_of(call)
+        flat = flat[: len(flat) - CARRIERS] if call.hands_gradient else flat
         if implementation.opaque:
             outputs, saved, amax = opaque_forward(call, flat, scales, needs)
         else:
@@ -51,7 +58,11 @@ class _Site(torch.autograd.Function):
         read = _for_backward(call, flat, outputs, needs)
         leaves = flattened(saved) if any(needs) or call.records else []
         ctx.save_for_backward(*read, *leaves)
-        ctx.call, ctx.needs, ctx.grad_scales, ctx.saves = call, needs, grad_scales, len(read)
+        ctx.call, ctx.needs, ctx.grad_scales, ctx.saves, ctx.ahead = call, needs, grad_scales, len(read), ahead
+        if call.takes_gradient:
+            ctx.lead = outputs[0].shape[:-1]
+            ctx.set_materialize_grads(False)
+            outputs = [*outputs, *carriers(outputs[0], call.takes_gradient)]
         if amax is None:
             return tuple(outputs)
         ctx.mark_non_differentiable(amax)
@@ -64,15 +75,19 @@ class _Site(torch.autograd.Function):
         tensors = ctx.saved_tensors
         read, leaves = tensors[: ctx.saves], tensors[ctx.saves :]
         saved = unflattened(leaves)
-        outputs = grads[: len(grads) - call.records]
+        outputs: Sequence[Any] = grads[: len(grads) - call.records]
+        if call.takes_gradient:
+            outputs = [MadeGradient._make((*outputs[-CARRIERS:], ctx.lead))]
         if implementation_of(call).opaque:
+            handed: Sequence[Tensor] = ()
             gradients, amax = opaque_backward(call, read, saved, outputs, grad_scales, needs)
         else:
-            done = compute_backward(call, read, saved, outputs, scales_of(call, _pairs(grad_scales)), needs)
+            done = compute_backward(call, read, saved, outputs, scales_of(call, _pairs(grad_scales)), needs, ahead=ctx.ahead)
+            handed = done.handed
             gradients, amax = flattened(done.gradients), largest_of(done.amaxes) if call.records and done.amaxes else None
         wanted = ctx.needs_input_grad
-        missing = len(wanted) - 4 - len(gradients)  # cached weights
-        return (None, None, None, amax if wanted[3] else None, *gradients, *[None] * missing)
+        missing = len(wanted) - GIVEN - len(gradients) - len(handed)  # cached weights
+        return (None, None, None, amax if wanted[3] else None, None, *gradients, *[None] * missing, *handed)
 
 
 def site(
@@ -82,23 +97,28 @@ def site(
     grad_scales: SiteScales = None,
     sink: Tensor | None = None,
     cached: Sequence[Sequence[Tensor | None]] = (),
+    handing: tuple[Tensor, Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """A site: `[*the operation's outputs, amax]`; without `amax` where it does not record.
+    """A site: `[*the operation's outputs, *carriers, amax]`; without `amax` where it does not record, without carriers but where its
+    output's gradient comes quantized.
 
     key: its `Call`; inputs: the operation's, with the producer's in place of the operand that it makes.
     scales, grad_scales: see `SiteScales`; sink: f32 [gradient scales], the piece of the sink, or None.
     cached: the fields of the quantized weight of each GEMM, where the call says that they are given.
+    handing: of a site that hands a gradient over quantized: its scale, f32, 0-d, and the carriers of the site that takes it.
     amax: f32 [scales], of each forward tensor.
     """
     call = Call.parse(key)
     if implementation_of(call).differentiated:
         with in_full_precision(call.device):
             return implementation_of(call).forward(call, list(inputs), scales_of(call, None), None).outputs
-    flat = [*flattened(inputs), *flattened(cached)]
-    results = list(_Site.apply(call, scales, grad_scales, sink, *flat))
+    ahead, carrying = handing or (None, ())
+    flat = [*flattened(inputs), *flattened(cached), *carrying]
+    results = list(_Site.apply(call, scales, grad_scales, sink, ahead, *flat))
     amax = [results.pop()] if call.records else []
+    carried = [results.pop() for _ in range(CARRIERS)][::-1] if call.takes_gradient else []
     outputs = call.operation.outputs(call.attributes, results)
-    return [*(map(kept_in_fp8, outputs) if call.keeps_fp8 else outputs), *amax]
+    return [*(map(kept_in_fp8, outputs) if call.keeps_fp8 else outputs), *carried, *amax]
 
 
 def _pairs(scales: SiteScales) -> list[Scale] | None:

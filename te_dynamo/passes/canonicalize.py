@@ -64,10 +64,10 @@ UNARY: dict[Callable[..., Any], Callable[..., Any]] = {operator.neg: torch.neg, 
 # Tensor methods that are spelled as the torch function of the same name.
 METHODS = frozenset({
     "abs", "add", "addmm", "amax", "baddbmm", "bitwise_and", "bitwise_not", "bitwise_or", "bmm", "chunk", "clamp",
-    "cos", "cumsum", "div", "eq", "exp", "flatten", "ge", "gt", "le", "log_softmax", "logical_and", "logical_not",
+    "cos", "cumsum", "div", "eq", "erf", "exp", "flatten", "ge", "gt", "le", "log_softmax", "logical_and", "logical_not",
     "logical_or", "lt", "masked_fill", "matmul", "mean", "mm", "mul", "narrow", "ne", "neg", "permute", "pow",
-    "reciprocal", "repeat_interleave", "rsqrt", "select", "sigmoid", "sin", "softmax", "split", "sqrt", "square", "squeeze", "std", "sub",
-    "sum", "t", "tanh", "transpose", "tril", "triu", "unbind", "unflatten", "unsqueeze", "var",
+    "reciprocal", "relu", "repeat_interleave", "rsqrt", "select", "sigmoid", "sin", "softmax", "split", "sqrt", "square", "squeeze", "std",
+    "sub", "sum", "t", "tanh", "transpose", "tril", "triu", "unbind", "unflatten", "unsqueeze", "var",
 })  # fmt: skip
 ALIASES: dict[Any, Callable[..., Any]] = {
     F.linear: LINEAR,
@@ -80,6 +80,7 @@ ALIASES: dict[Any, Callable[..., Any]] = {
     torch.swapdims: torch.transpose,
     torch.layer_norm: F.layer_norm,
     torch.rms_norm: F.rms_norm,
+    torch.relu: F.relu,
 }
 # The operators of an exported program: those that a function of torch is called by; any other that is a method is spelled so.
 ATEN: dict[str, Callable[..., Any]] = {
@@ -199,7 +200,10 @@ def _named(node: Node) -> Spelling | None:
     """The same arguments to the function that this one is another name of."""
     is_tensor = [tensor(a) is not None for a in node.args]
     if node.op == "call_method":
-        return Spelling(getattr(torch, str(node.target)), node.args, node.kwargs) if is_tensor[0] and node.target in METHODS else None
+        if not is_tensor[0] or node.target not in METHODS:
+            return None
+        function = getattr(torch, str(node.target))
+        return Spelling(ALIASES.get(function, function), node.args, node.kwargs)
     target, args = ALIASES.get(node.target, node.target), node.args
     if target in BINARY and len(args) == 2 and is_tensor[0]:
         target = BINARY[target]

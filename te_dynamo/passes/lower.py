@@ -8,7 +8,7 @@ the caller when they have changed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -23,6 +23,7 @@ from te_dynamo.ir.meta import PLAN, PRODUCER, SLOTS
 from te_dynamo.ir.op import Gemm, SemanticOp
 from te_dynamo.lowering import site
 from te_dynamo.lowering.call import Call, spec_of
+from te_dynamo.lowering.handed import CARRIERS, carriers
 from te_dynamo.lowering.kernels.refresh import KeptGemm, readable
 from te_dynamo.lowering.partition import asks_about_gemms
 from te_dynamo.lowering.quantized import Quantized
@@ -122,6 +123,7 @@ class _Lowering:
     def __init__(self, calibrating: bool, keep_weights: bool) -> None:
         self.calibrating, self.keep_weights = calibrating, keep_weights
         self.result = Lowered()
+        self.handing: dict[str, tuple[Node, list[Node]]] = {}  # by the name of a group of linears: its gradient's scale, and its carriers
         self.done: dict[int, bool] = {}  # by the id of a sub-graph: whether it returns recorded amaxes
 
     def graph(self, gm: GraphModule, *, top: bool) -> bool:
@@ -171,10 +173,17 @@ class _Lowering:
             results = example(node)
             single = not isinstance(results, (list, tuple))
             values = [results] if single else list(results)
+            if call.takes_gradient:
+                values = [*values, *carriers(values[0], call.takes_gradient)]
             if call.records:
                 values = [*values, fake_like(values[0], (_count(op, gemms, "forward"),), torch.float32)]
-            args = (call.key, inputs, scales, grad_scales, sink, cached)
+            handing = self.handing[plan.hands_gradient[0]] if plan.hands_gradient is not None and call.hands_gradient else None
+            args = (call.key, inputs, scales, grad_scales, sink, cached, *([] if handing is None else [handing]))
             new = emit(graph, site.site, args, like=node, value=values)
+            if call.takes_gradient:
+                at = range(len(values) - call.records - CARRIERS, len(values) - call.records)
+                carried = [emit(graph, operator.getitem, (new, i), like=node) for i in at]
+                self.handing[node.name] = (grad_scales[0][op.roles.place("grad_output")], carried)
             amax = [emit(graph, operator.getitem, (new, len(values) - 1), like=node)] if call.records else []
             replacement = emit(graph, operator.getitem, (new, 0), like=node) if single else new
         node.replace_all_uses_with(replacement)
@@ -196,9 +205,17 @@ class _Lowering:
             keeps_fp8=plan.keeps_fp8,
             remakes=plan.remakes,
             producer=self.producer(node, op, plan, unset) if plan.produces else None,
+            in_memory=() if unset else plan.in_memory,
+            takes_gradient={} if unset else plan.takes_gradient,
+            hands_gradient=self.hands(plan),
             attributes=op.all_attributes(node, plan.recipe),
         )
         return made.but(calibrating=slots is not None and (unset or implementation_of(made).opaque))
+
+    def hands(self, plan: Plan) -> Mapping[str, Any]:
+        """What a site hands over: nothing where the linears' scales are unset."""
+        linears, described = plan.hands_gradient or ("", {})
+        return described if linears in self.handing else {}
 
     def producer(self, node: Node, op: SemanticOp, plan: Plan, unset: bool) -> Call | None:
         maker = op.gemms(node)[0].x

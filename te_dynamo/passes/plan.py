@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from te_dynamo import ops
 from te_dynamo.config import Options
 from te_dynamo.ir import op_of, site_of
-from te_dynamo.ir.graph import fake, tensor, upstream
-from te_dynamo.ir.meta import IN_MEMORY, MASK, NOTES, ORIGIN, PATH, PLAN, PRODUCER, RECIPE, SITE, members_of, origin_of, site_path
+from te_dynamo.ir.graph import fake, is_call, same_shape, same_size, tensor, upstream
+from te_dynamo.ir.meta import IN_MEMORY, MASK, NOTES, ORIGIN, PATH, PLAN, PRODUCER, READER, RECIPE, SITE, members_of, origin_of, site_path
 from te_dynamo.ir.op import Gemm, SemanticOp, op_named
 from te_dynamo.ir.sizes import product
-from te_dynamo.lowering import registry
+from te_dynamo.lowering import handed, registry
 from te_dynamo.lowering.cost import flops_of_gemm
+from te_dynamo.lowering.fp8 import casting_of
+from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
 from te_dynamo.lowering.memory import MEMORY
 from te_dynamo.lowering.registry import Case, Implementation
+from te_dynamo.passes.effects import storage
+from te_dynamo.passes.readers import Reader
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.select import wants_fp8
-from te_dynamo.passes.weights import is_view
-from te_dynamo.recipe import Recipe
+from te_dynamo.passes.weights import is_view, origin
+from te_dynamo.recipe import DelayedScaling, Recipe
 from te_dynamo.sites import Site, Sites, module_path
 
 
@@ -38,6 +43,9 @@ class Plan:
     shared: roles that move as one because a kernel takes one scale for them (`Implementation.shared`).
     keeps_fp8, remakes: what is kept for backward (see `Call`).
     produces: whether the provider makes its operand together with what the model computes it with.
+    in_memory: of linears, roles whose tensor lies in memory already, as `lowering.call.Call` has them.
+    takes_gradient: of linears whose output's gradient comes quantized, what `lowering.handed` describes; hands_gradient: the same of the
+    site that hands it over, of which node the linears are: its name.
     """
 
     provider: str
@@ -50,6 +58,9 @@ class Plan:
     keeps_fp8: bool = False
     remakes: tuple[str, ...] = ()
     produces: bool = False
+    in_memory: tuple[str, ...] = ()
+    takes_gradient: Mapping[str, Any] = field(default_factory=dict)
+    hands_gradient: tuple[str, Mapping[str, Any]] | None = None
     shared: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -115,6 +126,50 @@ class Planner:
             else:
                 node.meta[PLAN] = self._without_scales(node, op, trains)
                 node.meta[SITE] = Site(op.kind, module_path(node), node.name, provider=self.provider)
+        by_name = {n.name: n for n in gm.graph.nodes}
+        for node in gm.graph.nodes:
+            if (reader := node.meta.get(READER)) is not None and (read_by := by_name.get(reader.node)) is not None:
+                self._hand_over(node, reader, read_by)
+
+    def _hand_over(self, linears: Node, reader: Reader, read_by: Node) -> None:
+        """Notes on both plans where the gradient of a GEMM's output comes quantized from what reads it: where that is known to have a
+        scale and is wanted transposed, which costs a kernel of its own otherwise."""
+        site = next((u for u in read_by.users if u.meta.get(PRODUCER) == read_by.name), read_by)
+        plan, other = linears.meta[PLAN], site.meta[PLAN]
+        op = op_of(linears)
+        assert op is not None
+        taker = registry.find(op, plan.provider, plan.recipe, self.device) if plan.implemented else None
+        if taker is None or not (taker.takes_gradient and plan.trains and isinstance(plan.recipe, DelayedScaling)):
+            return
+        if not self._hands(site, read_by, other):
+            return
+        _, weights, biases = linears.args
+        transposed, sums = (any(t is not None and fake(t).requires_grad for t in tensors) for tensors in (weights, biases))
+        if not transposed:
+            return
+        casting = casting_of(plan.recipe.key)
+        described = handed.described(
+            reader.starts,
+            reader.widths,
+            casting.gradient,
+            casting.saturates_infinite,
+            ALIGNMENT_ON_GPU,
+            data=is_learned(linears.args[0]),
+            transposed=True,
+            sums=sums,
+        )
+        linears.meta[PLAN] = replace(plan, takes_gradient=described)
+        site.meta[PLAN] = replace(other, hands_gradient=(linears.name, described))
+
+    def _hands(self, site: Node, read_by: Node, plan: Plan) -> bool:
+        """Whether what computes `read_by`, by itself or as the producer of a site, hands over a gradient."""
+        op = op_of(read_by)
+        assert op is not None
+        if site is not read_by:
+            producer = registry.find_producer(op, plan.provider, plan.recipe, self.device)
+            return plan.produces and producer is not None and producer.hands_gradient
+        found = registry.find(op, plan.provider, plan.recipe, self.device) if plan.implemented else None
+        return found is not None and found.hands_gradient_of(self.case(read_by, op, plan.recipe, plan.trains))
 
     def _without_scales(self, node: Node, op: SemanticOp, trains: bool) -> Plan:
         """An operation that is never in FP8 by itself: by the provider's kernel, where it has one; else by its definition."""
@@ -151,11 +206,13 @@ class Planner:
         maker = next((n for n in node.all_input_nodes if n.name == node.meta.get(PRODUCER)), None)
         memory, remakes = MEMORY[self.options.memory], self._remakes(op.gemms(node)) if trains else ()
         keeps_fp8 = trains and memory.activations == "fp8" and not getattr(recipe, "like_te", False)
-        producer, kept_by_inductor = self._producer(node, maker, choice.provider, implementation, recipe, trains, remakes)
+        kept = {"remakes": remakes, "keeps_fp8": keeps_fp8}
+        producer, kept_by_inductor = self._producer(node, maker, choice.provider, implementation, recipe, trains, kept)
         produces = kept_by_inductor is None
-        plan = self._computed_by(
-            choice.provider, implementation, op, recipe, trains, produces=produces, remakes=remakes, keeps_fp8=keeps_fp8
-        )
+        plan = self._computed_by(choice.provider, implementation, op, recipe, trains, produces=produces, **kept)
+        if trains and implementation.takes_gradient:
+            found = {"input": is_in_memory(op.gemms(node)[0].x), "grad_output": is_returned_as_it_is(node)}
+            plan = replace(plan, in_memory=tuple(role for role, there in found.items() if there))
         kind = op.kind if maker is None else f"{op_of(maker).kind}_{op.kind}"
         taken = []
         for gemm, member in zip(op.gemms(node), members_of(node), strict=True):
@@ -185,7 +242,7 @@ class Planner:
         implementation: Implementation,
         recipe: Recipe,
         trains: bool,
-        remakes: tuple[str, ...],
+        kept: Mapping[str, Any],
     ) -> tuple[registry.Producer | None, str | None]:
         """The kernel that could make the operand, and why Inductor does, as a clause; "" where there is no such kernel."""
         op = op_of(maker)
@@ -194,8 +251,8 @@ class Planner:
             return None, ""
         if implementation.opaque and not producer.calibrates:
             return producer, "its kernel wants a scale that was set, which the linears' operator may meet unset"
-        only_operand = set(maker.users) == {node}
-        return producer, producer.unsupported(self.case(maker, op, recipe, trains, only_operand=only_operand, remakes=remakes))
+        facts = {"only_operand": set(maker.users) == {node}, "transposed": _weights_learn(node)}
+        return producer, producer.unsupported(self.case(maker, op, recipe, trains, **facts, **kept))
 
     def _alone(self, node: Node, op: SemanticOp, trains: bool) -> None:
         """A site without weights: an attention. In FP8 where that is wanted and possible, else in high precision."""
@@ -269,6 +326,11 @@ def te_is_beside(device: torch.device) -> bool:
     return "te" in registry.fallbacks(device) and registry.PROVIDERS["te"].unavailable(device) is None
 
 
+def _weights_learn(node: Node) -> bool:
+    op = op_of(node)
+    return op is not None and any(fake(g.weight).requires_grad for g in op.gemms(node))
+
+
 def is_learned(node: Any) -> bool:
     """Whether a gradient could flow from `node` to an input of the graph."""
     return any(n.op == "placeholder" and (t := tensor(n)) is not None and t.requires_grad for n in upstream(node))
@@ -279,6 +341,33 @@ def lies_in_memory(node: Any) -> bool:
     while site_of(node) is None and is_view(node):
         node = node.args[0]
     return site_of(node) is not None or node.op == "placeholder"
+
+
+def is_in_memory(value: Any) -> bool:
+    """Whether a value is an input of the graph or what an attention gives, seen as another shape at most."""
+    node, _ = origin(value)
+    if node is None or tensor(node) is None or fake(node).dtype != fake(value).dtype or storage(node) != storage(value):
+        return False
+    return node.op == "placeholder" or is_call(node, ops.attention)
+
+
+def is_returned_as_it_is(linears: Node) -> bool:
+    """Whether what a single linear gives is returned by the graph, by itself or in a sum: then its gradient is an input of backward."""
+    if len(linears.users) != 1:
+        return False
+    (node,) = linears.users
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op == "output":
+            return True
+        value, before = tensor(user), fake(node)
+        if value is None or value.dtype != before.dtype:
+            return False
+        adds = is_call(user, torch.add) and not user.kwargs and same_shape(value.shape, before.shape)
+        if not adds and not (is_view(user) and same_size(value.numel(), before.numel())):
+            return False
+        node = user
+    return False
 
 
 def _activation_flops(node: Node, op: SemanticOp) -> int:

@@ -53,10 +53,11 @@ class Rule(ABC):
     """One pattern and what it becomes.
 
     kind: the kind of site it makes ("linear", "norm", "attention"), for reports; ends_at: the functions at which the
-    pattern ends (its last node is a `call_function` of one of them).
+    pattern ends (its last node is a `call_function` of one of them). quiet: what is not taken is not worth a line in a report.
     """
 
     kind: ClassVar[str]
+    quiet: ClassVar[bool] = False
     ends_at: ClassVar[frozenset[Callable[..., Any]]]
 
     def may_end_at(self, target: Any) -> bool:
@@ -123,7 +124,7 @@ def _try(rule: Rule, graph: Graph, node: Node, sites: Sites, done: Rewrites | No
             added.meta[ORIGIN] = match.output.name
     new.meta[ORIGIN] = match.output.name
     if done is not None:
-        done.record(Rewrite(rule.kind, match.output, match.output.name, new, _between(last, match.output)), match.nodes)
+        done.record(Rewrite(rule.kind, match.output, match.output.name, new, _between(last, match.output), rule.quiet), match.nodes)
     match.output.replace_all_uses_with(new)
     erase_if_dead(graph, match.nodes)
     return True

@@ -16,13 +16,15 @@ from te_dynamo.sites import Sites
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A pattern and what it became. output: the node that was replaced, called name; new: what replaced it; added: all new nodes."""
+    """A pattern and what it became. output: the node that was replaced, called name; new: what replaced it; added: all new nodes;
+    quiet: whether it is no declined site when it is put back."""
 
     kind: str
     output: Node
     name: str
     new: Node
     added: Sequence[Node]
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Rewrites:
             with graph.inserting_before(rewrite.new):
                 copy = original(rewrite.output)
             rewrite.new.replace_all_uses_with(copy)
-            sites.declined(copy, rewrite.kind, reasons[rewrite.name])
+            if not rewrite.quiet:
+                sites.declined(copy, rewrite.kind, reasons[rewrite.name])
         for rewrite in chosen:
             erase_if_dead(graph, [*rewrite.added, rewrite.new])
         # Sites inside what was put back, such as the linears of a multi-head attention.

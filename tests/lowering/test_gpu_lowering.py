@@ -123,11 +123,14 @@ def test_backward_writes_each_transposed_copy_once(steady):
     forward, backward = steady
     assert not calls(forward, ours.transpose.default)
     gemms = len(calls(forward, aten.mm.default))  # what a CPU has in the place of torch's FP8 GEMM
-    assert gemms and len(calls(backward, ours.transpose.default)) == GROUPS + gemms
+    # the operand of `down` is transposed in forward and the gradient of gate and up in backward, each by the kernel that makes it; the
+    # gradient of the last `down`, which is backward's input, by the kernel that casts it
+    assert len(calls(backward, ours.cast_both.default)) == 1
+    assert gemms and len(calls(backward, ours.transpose.default)) == GROUPS + gemms - 2 * BLOCKS - 1
     # a weight is read once in a step, by the kernel that also writes its transposed copy
     assert len(calls(forward, ours.cast_transpose.default)) == gemms
     assert not casts(backward, E4M3) and not calls(backward, ours.cast_transpose.default)
-    assert len(casts(backward, E5M2)) == gemms
+    assert len(casts(backward, E5M2)) == gemms - BLOCKS - 1
 
 
 def test_numerics_and_the_first_step(graphs):
@@ -176,7 +179,7 @@ def test_what_each_setting_of_memory_keeps(graphs):
     assert not any(t.dtype == torch.bfloat16 and t.shape[-1] in (INNER, 2 * INNER) for m in ("balanced", "saving") for t in saved[m])
     for name, gradient in gradients["speed"].items():
         same = torch.equal(gradient, gradients["balanced"][name])
-        assert same == (name in ("1.down.weight", "1.down.bias")), name  # whose gradients go through no activation
+        assert same == (name == "1.down.bias"), name  # whose gradient has no activation in it: "speed" rounds these once, to FP8
         assert sqnr(gradient, gradients["saving"][name]) > 20
 
 

@@ -10,11 +10,14 @@ import textwrap
 import pytest
 import torch
 
-import te_dynamo.lowering.kernels.qkv  # noqa: F401
+import te_dynamo.lowering.kernels.qkv
+import te_dynamo.lowering.kernels.qkv_gradient  # noqa: F401
 from te_dynamo import ops
 from te_dynamo.ir.layout import ORDER, as_bhsd, in_memory
 from te_dynamo.ir.qkv import views
 from te_dynamo.lowering.call import Call, spec_of
+from te_dynamo.lowering.fp8 import E5M2
+from te_dynamo.lowering.kernels.qkv_gradient import defined
 
 LAYOUTS = [("bshd", "3hd"), ("sbhd", "3hd"), ("bshd", "h3d"), ("sbhd", "h3d"), ("bshd", "2hd"), ("bshd", "h2d"), ("sbhd", ""), ("bshd", "")]
 PLAIN = {
@@ -102,4 +105,71 @@ def test_the_kernel():
     pytest.importorskip("triton", reason="Triton is not installed")
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(KERNEL)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("rotary", ["", "halves", "interleaved"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_gradient_side_by_side_is_the_definition_s(rotary, pairs):
+    whole = torch.randn(3, 10, 8 * 16, dtype=torch.float64, requires_grad=True)
+    q, k, v = whole.unflatten(-1, (-1, 16)).transpose(1, 2).split([4, 2, 2], 1)
+    angles = torch.randn(1, 1, 10, 4 if pairs else 8) if pairs else torch.randn(1, 1, 10, 4).repeat(1, 1, 1, 2)
+    if rotary == "interleaved" and not pairs:
+        angles = angles[..., :4].repeat_interleave(2, -1)
+    tables = [angles.cos().double(), angles.sin().double()] if rotary else [None, None]
+    attributes = {"form": "bshd", "packing": "2hd", "out_dtype": torch.float64, "rotary": rotary, "width": 8 if rotary else 0}
+    made = ops.qkv(q, k, v, *tables, **attributes)
+    grads = [torch.randn_like(t) for t in made]
+    (expected,) = torch.autograd.grad(made, whole, grads)
+    found = defined(call_of([q, k, v, *tables], **attributes), grads, tables, [0, 64, 96])
+    assert torch.allclose(expected.flatten(0, 1), found.double(), 1e-4, 1e-5)
+
+
+def test_opcheck_of_the_gradient(monkeypatch):
+    allclose = torch.allclose  # which cannot compare FP8
+    monkeypatch.setattr(torch, "allclose", lambda *ts, **k: allclose(*(t.view(torch.uint8) if t.dtype == E5M2 else t for t in ts), **k))
+    q, k, v = tensors()
+    angles = torch.randn(1, 1, 10, 16)
+    call = call_of([q, k, v, angles, angles], form="bshd", packing="2hd", out_dtype=q.dtype, rotary="halves", width=16)
+    given = (call.key, [q, k, v], [angles.cos(), angles.sin()], torch.tensor(2.0), E5M2, False, 16, [0, 64, 96], True, True, True)
+    torch.library.opcheck(torch.ops.te_dynamo.qkv_gradient.default, given)
+
+
+GRADIENT = """
+    import itertools, torch
+    from te_dynamo.lowering.fp8 import FP8_MAX, Casting
+    from te_dynamo.lowering.kernels.qkv_gradient import _empty, defined, launch
+    from te_dynamo.lowering.kernels.tiles import fill_both
+    from tests.lowering.test_qkv_kernel import call_of
+
+    torch.manual_seed(0)
+    E5M2 = torch.float8_e5m2
+    FP8_MAX[torch.float32] = FP8_MAX[E5M2]  # memory of float32: the interpreter rounds to FP8 otherwise than hardware
+    cases = itertools.product(("", "halves", "interleaved"), (torch.float32, torch.bfloat16), (16, 40, 64), (True, False))
+    for n, (rotary, dtype, head, whole) in enumerate(cases):
+        width = 0 if not rotary else head if whole else 8
+        b, s, h, kv = 2, (5, 40)[n % 2], 5, 2
+        buffer = torch.randn(b, s, h + 2 * kv, head, dtype=dtype).transpose(1, 2)
+        grads = list(buffer.split([h, kv, kv], 1))
+        angles = torch.randn(1 + n % 2, 1, s, width if n % 3 else width // 2)
+        tables = [angles.cos().to(dtype), angles.sin()] if rotary else [None, None]
+        call = call_of([*grads, *tables], form="bshd", packing="2hd", out_dtype=dtype, rotary=rotary, width=width)
+        starts = [0, h * head, (h + kv) * head] if n % 2 else [2 * kv * head, kv * head, 0]
+        scale, wanted = torch.tensor(1e4), [(True, True, True), (False, True, True), (True, True, False)][n % 3]
+        found, expected = (_empty(grads, torch.float32, 16, *wanted) for _ in range(2))
+        launch(call, grads, tables, scale, found, False, starts)
+        values = defined(call, grads, tables, starts)
+        fill_both(expected, values, Casting().saturated(values, scale, E5M2))
+        for name in ("data", "transposed"):
+            a, e = (getattr(both, name) for both in (found, expected))
+            assert a.shape == e.shape and torch.allclose(a, e, 1e-4, 1e-2), (name, rotary, dtype, head, whole)
+        assert torch.allclose(found.amaxes.max(), expected.amaxes.max(), 1e-5)
+        assert torch.allclose(found.sums.sum(0), expected.sums.sum(0), 1e-3, 1e-3)
+"""
+
+
+def test_the_kernel_of_the_gradient():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(GRADIENT)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -76,7 +76,7 @@ def x():
     return torch.randn(16, 64)
 
 
-def paths(report, kind=("linear", "norm_linear"), taken=True) -> list[str]:
+def paths(report, kind=("linear", "norm_linear", "activation_linear"), taken=True) -> list[str]:
     return [s.path for s in report.sites if s.kind in kind and (s.provider is not None) == taken]
 
 

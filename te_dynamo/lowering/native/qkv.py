@@ -1,4 +1,5 @@
-"""`ops.qkv` on a GPU: forward in one kernel; backward in plain torch, which Inductor fuses with the cast of what it gives."""
+"""`ops.qkv` on a GPU: forward in one kernel. Backward in plain torch, which Inductor fuses with the cast of what it gives; or, where
+nothing is normalized and all of it comes from one GEMM, in one kernel that writes that one's gradient both ways."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import te_dynamo.lowering.kernels.qkv  # noqa: F401  (declares the operator)
+import te_dynamo.lowering.kernels.qkv
+import te_dynamo.lowering.kernels.qkv_gradient  # noqa: F401  (they declare the operators)
+from te_dynamo.ir.graph import same_size
 from te_dynamo.ir.qkv import rotate, rotate_gradient, views
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.quantized import Quantized, Scales
@@ -46,6 +49,21 @@ class QKV(Implementation):
         dk, dk_weight, dk_bias = _through(call, k, grads[1], cos, sin, *vectors[1::2])
         dv = grads[2].to(call.inputs[2]) if call["packing"] else None
         return Backward([dq, dk, dv, None, None, dq_weight, dk_weight, dq_bias, dk_bias], [])
+
+    def hands_gradient_of(self, case: Case) -> bool:
+        """Of rows that are the tokens of one sequence after the other."""
+        q = case.inputs["q"]
+        b, _, s, d = q.shape
+        by_sequence = same_size(b, 1) or same_size(q.stride(0), s * q.stride(2))
+        return not case.attributes["normalized"] and by_sequence and same_size(q.stride(1), d) and same_size(q.stride(3), 1)
+
+    def quantized_gradient(
+        self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scale: Tensor
+    ) -> Sequence[Tensor]:
+        wanted, tables = call.hands_gradient, [inputs[INPUTS.index(name)] for name in ("cos", "sin")]
+        given = [scale, *(wanted[name] for name in ("dtype", "saturate", "multiple"))]
+        kinds = [wanted[name] for name in ("data", "transposed", "sums")]
+        return torch.ops.te_dynamo.qkv_gradient(call.key, list(grads), tables, *given, list(wanted["starts"]), *kinds)
 
 
 def _through(

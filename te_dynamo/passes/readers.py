@@ -1,0 +1,106 @@
+"""Stage 3, gradients: which operation alone reads what a GEMM gives, so that it could hand the GEMM's gradient over quantized."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch.fx import Graph, Node
+
+from te_dynamo import ops
+from te_dynamo.ir import op_of
+from te_dynamo.ir.graph import fake, is_call, tensor
+from te_dynamo.ir.meta import READER
+from te_dynamo.passes.effects import storage, written_between
+from te_dynamo.passes.weights import is_view
+
+
+@dataclass(frozen=True)
+class Reader:
+    """node: the name of the operation that reads all of a GEMM's output, and nothing else does. starts, widths: which of its columns each
+    of the operation's first inputs is."""
+
+    node: str
+    starts: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+class _Columns(NamedTuple):
+    """What an input is of a group of linears; chain: the nodes between the two."""
+
+    group: Node
+    start: int
+    width: int
+    chain: tuple[Node, ...]
+
+
+def note_readers(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
+    """Puts a `Reader` on each group of linears that is one GEMM and has one, in the same region."""
+    for node in graph.nodes:
+        op = op_of(node)
+        inputs = node.args[: op.reads] if op is not None else ()
+        found = [c for c in map(_columns, inputs) if c is not None]
+        if not found or len(found) < len(inputs) or len({c.group for c in found}) > 1:
+            continue
+        group = found[0].group
+        if (
+            _are_all(found, sum(_sizes(group)))
+            and _is_alone(found, node)
+            and where[group] == where[node]
+            and written_between([group, node]) is None
+        ):
+            group.meta[READER] = Reader(node.name, tuple(c.start for c in found), tuple(c.width for c in found))
+
+
+def _are_all(found: list[_Columns], whole: int) -> bool:
+    """Whether each column is read, once."""
+    parts = sorted((c.start, c.start + c.width) for c in found)
+    return [start for start, _ in parts] + [whole] == [0] + [end for _, end in parts]
+
+
+def _is_alone(found: list[_Columns], reader: Node) -> bool:
+    inside = {reader, *(n for c in found for n in c.chain)}
+    return all(user in inside for n in (found[0].group, *inside - {reader}) for user in n.users)
+
+
+def _columns(value: Any) -> _Columns | None:
+    """The columns of a GEMM's output that `value`, whose other dimensions are the tokens, is a view of; None where it is no such view."""
+    node, chain = value, list[Node]()
+    while is_view(node) and not is_call(node.args[0], ops.linears):
+        chain.append(node)
+        node = node.args[0]
+    if not (is_call(node, operator.getitem) and is_call(node.args[0], ops.linears)):
+        return None
+    group, member = node.args
+    sizes = _sizes(group)
+    if (len(sizes) > 1 and not group.kwargs["merged"]) or group.kwargs["interleave"]:
+        return None
+    output, part = fake(node), tensor(value)
+    if part is None or part.dtype != output.dtype or storage(value) != storage(node):
+        return None
+    dimensions = zip(part.stride(), part.shape, strict=True)
+    width = 1
+    for stride, size in sorted((stride, int(size)) for stride, size in dimensions if _is_inside(stride, sizes[member])):
+        if stride != width and size != 1:
+            return None
+        width *= size
+    offset = part.storage_offset() - output.storage_offset()
+    if not _is_number(offset) or not 0 <= offset <= sizes[member] - width:
+        return None
+    return _Columns(group, sum(sizes[:member]) + int(offset), width, (*chain, node))
+
+
+def _sizes(group: Node) -> list[int]:
+    """How many columns each linear of a group gives."""
+    weights: Any = group.args[1]
+    return [int(fake(w).shape[0]) for w in weights]
+
+
+def _is_number(size: Any) -> bool:
+    return type(size) is int
+
+
+def _is_inside(stride: Any, pitch: int) -> bool:
+    """Whether a dimension goes along a row. A symbolic stride goes from row to row."""
+    return _is_number(stride) and stride < pitch

@@ -1,0 +1,142 @@
+"""The kernels that compute an activation, or its gradient, and write FP8 both ways: by definition, and by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import Tensor
+
+import te_dynamo.lowering.kernels.activation  # noqa: F401
+from te_dynamo import ops
+from te_dynamo.ir.activation import SPELLINGS
+from te_dynamo.lowering.activation import SLOPES, gradients, value
+from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.fp8 import E4M3, E5M2
+
+NUMBERS = {"alpha": 1.5, "limit": 1.25}
+ONE_OF_EACH = ["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu_squared", "mish", "glu", "clamped_swiglu"]
+
+
+def call_of(spelling: str, gated: bool, dtype: torch.dtype = torch.float32) -> Call:
+    attributes = {"spelling": spelling, "out_dtype": dtype, **(NUMBERS if spelling == "clamped_swiglu" else {"alpha": 0.0, "limit": 0.0})}
+    return Call("activation", "native", "cuda", (dtype, dtype if gated else None), attributes=attributes)
+
+
+def cases() -> list[tuple[str, bool]]:
+    return [(name, gated) for name in ONE_OF_EACH for gated in (False, True) if gated or SPELLINGS[name].inputs == 1]
+
+
+def tensors(count: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Views of one buffer, as gate and up are."""
+    torch.manual_seed(0)
+    return list((2 * torch.randn(rows, count * columns)).to(dtype).split(columns, 1))
+
+
+def test_each_function_has_a_slope():
+    assert {s.function for s in SPELLINGS.values()} - {"clamped_swiglu"} == SLOPES.keys()
+    assert {SPELLINGS[name].function for name in ONE_OF_EACH} == {s.function for s in SPELLINGS.values()}
+
+
+@pytest.mark.parametrize(("spelling", "gated"), cases())
+def test_gradients_are_those_of_the_definition(spelling, gated):
+    x, *up = (t.clone().requires_grad_() for t in tensors(1 + gated, 40, 24))
+    call, grad = call_of(spelling, gated), torch.randn(40, 24)
+    exact = [t.detach().double().requires_grad_() for t in (x, *up)]
+    y = ops.activation(*exact, **{**call.attributes, "out_dtype": torch.float64})
+    expected = torch.autograd.grad(y, exact, grad.double())
+    assert torch.allclose(value(call, x, *(up or [None])).double(), y, 1e-5, 1e-5)
+    for e, f in zip(expected, gradients(call, grad, x, *(up or [None])), strict=False):
+        assert torch.allclose(e, f.double(), 1e-4, 1e-5)
+
+
+@pytest.fixture
+def comparable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """opcheck compares an operator's arguments before and after it; torch.allclose cannot compare FP8."""
+    allclose = torch.allclose
+    bits = {E4M3: torch.uint8, E5M2: torch.uint8}
+    monkeypatch.setattr(torch, "allclose", lambda a, b, **k: allclose(*(t.view(bits.get(t.dtype, t.dtype)) for t in (a, b)), **k))
+
+
+@pytest.mark.usefixtures("comparable")
+def test_opcheck():
+    x, up = tensors(2, 20, 24)
+    call, scale = call_of("silu", True), torch.tensor(2.0)
+    torch.library.opcheck(torch.ops.te_dynamo.activation.default, (call.key, x, up, scale, E4M3, False, 16))
+    given = (call.key, torch.randn(20, 24), x, up, scale, E5M2, False, 16, [24, 0], True, True, True)
+    torch.library.opcheck(torch.ops.te_dynamo.activation_gradient.default, given)
+
+
+# Triton's interpreter rounds to FP8 otherwise than hardware: it loses the carry of a rounding. So the kernels are first given memory of
+# float32, where what they would round can be seen and is rounded by torch; then FP8, with values that are FP8's own.
+KERNEL = """
+    import torch
+    from te_dynamo.lowering.activation import gradients, value
+    from te_dynamo.lowering.fp8 import FP8_MAX, Casting
+    from te_dynamo.lowering.kernels.activation import _empty, _empty_gradient, launch, launch_gradient
+    from te_dynamo.lowering.kernels.tiles import fill_both
+    from tests.lowering.test_activation_kernels import call_of, cases, tensors
+
+    E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+    def compare(found, expected, dtype, case):
+        for name in ("data", "transposed"):
+            a, b = (getattr(both, name) for both in (found, expected))
+            assert a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-4), (name, case, (a - b).abs().max())
+            assert not a.numel() or (a.to(dtype).float() == b.to(dtype).float()).float().mean() > 0.995, (name, case)
+        assert torch.allclose(found.amaxes.max(), expected.amaxes.max(), 1e-5), case
+        assert torch.allclose(found.sums.sum(0), expected.sums.sum(0), 1e-3, 1e-3), case
+
+    def cast(x, scale, dtype, saturate):
+        return Casting(saturates_infinite=saturate).saturated(x, scale, dtype)
+
+    scale = torch.tensor(20.0)
+    shapes = [(64, 64), (70, 48), (16, 80), (33, 130), (1, 5)]
+    for n, (spelling, gated) in enumerate(cases()):
+        for m, (rows, columns) in enumerate(shapes[n % 2 :: 2] if n else shapes):
+            dtype = (torch.float32, torch.bfloat16, torch.float16)[(n + m) % 3]
+            call, saturate = call_of(spelling, gated, dtype), bool(m % 2)
+            x, *up = tensors(1 + gated, rows, columns, dtype)
+            up, grad = up[0] if up else None, torch.randn(rows, columns).to(dtype)
+            case = (spelling, gated, rows, columns, dtype)
+            FP8_MAX[torch.float32] = FP8_MAX[E4M3]
+            found, expected = (_empty(x, torch.float32, 16) for _ in range(2))
+            launch(call, x, up, scale, found, saturate)
+            made = value(call, x, up)
+            fill_both(expected, made, cast(made, scale, E4M3, saturate))
+            compare(found, expected, E4M3, case)
+            FP8_MAX[torch.float32] = FP8_MAX[E5M2]
+            wanted = [(True, True, True), (True, True, False), (False, True, True)][(n + m) % 3]
+            found, expected = (_empty_gradient(x, up, torch.float32, 16, *wanted) for _ in range(2))
+            starts = [columns, 0] if n % 2 and gated else [0, columns][: 1 + gated]
+            launch_gradient(call, grad, x, up, scale, found, saturate, starts)
+            whole = torch.cat([g for _, g in sorted(zip(starts, gradients(call, grad, x, up)), key=lambda p: p[0]) if g is not None], 1)
+            fill_both(expected, whole, cast(whole, scale, E5M2, saturate))
+            compare(found, expected, E5M2, case)
+    x, up = (t.to(E5M2).float() for t in tensors(2, 70, 48))
+    call, two = call_of("relu", True), torch.tensor(2.0)
+    found, expected = (_empty(x, E5M2, 16) for _ in range(2))
+    launch(call, x.sign(), up, two, found, False)
+    made = value(call, x.sign(), up)
+    fill_both(expected, made, cast(made, two, E5M2, False).to(E5M2))
+    assert torch.equal(found.data.float(), expected.data.float()) and torch.equal(found.transposed.float(), expected.transposed.float())
+    x = torch.tensor([[float("nan"), float("inf"), 1e6, 1.0]])  # what is not finite, and what is too large
+    for saturate in (False, True):
+        found = _empty(x, torch.float32, 1)
+        launch(call_of("relu", False), x, None, torch.tensor(1.0), found, saturate)
+        (nan, infinite, *finite), top = found.data[0].tolist(), FP8_MAX[E5M2]
+        assert nan != nan and finite == [top, 1.0] and (infinite == top if saturate else infinite != infinite)
+        assert found.amaxes.max() == float("inf")
+"""
+
+
+def test_the_kernels():
+    """In a process of its own: what Triton reads from the environment holds for a process."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KERNEL)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
