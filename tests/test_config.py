@@ -173,6 +173,7 @@ def test_public_names():
         "Options",
         "set_options",
         "compile_config",
+        "estimate",
         "explain",
         "recipe",
         "scale_state",
