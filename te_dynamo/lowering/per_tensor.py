@@ -200,11 +200,8 @@ class PerTensorLinears(Implementation):
         return made
 
     def kept_as(self, call: Call) -> Kept | None:
-        rows, casting = GemmRows.of(call.attributes), casting_of(call.recipe)
-        if casting.forward != E4M3:
-            return None
-        top = FP8_MAX[E4M3] * 2.0 ** -margin_of(casting.margin, "weight", gradient=False)
-        return Kept(tuple(rows.gemms()), rows.interleave, top, casting.amax_epsilon, casting.power_2_scale)
+        rows = GemmRows.of(call.attributes)
+        return kept_by_one_scale(call, tuple(rows.gemms()), rows.interleave)
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         kernels, rows, dtype = self.kernels, GemmRows.of(call.attributes), call["out_dtype"]
@@ -340,6 +337,15 @@ def tokens_of(lead: Sequence[Any]) -> Any:
     for size in lead:
         total = total * size
     return total
+
+
+def kept_by_one_scale(call: Call, gemms: tuple[tuple[int, ...], ...], interleave: int = 0) -> Kept | None:
+    """How kept weights follow from the weights, those of each GEMM with one scale."""
+    casting = casting_of(call.recipe)
+    if casting.forward != E4M3:
+        return None
+    top = FP8_MAX[E4M3] * 2.0 ** -margin_of(casting.margin, "weight", gradient=False)
+    return Kept(gemms, interleave, top, casting.amax_epsilon, casting.power_2_scale)
 
 
 def scaled_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:

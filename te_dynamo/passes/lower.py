@@ -63,12 +63,17 @@ class CachedWeights:
 
     def made_again(self, tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> list[KeptGemm]:
         """What a kernel can do over, of the parameters and what `make` gave for them; nothing where it cannot."""
-        how, views = implementation_of(self.call).kept_as(self.call), self.viewed(tensors)
+        how, views = implementation_of(self.call).kept_as(self.call), [_as_matrix(view) for view in self.viewed(tensors)]
         if how is None or not all(map(readable, views, tensors)):
             return []
-        fields = iter(copies)
+        fields = map(_as_matrix, copies)
         quantized = [Quantized(*[next(fields) if there else None for there in made]) for made in self.made]
         return [KeptGemm(how, [views[i] for i in gemm], q) for gemm, q in zip(how.gemms, quantized, strict=True)]
+
+
+def _as_matrix(t: torch.Tensor) -> torch.Tensor:
+    """[E, N, K], matrices of experts one after the other, as one [E * N, K]; another tensor as it is."""
+    return t.view(-1, t.shape[-1]) if t.dim() == 3 and t.is_contiguous() else t
 
 
 @dataclass

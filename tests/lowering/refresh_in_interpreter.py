@@ -22,6 +22,7 @@ from te_dynamo.lowering.kernels import refresh
 from te_dynamo.lowering.kernels.refresh import KeptGemm, Refresh, readable
 from te_dynamo.lowering.quantized import Quantized
 from te_dynamo.lowering.registry import implementation_of
+from te_dynamo.passes.lower import CachedWeights
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Float8RowwiseScaling, Recipe
 from te_dynamo.state import STATE
 from tests.numerics import sqnr
@@ -191,6 +192,22 @@ def test_what_differs_in_2_percent_is_seen():
         linears.weights[0][torch.rand(128, 128) < 0.02] *= -1
         again()
         assert linears.right()
+
+
+@pytest.mark.parametrize("recipe", [DelayedScaling(), Float8RowwiseScaling()])
+def test_experts(recipe):
+    """Their matrices lie one after the other; where a model has them inputs first, the kernel cannot read them."""
+    attributes = {"out_dtype": torch.bfloat16, "in_features": 40, "inputs_first": False}
+    call = Call("grouped_linear", "native", "cuda", (torch.bfloat16, ()), recipe.key, cached="inference", attributes=attributes)
+    weights = torch.stack([exact(24, 40, torch.bfloat16, exponent) for exponent in (0, 0, -1)])
+    cached = CachedWeights((0,), (lambda w: w,), call, ((True, True, False, False, False, False),))
+    copies = cached.make([weights])
+    again = Refresh(cached.made_again([weights], copies))
+    for changed in (1, 2):
+        weights[changed] = exact(24, 40, torch.bfloat16, changed)
+        again()
+        assert all(same(a, b) for a, b in zip(copies, cached.make([weights]), strict=True))
+    assert cached.made_again([weights.mT.contiguous().mT], copies) == []
 
 
 # -- wired into the cache

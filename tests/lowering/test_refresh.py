@@ -43,13 +43,15 @@ def made_again(provider: str, recipe: str) -> bool:
     ],
 )
 def test_whose_weights(provider, by_kernel, by_version):
-    """As README says."""
+    """As docs/how-it-works.md says."""
     assert all(made_again(provider, recipe) for recipe in by_kernel)
     assert not any(made_again(provider, recipe) for recipe in by_version)
 
 
+@pytest.mark.parametrize(("cached", "by_kernel"), [("inference", True), ("training", False)])
 @pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
-def test_experts_are_left_to_their_versions(recipe):
+def test_experts(recipe, cached, by_kernel):
+    """In training there is a transposed copy of each matrix, which the kernel does not write."""
     found = registry.find(op_named("grouped_linear"), "native", RECIPES[recipe](), CUDA)
-    call = Call("grouped_linear", "native", "cuda", (torch.bfloat16, torch.bfloat16, torch.int32), RECIPES[recipe]().key)
-    assert found is not None and found.kept_as(call) is None
+    call = Call("grouped_linear", "native", "cuda", (torch.bfloat16, torch.bfloat16, torch.int32), RECIPES[recipe]().key, cached=cached)
+    assert found is not None and (found.kept_as(call) is not None) == by_kernel

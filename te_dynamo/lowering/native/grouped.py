@@ -30,11 +30,12 @@ from te_dynamo.lowering import cost
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.devices import dotted
-from te_dynamo.lowering.fp8 import E4M3, row_amax
+from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, row_amax
 from te_dynamo.lowering.granularity import Blocks
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned
 from te_dynamo.lowering.partition import kept_or_remade, recomputed_in_backward
-from te_dynamo.lowering.quantized import Quantized, ScaleOf, Scales
+from te_dynamo.lowering.per_tensor import kept_by_one_scale
+from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements
 from te_dynamo.recipe import Float8RowwiseScaling
 
@@ -125,6 +126,15 @@ class NativeGroups(Implementation):
             return [w8.for_backward("data", "scale_inv")]
         return [w8._replace(scale=None, amax=None if w8.amax is None else w8.amax.amax())]
 
+    def kept_as(self, call: Call) -> Kept | None:
+        """All matrices as one, below each other; not with copies of each transposed, as training has them."""
+        if call.cached != "inference":
+            return None
+        if not isinstance(call.scaling, Float8RowwiseScaling):
+            return kept_by_one_scale(call, ((0,),))
+        rows = _rows(call.scaling)
+        return Kept(((0,),), 0, FP8_MAX[E4M3], rows.epsilon, rows.power_of_2, by_row=True)
+
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         x, weight, offsets, *kept = inputs
         groups = Groups(offsets, x.shape[0])
@@ -193,12 +203,16 @@ def _of_rows(t: Quantized, rows: Any) -> Tensor:
     return t.scale_inv.expand(rows) if t.scale_inv.dim() == 0 else t.scale_inv.reshape(rows)
 
 
+def _rows(recipe: Float8RowwiseScaling) -> Blocks:
+    return Blocks(E4M3, 1, None, recipe.power_2_scale)
+
+
 def _input(call: Call, x: Tensor, groups: Groups, scale_of: ScaleOf) -> Quantized:
     """x [T, K]; the scale_inv of rows is [T]."""
     recipe = call.scaling
     if isinstance(recipe, Float8RowwiseScaling):
         with kept_or_remade(call):
-            made = Blocks(E4M3, 1, None, recipe.power_2_scale).quantize(x)
+            made = _rows(recipe).quantize(x)
         return Quantized(made.data, _of_rows(made, groups.tokens))
     amax = row_amax(groups.only(x))
     scale = scale_of.of(amax)
