@@ -30,6 +30,7 @@ def interpreted(*also: str) -> Iterator[list[GraphModule]]:
 
     registry.load()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
         for table, ops in ((registry._IMPLEMENTATIONS, ("linears", *also)), (registry._PRODUCERS, ("activation",))):
             for key, made in [(k, m) for k, m in table.items() if k[0] in ops and k[1] == "native" and k[3] == "cuda"]:
