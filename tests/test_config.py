@@ -37,7 +37,7 @@ def test_every_key_is_documented():
         ("recipe", "delayd", "Did you mean 'delayed'?"),
         ("recipe", 3, "'delayed', 'current'"),
         ("provider", "triton", "'auto', 'te', 'native', 'reference'"),
-        ("attention", True, "'auto', 'fp8', 'high_precision', 'off'"),
+        ("attention", True, "'auto', 'fp8', 'fp8_both', 'high_precision', 'off'"),
         ("skip", "lm_head", "skip=('lm_head',)"),
         ("skip", [1], "each a str"),
         ("skip", 3, "sequence of fnmatch patterns"),

@@ -120,8 +120,12 @@ def _answer_for_cuda(gpu: GPU) -> None:
 
 def _answer_for_triton(gpu: GPU) -> None:
     import torch._inductor.runtime.triton_helpers as triton_helpers
+    import torch.utils._triton as questions
     import triton
 
+    for question in vars(questions).values():  # whether Triton works: the process may have asked, and remembers the answer without a GPU
+        if hasattr(question, "cache_clear"):
+            question.cache_clear()
     triton.runtime.driver.set_active(driver(gpu.capability))
     triton_helpers.set_driver_to_gpu = lambda: None
     triton.runtime.jit.JITFunction.run = note_jit

@@ -85,10 +85,15 @@ ALIASES: dict[Any, Callable[..., Any]] = {
 # The operators of an exported program: those that a function of torch is called by; any other that is a method is spelled so.
 ATEN: dict[str, Callable[..., Any]] = {
     "cat": torch.cat,
+    "gelu": F.gelu,
+    "glu": F.glu,
     "layer_norm": F.layer_norm,
     "linear": LINEAR,
+    "mish": F.mish,
+    "relu": F.relu,
     "rms_norm": F.rms_norm,
     "scaled_dot_product_attention": SDPA,
+    "silu": F.silu,
     "stack": torch.stack,
     "where": torch.where,
 }

@@ -104,7 +104,7 @@ def test_the_frozen_base_is_quantized_once(monkeypatch):
         step(call, model, optimizer)
     base = {p.data_ptr() for name, p in model.named_parameters() if "base_layer.weight" in name}
     assert len(base) == 7 and base <= quantized[2]  # until then an adapter that was zero calibrates
-    assert all(not base & ids and {p.data_ptr() for p in learning(model)} <= ids for ids in quantized[3:])
+    assert not any(base & ids for ids in quantized[3:])
 
 
 def test_adapters_are_saved_and_merged_as_without(tmp_path):

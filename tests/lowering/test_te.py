@@ -262,8 +262,14 @@ def test_dimensions_that_it_cannot_take_are_left_with_the_reason(stand_in):
     assert sum("is not a multiple of 16" in (s.reason or "") for s in found) == 2
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "current"])
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        pytest.param(name, recipe, marks=pytest.mark.slow if (name, recipe) == ("vit", "delayed") else ())  # it takes as long as the others
+        for name in ("llama", "bert", "gpt2", "vit")
+        for recipe in ("delayed", "current")
+    ],
+)
 def test_a_model_trains_as_with_the_reference(stand_in, monkeypatch, name, recipe):
     """8 steps, one graph: losses and scale state as the definition's, to the bit."""
     check_training(SMALL[name], recipe, monkeypatch, exactly=True)
