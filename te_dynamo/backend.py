@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from te_dynamo import runtime
 from te_dynamo.config import Options
 from te_dynamo.ir.graph import EXAMPLE, copy_graph_module, fake
 from te_dynamo.ir.meta import PLAN, SLOTS
@@ -45,7 +46,6 @@ from te_dynamo.runtime import (
     Compiler,
     Variant,
     beside,
-    compile_inductor,
     compile_without_codegen,
 )
 from te_dynamo.sites import Sites
@@ -82,7 +82,7 @@ def te_fp8(
     calibrates = _needs_calibration(fused)
     read_again = calibrates or bool(observers)
 
-    def variant(calibrating: bool, compiler: Compiler = compile_inductor) -> Variant:
+    def variant(calibrating: bool, compiler: Compiler = runtime.compile_inductor) -> Variant:
         graph = copy_graph_module(fused) if read_again else fused
         lowered = lower(graph, calibrating=calibrating, keep_weights=chosen.keep_weights)
         stages.done("lower_calibrating" if calibrating else "lower", graph)
@@ -153,7 +153,7 @@ def _compiler_of_calibration(gm: GraphModule, example_inputs: Sequence[Any], gra
     """How the graph that calibrates is compiled. Where nothing sets scales it stays in use: in inference, or if no weight learns. Else
     it is run once or twice, and compiled only if it stays; with symbolic lengths not then either, as its guards would come too late."""
     if not grad_enabled or not any(is_owned(n) and fake(n).requires_grad for n in gm.graph.nodes):
-        return compile_inductor
+        return runtime.compile_inductor
     return compile_without_codegen if any(isinstance(i, torch.SymInt) for i in example_inputs) else CompiledIfItStays
 
 
@@ -182,7 +182,7 @@ def _left_to_inductor(gm: GraphModule, example_inputs: Sequence[Any], sites: Sit
         warnings.warn(message, stacklevel=2)
     for observer in observers:
         observer(gm, sites, options)
-    return compile_inductor(gm, list(example_inputs), options)
+    return runtime.compile_inductor(gm, list(example_inputs), options)
 
 
 def _warn_about_patterns(options: Options, sites: Sites) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +74,8 @@ class CompiledIfItStays:
     FIRST_CALLS = 3
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], options: Options) -> None:
-        self.compiled = partial(compile_inductor, copy_graph_module(gm), inputs, options)
+        graph = copy_graph_module(gm)
+        self.compiled = lambda: compile_inductor(graph, inputs, options)
         self.run = compile_without_codegen(gm, inputs, options)
         self.calls = 0
 

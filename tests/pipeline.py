@@ -47,7 +47,7 @@ def stages_of(
     torch._dynamo.reset()
     with (
         mock.patch("te_dynamo.backend.Stages", record),
-        mock.patch("te_dynamo.backend.compile_inductor", interpreted),
+        mock.patch("te_dynamo.runtime.compile_inductor", interpreted),
         mock.patch("te_dynamo.backend.CompiledIfItStays", interpreted),
         mock.patch("te_dynamo.backend.compile_without_codegen", interpreted),
     ):

@@ -220,7 +220,7 @@ def test_copies_of_weights_that_were_replaced_are_let_go():
 
 
 def _actor(rank: int, port: int) -> None:
-    te_dynamo.backend.compile_inductor = compile_without_codegen
+    te_dynamo.runtime.compile_inductor = compile_without_codegen
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -340,9 +340,10 @@ def test_a_graph_that_stays_in_use_is_compiled(monkeypatch):
 
     compiled: list[Any] = []
     plain = runtime.compile_without_codegen
-    monkeypatch.setattr(runtime, "compile_inductor", lambda *args: compiled.append(args) or plain(*args))
     model = Net().eval()
     call = torch.compile(model, backend=te_fp8, options={"provider": "reference"})  # whose first scales want a graph of their own
+    call(torch.ones(8, SIZE, requires_grad=True)).sum().backward()
+    monkeypatch.setattr(runtime, "compile_inductor", lambda *args: compiled.append(args) or plain(*args))
     results = []
     for _ in range(6):
         x = torch.ones(8, SIZE, requires_grad=True)

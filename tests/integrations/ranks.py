@@ -65,9 +65,9 @@ def fsdp2(folder: Path) -> None:
 
 
 def main(folder: Path, cases: list[str]) -> None:
-    from te_dynamo import backend, runtime
+    from te_dynamo import runtime
 
-    backend.compile_inductor = runtime.compile_without_codegen
+    runtime.compile_inductor = runtime.compile_without_codegen
     for case in cases:
         torch._dynamo.reset()
         globals()[case](folder)

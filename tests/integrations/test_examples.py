@@ -16,7 +16,7 @@ SCRIPT = """
 import runpy, sys
 import te_dynamo
 from te_dynamo import backend, runtime
-backend.compile_inductor = runtime.compile_without_codegen
+runtime.compile_inductor = runtime.compile_without_codegen
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -465,7 +465,7 @@ RESUME = """
     from te_dynamo.runtime import compile_without_codegen
     from tests.state.test_saved import Net, compiled
 
-    te_dynamo.backend.compile_inductor = compile_without_codegen
+    te_dynamo.runtime.compile_inductor = compile_without_codegen
     torch.use_deterministic_algorithms(True)
     folder, *parts = sys.argv[1:]
     for part in parts:

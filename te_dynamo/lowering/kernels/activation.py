@@ -15,8 +15,8 @@ from torch import Tensor
 from te_dynamo.ir.activation import SPELLINGS
 from te_dynamo.lowering.activation import gradients, value
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.fp8 import FP8_MAX, Casting
-from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, blocks, empty_both, fill_both
+from te_dynamo.lowering.fp8 import FP8_MAX
+from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, blocks, cast, empty_both, fill_both
 
 
 @torch.library.custom_op("te_dynamo::activation", mutates_args=())
@@ -32,7 +32,7 @@ def activation(
         launch(Call.parse(call), x, up, scale, both, saturate)
     else:
         made = value(Call.parse(call), x, up)
-        fill_both(both, made, _cast(made, scale, dtype, saturate))
+        fill_both(both, made, cast(made, scale, dtype, saturate))
     return both.data, both.transposed, both.amaxes
 
 
@@ -70,7 +70,7 @@ def activation_gradient(
     else:
         parts = sorted(zip(starts, gradients(Call.parse(call), grad, x, up), strict=False), key=lambda p: p[0])
         whole = torch.cat([p for _, p in parts if p is not None], 1)
-        fill_both(both, whole, _cast(whole, scale, dtype, saturate))
+        fill_both(both, whole, cast(whole, scale, dtype, saturate))
     return both.data, both.transposed, both.amaxes, both.sums
 
 
@@ -82,10 +82,6 @@ def _(call, grad, x, up, scale, dtype, saturate, multiple, starts, data, transpo
 def _empty_gradient(x: Tensor, up: Tensor | None, dtype: torch.dtype, multiple: int, data: bool, transposed: bool, sums: bool) -> Both:
     widths = [x.shape[1]] * (1 if up is None else 2)
     return empty_both(x, x.shape[0], widths, dtype, multiple, data, transposed, sums)
-
-
-def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
-    return Casting(saturates_infinite=saturate).saturated(x, scale, dtype).to(dtype)
 
 
 def _told(call: Call) -> tuple[tuple[float, float], dict[str, Any]]:

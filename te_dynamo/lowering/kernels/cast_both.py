@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering.fp8 import FP8_MAX, Casting
-from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, empty_both, fill_both
+from te_dynamo.lowering.fp8 import FP8_MAX
+from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, cast, empty_both, fill_both
 
 
 @torch.library.custom_op("te_dynamo::cast_both", mutates_args=())
@@ -19,7 +19,7 @@ def cast_both(
     if x.device.type == "cuda":
         launch(x, scale, both, saturate)
     else:
-        fill_both(both, x.float(), Casting(saturates_infinite=saturate).saturated(x, scale, dtype).to(dtype))
+        fill_both(both, x.float(), cast(x, scale, dtype, saturate))
     return both.data, both.transposed, both.amaxes, both.sums
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from te_dynamo.ir.qkv import rotate_gradient
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.fp8 import FP8_MAX, Casting
+from te_dynamo.lowering.fp8 import FP8_MAX
 from te_dynamo.lowering.kernels.qkv import ROTARY
-from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, empty_both, fill_both
+from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, cast, empty_both, fill_both
 
 
 @torch.library.custom_op("te_dynamo::qkv_gradient", mutates_args=())
@@ -40,7 +40,7 @@ def qkv_gradient(
         launch(parsed, grads, tables, scale, both, saturate, starts)
     else:
         whole = defined(parsed, grads, tables, starts)
-        fill_both(both, whole, Casting(saturates_infinite=saturate).saturated(whole, scale, dtype).to(dtype))
+        fill_both(both, whole, cast(whole, scale, dtype, saturate))
     return both.data, both.transposed, both.amaxes, both.sums
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering.fp8 import amax
+from te_dynamo.lowering.fp8 import Casting, amax
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 
@@ -46,6 +46,11 @@ def empty_both(
         like.new_empty(down * across, dtype=torch.float32),
         like.new_empty((down, columns) if sums else (0, 0), dtype=torch.float32),
     )
+
+
+def cast(values: Tensor, scale: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
+    """As the kernels do. saturate: infinities become the largest number, not NaN."""
+    return Casting(saturates_infinite=saturate).saturated(values, scale, dtype).to(dtype)
 
 
 def fill_both(both: Both, values: Tensor, quantized: Tensor) -> None:
