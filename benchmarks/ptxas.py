@@ -193,9 +193,9 @@ def _both_ways() -> Launches:
 
 def _refresh() -> Launches:
     def tables() -> list[Tensor]:
-        """Of 8 GEMMs of a weight each: parts, offsets, samples, amaxes, changed."""
+        """Of 8 GEMMs of a weight each: parts, offsets, amaxes, changed."""
         parts, offsets = tensor(8, 16, dtype=torch.int64), tensor(8, 512, dtype=torch.int64)
-        return [parts, offsets, tensor(8, 512, dtype=torch.int32), tensor(8, 8, dtype=F32), tensor(8, dtype=torch.int32)]
+        return [parts, offsets, tensor(8, 8, dtype=F32), tensor(8, dtype=torch.int32)]
 
     def look(record: bool) -> Callable[[], None]:
         def launch() -> None:

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from te_dynamo.lowering.kernels.refresh import KeptGemm, Refresh, by_device
+from te_dynamo.fp8_weight import FP8Weight
+from te_dynamo.lowering.kernels.refresh import Refresh, by_device
 from te_dynamo.passes.lower import CachedWeights
 from te_dynamo.state import STATE, is_fake
 from te_dynamo.state.sharded import gathered
 
 SAMPLED = 64  # elements of each weight that are looked at
 # What CUDA graphs were captured with: they hold addresses alone, and nothing tells when they are gone.
-_IN_CUDA_GRAPHS: list[tuple[list[list[Tensor]], list[Refresh]]] = []
+_IN_CUDA_GRAPHS: list[tuple[list[Kept], list[Refresh]]] = []
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size: NaN is equal to itself
 
 
@@ -31,6 +32,8 @@ class WeightCache:
     `te_dynamo.weights_changed(model)` tells of the rest: a few elements written past autograd, and on a GPU any such write to a weight
     whose copy that kernel cannot make (`Implementation.kept_as`), or that the model casts first. A tensor without a version counter
     (made in inference mode), or that FSDP gathers, is quantized at every call.
+
+    Graphs that quantize the same weights in the same way share the copies: those of a prompt and of a token, of several lengths.
     """
 
     everyone: weakref.WeakSet[WeightCache] = weakref.WeakSet()
@@ -61,7 +64,28 @@ class WeightCache:
         """What was made of any of these tensors, by id, is made anew when it is wanted."""
         for key, copies in self.entries.items():
             if not tensors.isdisjoint(key):
-                copies.states = [None if i in tensors else state for i, state in zip(key, copies.states, strict=True)]
+                copies.states = [None] * len(key)
+
+    def drop(self, tensors: set[int]) -> None:
+        """Nothing refers to any of these tensors, by id, any more."""
+        for key in [key for key in self.entries if not tensors.isdisjoint(key)]:
+            del self.entries[key]
+
+
+class Kept:
+    """The copies of one site's weights. All graphs that want them so have the same."""
+
+    def __init__(self, weights: CachedWeights, tensors: Sequence[Tensor], states: list[Any], seen: Tensor) -> None:
+        self.weights, self.states, self.seen = weights, states, seen
+        (self.copies,) = _made([weights], tensors)
+        self.gemms = [] if None in states else weights.made_again(tensors, self.copies)
+
+    def made_of(self, states: list[Any], seen: Tensor) -> bool:
+        """Whether these are copies of weights in this state, with these samples."""
+        return None not in states and states == self.states and torch.equal(seen, self.seen)
+
+
+SHARED: weakref.WeakValueDictionary[tuple[Any, ...], Kept] = weakref.WeakValueDictionary()  # by `key_of`
 
 
 class _Copies:
@@ -72,9 +96,9 @@ class _Copies:
         self.holders = STATE.homes.all_holders(tensors)
         self.gathered = gathered(tensors)
         self.states: list[Any] = [None] * len(tensors)
-        self.samples: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * len(tensors)
-        self.seen = self.samples[0]
-        self.made: list[list[Tensor]] = [[]] * len(wanted)
+        self.samples: list[Tensor] = []
+        self.seen = torch.empty(0)
+        self.kept: list[Kept] = []
         self.refreshes: list[Refresh] = []  # of those on a GPU
 
     def held(self, identities: Sequence[int]) -> bool:
@@ -83,45 +107,40 @@ class _Copies:
 
     def current(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The copies of the weights as they are now."""
-        states = [None if self.gathered else _state(t) for t in tensors]
+        states = [None if self.gathered else state_of(t) for t in tensors]
         # In this order: what is sampled is read at the address that the state tells.
         current = None not in states and states == self.states and torch.equal(torch.cat(self.samples), self.seen)
         if _capturing(tensors):
             if not current:  # quantized at each replay
                 return [t for copies in _made(self.wanted, tensors) for t in copies]
-            if not any(self.refreshes is kept for _, kept in _IN_CUDA_GRAPHS):
-                _IN_CUDA_GRAPHS.append((self.made, self.refreshes))
+            if not any(self.refreshes is refreshes for _, refreshes in _IN_CUDA_GRAPHS):
+                _IN_CUDA_GRAPHS.append((self.kept, self.refreshes))
         if not current:
             self._make(tensors, states)
-            self.refreshes = self._watched(tensors)
+            self.refreshes = by_device(gemm for kept in self.kept for gemm in kept.gemms)
         else:
             for refresh in self.refreshes:
                 refresh()
-        return [t for copies in self.made for t in copies]
-
-    def _watched(self, tensors: Sequence[Tensor]) -> list[Refresh]:
-        """What keeps the copies current from now on, where a kernel can."""
-        start, gemms = 0, list[KeptGemm]()
-        for weights, copies in zip(self.wanted, self.made, strict=True):
-            of = slice(start, start := start + len(weights.arguments))
-            if None not in self.states[of]:
-                gemms += weights.made_again(tensors[of], copies)
-        return by_device(gemms, self.refreshes)
+        return [t for kept in self.kept for t in kept.copies]
 
     def _make(self, tensors: Sequence[Tensor], states: list[Any]) -> None:
-        """Makes the copies of those that changed."""
-        known = self.seen.split([s.numel() for s in self.samples])
-        start, made = 0, list[list[Tensor]]()
-        for weights, copies in zip(self.wanted, self.made, strict=True):
-            of = slice(start, start := start + len(weights.arguments))
-            same = None not in states[of] and states[of] == self.states[of]
-            if same and all(map(torch.equal, self.samples[of], known[of])):
-                made.append(copies)
-            else:
-                made += _made([weights], tensors[of])
-        self.states, self.made = states, made
+        """Makes the copies of those that changed, where no other graph has them."""
+        start, kept = 0, list[Kept]()
         self.samples = [_sample(t) for t in tensors]
+        for weights in self.wanted:
+            of = slice(start, start := start + len(weights.arguments))
+            key, seen = key_of(weights, tensors[of]), torch.cat(self.samples[of])
+            known = SHARED.get(key)
+            if known is None or not known.made_of(states[of], seen):
+                known = SHARED[key] = Kept(weights, tensors[of], states[of], seen)
+            kept.append(known)
+        self.states, self.kept = states, kept
         self.seen = torch.cat(self.samples)
+
+
+def key_of(weights: CachedWeights, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Of what is shared: how it is made, and of which tensors."""
+    return weights.key, *map(id, tensors)
 
 
 def _made(wanted: Sequence[CachedWeights], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -130,8 +149,10 @@ def _made(wanted: Sequence[CachedWeights], tensors: Sequence[Tensor]) -> list[li
         return [weights.make([next(given) for _ in weights.arguments]) for weights in wanted]
 
 
-def _state(t: Tensor) -> tuple[int, int] | None:
+def state_of(t: Tensor) -> tuple[int, int] | None:
     """Changes whenever a tensor is written in the ways that autograd sees; None where that cannot be told."""
+    if isinstance(t, FP8Weight):
+        return 0, t.fp8.data_ptr()
     try:
         return t._version, t.data_ptr()
     except RuntimeError:  # of inference mode
@@ -167,6 +188,8 @@ def _watch_optimizers() -> None:
 
 def _forget(tensors: Any) -> None:
     identities = set(tensors)
+    for key in [key for key in list(SHARED) if not identities.isdisjoint(key)]:
+        SHARED.pop(key, None)
     for weight_cache in list(WeightCache.everyone):
         weight_cache.forget(identities)
 

@@ -89,10 +89,15 @@ class GemmRows:
 
     def rows(self, t: Tensor, member: int, count: int) -> Tensor:
         """The rows of one member of a GEMM of `count`, out of [sum N_i, ...] in the GEMM's order."""
+        rows = self.rows_in_place(t, member, count)
+        return rows.flatten(0, 1) if self.interleave and count > 1 else rows
+
+    def rows_in_place(self, t: Tensor, member: int, count: int) -> Tensor:
+        """As `rows`, a view: [heads, D, ...] where interleaved."""
         if count == 1:
             return t
         if self.interleave:
-            return t.unflatten(0, (-1, count, self.interleave))[:, member].flatten(0, 1)
+            return t.unflatten(0, (-1, count, self.interleave))[:, member]
         start = sum(self.sizes[:member])
         return t[start : start + self.sizes[member]]
 

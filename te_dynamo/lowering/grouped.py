@@ -17,8 +17,8 @@ from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fine_grained import Factor, Multiply, operands_of
 from te_dynamo.lowering.fp8 import quantize, row_amax
 from te_dynamo.lowering.limits import unsupported_dtype
-from te_dynamo.lowering.per_tensor import GemmFunction
-from te_dynamo.lowering.quantized import Quantized, ScaleOf, Scales
+from te_dynamo.lowering.per_tensor import GemmFunction, kept_by_one_scale
+from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation, Needs
 
 
@@ -83,6 +83,9 @@ class PerTensorGroups(_Grouped):
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         (weight,) = weights
         return [by_tensor(weight.detach(), scales_of(call, None).at("weight")).for_backward("data", "scale_inv")]
+
+    def kept_as(self, call: Call) -> Kept | None:
+        return kept_by_one_scale(call, ((0,),))
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         x, weight, offsets = inputs

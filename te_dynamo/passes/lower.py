@@ -8,8 +8,8 @@ the caller when they have changed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from te_dynamo.fp8_weight import FP8Weight
 from te_dynamo.ir import op_of
 from te_dynamo.ir.graph import EXAMPLE, emit, erase_if_dead, example, fake, fake_like, fake_mode_of, is_call, tensor
 from te_dynamo.ir.meta import PLAN, PRODUCER, SLOTS
@@ -32,22 +33,48 @@ from te_dynamo.passes.attach import Slots
 from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.plan import Plan
-from te_dynamo.passes.weights import WeightRef, is_frozen, weight_of_gemm
+from te_dynamo.passes.weights import METHOD_VIEWS, WeightRef, is_frozen, is_view, weight_of_gemm
 
 CHECKPOINT = "_checkpoint_context_fn"  # where Dynamo puts the contexts of a selective checkpoint
+
+
+@dataclass(frozen=True)
+class View:
+    """The casts and views between a parameter and its use as a weight, outside of the graph: (target, arguments, keywords) of each."""
+
+    steps: tuple[tuple[Callable[..., Any] | str, tuple[Any, ...], dict[str, Any]], ...]
+
+    @classmethod
+    def of(cls, ref: WeightRef) -> View:
+        return cls(tuple((n.target, n.args[1:], dict(n.kwargs)) for n in ref.chain))
+
+    def __call__(self, t: Any) -> torch.Tensor:
+        for target, args, kwargs in self.steps:
+            t = getattr(t, target)(*args, **kwargs) if isinstance(target, str) else target(t, *args, **kwargs)
+        return t
+
+    def without_casts(self) -> View:
+        """With what moves elements alone."""
+        return View(tuple(step for step in self.steps if step[0] not in METHOD_VIEWS))
 
 
 @dataclass(frozen=True)
 class CachedWeights:
     """Weights that a graph takes quantized: where they are among its inputs, how each is viewed, and how they are quantized.
 
-    made: for each GEMM, whether each field of its `Quantized` is there.
+    made: for each GEMM, whether each field of its `Quantized` is there. read: for each weight, whether the graph reads it otherwise too.
     """
 
     arguments: tuple[int, ...]
-    views: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+    views: tuple[View, ...]
     call: Call
     made: tuple[tuple[bool, ...], ...]
+    read: tuple[bool, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The same for weights that are quantized in the same way."""
+        return f"{self.call.key} {self.views}"
 
     @property
     def trains(self) -> bool:
@@ -59,15 +86,20 @@ class CachedWeights:
         return [t for q in made for t in q if t is not None]
 
     def viewed(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [view(t.detach()) for view, t in zip(self.views, tensors, strict=True)]
+        pairs = zip(self.views, tensors, strict=True)
+        return [view.without_casts()(t.values()) if isinstance(t, FP8Weight) else view(t.detach()) for view, t in pairs]
+
+    def quantized(self, copies: Iterable[torch.Tensor]) -> list[Quantized]:
+        """What `make` gave, of each GEMM."""
+        fields = iter(copies)
+        return [Quantized(*[next(fields) if there else None for there in made]) for made in self.made]
 
     def made_again(self, tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> list[KeptGemm]:
         """What a kernel can do over, of the parameters and what `make` gave for them; nothing where it cannot."""
         how, views = implementation_of(self.call).kept_as(self.call), [_as_matrix(view) for view in self.viewed(tensors)]
         if how is None or not all(map(readable, views, tensors)):
             return []
-        fields = map(_as_matrix, copies)
-        quantized = [Quantized(*[next(fields) if there else None for there in made]) for made in self.made]
+        quantized = self.quantized(map(_as_matrix, copies))
         return [KeptGemm(how, [views[i] for i in gemm], q) for gemm, q in zip(how.gemms, quantized, strict=True)]
 
 
@@ -94,7 +126,9 @@ def lower(gm: GraphModule, *, calibrating: bool, keep_weights: bool = False) -> 
     lowering.graph(gm, top=True)
     gm.graph.lint()
     gm.recompile()
-    return lowering.result
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    weights = [replace(w, read=tuple(_is_read(placeholders[i]) for i in w.arguments)) for w in lowering.result.weights]
+    return replace(lowering.result, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -259,7 +293,7 @@ class _Lowering:
         with fake_mode_of(graph), torch.no_grad():
             quantized = implementation_of(call).quantize_weights(call, weights)
         made = tuple(tuple(t is not None for t in q) for q in quantized)
-        arguments, views = tuple(position[r.root] for r in known), tuple(map(_replay, known))
+        arguments, views = tuple(position[r.root] for r in known), tuple(map(View.of, known))
         alone = [call.operation.alone(call.attributes, member) for member in range(len(known))]
         if None in alone:
             self.result.weights.append(CachedWeights(arguments, views, call, made))
@@ -283,6 +317,11 @@ class _Lowering:
                 fields[-1] = node
             inputs.append(tuple(fields))
         return inputs
+
+
+def _is_read(weight: Node) -> bool:
+    """Whether anything but sites that take it quantized reads a weight."""
+    return any(_is_read(user) if is_view(user) else not (is_call(user, site.site) and user.args[5]) for user in weight.users)
 
 
 def _device(node: Node) -> str:
@@ -355,14 +394,3 @@ def _unpacked(packed: Node) -> tuple[Node, Node]:
 def _replayable(ref: WeightRef) -> bool:
     """Whether the view of a weight can be made outside of the graph: it depends on nothing but the weight."""
     return not ref.computed and all(n.all_input_nodes == [p] for n, p in zip(ref.chain, (ref.root, *ref.chain), strict=False))
-
-
-def _replay(ref: WeightRef) -> Callable[[torch.Tensor], torch.Tensor]:
-    steps = [(n.op, n.target, n.args[1:], dict(n.kwargs)) for n in ref.chain]
-
-    def view(t: Any) -> torch.Tensor:
-        for op, target, rest, kwargs in steps:
-            t = target(t, *rest, **kwargs) if op == "call_function" else getattr(t, target)(*rest, **kwargs)
-        return t
-
-    return view

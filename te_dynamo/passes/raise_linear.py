@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 from te_dynamo import ops
+from te_dynamo.fp8_weight import FP8Weight
 from te_dynamo.ir.graph import emit, emit_contiguous, emit_permuted, fake, is_call, operands, tensor
 from te_dynamo.ir.meta import PATH
 from te_dynamo.passes.rules import Declined, Match, Rule
@@ -26,7 +27,7 @@ from te_dynamo.passes.weights import WeightRef, depends_on_weights_only, is_buff
 from te_dynamo.sites import module_path
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor, FP8Weight})
 Labels = tuple[Hashable, ...]
 
 

@@ -357,10 +357,10 @@ def test_inside_a_cuda_graph(no_codegen, monkeypatch):
         monkeypatch.setattr(weight_cache, "_IN_CUDA_GRAPHS", kept)
         for _ in range(2):
             run(x)
-        assert len(kept) == 1 and kept[0] == (copies.made, copies.refreshes) and copies.refreshes
-        before = copies.made
+        assert len(kept) == 1 and kept[0] == (copies.kept, copies.refreshes) and copies.refreshes
+        before = copies.kept
         model.first.weight.mul_(-2)
-        assert sqnr(model(x), run(x)) > 20 and copies.made is before and len(kept) == 1
+        assert sqnr(model(x), run(x)) > 20 and copies.kept is before and len(kept) == 1
 
 
 def test_a_weight_that_the_model_casts_is_left_to_its_version(no_codegen):

@@ -11,10 +11,12 @@ happens once in 30,000 times.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +31,18 @@ LONGEST = 1 << 23  # stride, so that a tile is addressed in 32 bits
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it spread evenly, modulo 1
 
 
-class KeptGemm(NamedTuple):
-    """The weights [N_i, K] of a GEMM, as they lie in memory, and the copy that is made of them."""
+@dataclass(eq=False)
+class KeptGemm:
+    """The weights [N_i, K] of a GEMM, as they lie in memory, and the copy that is made of them.
+
+    samples: int32 [weights, SAMPLES], elements of the weights as they were when the copy was made; None before a `Refresh` took them. They
+    belong to the copy: whoever keeps it current reads and writes them.
+    """
 
     how: Kept
     weights: Sequence[Tensor]
     made: Quantized
+    samples: Tensor | None = None
 
 
 def readable(view: Tensor, weight: Tensor) -> bool:
@@ -50,36 +58,29 @@ def readable(view: Tensor, weight: Tensor) -> bool:
 class Refresh:
     """Keeps the copies of some GEMMs, all of one device, up to date. Holds the copies; the weights must stay where they are."""
 
-    def __init__(self, gemms: Sequence[KeptGemm], before: Refresh | None = None) -> None:
-        """The copies are of the weights as they are now; those that `before` had too, of the weights that it saw last."""
-        self.gemms, self.count = gemms, len(gemms)
+    def __init__(self, gemms: Sequence[KeptGemm]) -> None:
+        """The copies are of the weights as they are now; those that have samples, of the weights that these are of."""
         self.device = gemms[0].weights[0].device
-        parts = [row for gemm in gemms for row in _parts(gemm)]
-        table = [_gemm(gemm, rows.start) for gemm, rows in self._rows()]
-        self.gemm_table, self.part_table = self._upload(table, torch.int64), self._upload(parts, torch.int64)
-        self.ranges = self._upload([(g.how.top, g.how.epsilon) for g in gemms], torch.float32)
-        self.offsets = _offsets(self.part_table, self._upload([[_step(p[2] * p[3])] for p in parts], torch.int64))
-        self.samples = torch.empty((len(parts), SAMPLES), dtype=torch.int32, device=self.device)
-        self.amaxes = torch.empty((self.count, SLICES), dtype=torch.float32, device=self.device)
-        self.changed = torch.empty(self.count, dtype=torch.int32, device=self.device)
         self.programs = _programs(self.device)
-        self._look(record=True)
-        if before is not None:
-            self._go_on_from(before)
+        if new := [gemm for gemm in gemms if gemm.samples is None]:
+            for gemm in new:
+                gemm.samples = torch.empty((len(gemm.weights), SAMPLES), dtype=torch.int32, device=self.device)
+            self._describe(new)
+            self._look(record=True)
+        self._describe(gemms)
         self()  # so that both kernels are loaded before a CUDA graph is captured
 
-    def _go_on_from(self, before: Refresh) -> None:
-        known = {id(gemm.made.data): rows for gemm, rows in before._rows()}
-        pairs = [(old, new) for gemm, rows in self._rows() for old, new in zip(known.get(id(gemm.made.data), ()), rows, strict=False)]
-        if pairs:
-            old, new = self._upload(pairs, torch.int64).unbind(1)
-            self.samples[new] = before.samples[old]
-
-    def _rows(self) -> Iterator[tuple[KeptGemm, range]]:
-        """Where the weights of each GEMM stand among all."""
-        start = 0
-        for gemm in self.gemms:
-            yield gemm, range(start, start := start + len(gemm.weights))
+    def _describe(self, gemms: Sequence[KeptGemm]) -> None:
+        """The tables that the kernels read."""
+        self.gemms, self.count = gemms, len(gemms)
+        parts = [row for gemm in gemms for row in _parts(gemm)]
+        starts = accumulate((len(gemm.weights) for gemm in gemms), initial=0)
+        self.gemm_table = self._upload([_gemm(gemm, start) for gemm, start in zip(gemms, starts, strict=False)], torch.int64)
+        self.part_table = self._upload(parts, torch.int64)
+        self.ranges = self._upload([(g.how.top, g.how.epsilon) for g in gemms], torch.float32)
+        self.offsets = _offsets(self.part_table, self._upload([[_step(p[2] * p[3])] for p in parts], torch.int64))
+        self.amaxes = torch.empty((self.count, SLICES), dtype=torch.float32, device=self.device)
+        self.changed = torch.empty(self.count, dtype=torch.int32, device=self.device)
 
     def __call__(self) -> None:
         self._look(record=False)
@@ -89,14 +90,13 @@ class Refresh:
         from te_dynamo.lowering.kernels.refresh_triton import look_kernel
 
         with _on(self.device):
-            look_kernel[(self.count * SLICES,)](
-                self.gemm_table, self.part_table, self.offsets, self.samples, self.amaxes, self.changed, RECORD=record, num_warps=4
-            )
+            tables = (self.gemm_table, self.part_table, self.offsets, self.amaxes, self.changed)
+            look_kernel[(self.count * SLICES,)](*tables, RECORD=record, num_warps=4)
 
     def _write(self) -> None:
         from te_dynamo.lowering.kernels.refresh_triton import write_kernel
 
-        tables = (self.gemm_table, self.ranges, self.part_table, self.offsets, self.samples, self.amaxes, self.changed)
+        tables = (self.gemm_table, self.ranges, self.part_table, self.offsets, self.amaxes, self.changed)
         with _on(self.device):
             write_kernel[(self.programs,)](*tables, self.count, COUNT=1 << (self.count - 1).bit_length(), num_warps=8)
 
@@ -105,12 +105,12 @@ class Refresh:
         return made.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else made
 
 
-def by_device(gemms: Iterable[KeptGemm], before: Iterable[Refresh]) -> list[Refresh]:
+def by_device(gemms: Iterable[KeptGemm]) -> list[Refresh]:
     """One for all GEMMs of each device."""
-    found, known = dict[torch.device, list[KeptGemm]](), {refresh.device: refresh for refresh in before}
+    found = dict[torch.device, list[KeptGemm]]()
     for gemm in gemms:
         found.setdefault(gemm.weights[0].device, []).append(gemm)
-    return [Refresh(of_device, known.get(device)) for device, of_device in found.items()]
+    return [Refresh(of_device) for of_device in found.values()]
 
 
 def _gemm(gemm: KeptGemm, first: int) -> list[int]:
@@ -124,11 +124,13 @@ def _gemm(gemm: KeptGemm, first: int) -> list[int]:
 
 
 def _parts(gemm: KeptGemm) -> list[list[int]]:
-    """address, dtype, rows, columns, strides; row r is row r // group * pitch + offset + r % group of the copy: group, pitch, offset"""
+    """address, dtype, rows, columns, strides; row r is row r // group * pitch + offset + r % group of the copy: group, pitch, offset;
+    address of the samples"""
+    assert gemm.samples is not None
     interleave, found, start = gemm.how.interleave if len(gemm.weights) > 1 else 0, [], 0
-    for i, w in enumerate(gemm.weights):
+    for i, (w, samples) in enumerate(zip(gemm.weights, gemm.samples, strict=True)):
         placed = (interleave, len(gemm.weights) * interleave, i * interleave) if interleave else (w.shape[0], 0, start)
-        found.append([w.data_ptr(), DTYPES[w.dtype], *w.shape, *w.stride(), *placed])
+        found.append([w.data_ptr(), DTYPES[w.dtype], *w.shape, *w.stride(), *placed, samples.data_ptr()])
         start += w.shape[0]
     return found
 

@@ -1,6 +1,7 @@
 """The kernels of `refresh`. Imported where they are launched: Triton is not needed elsewhere.
 
-gemms int64 [G, 13], parts int64 [P, 9], ranges f32 [G, 2]: see `refresh`. Weights are addressed by what stands in these tables.
+gemms int64 [G, 13], parts int64 [P, 10], ranges f32 [G, 2]: see `refresh`. Weights, their copies and samples are addressed by what
+stands in these tables.
 """
 
 import triton
@@ -10,7 +11,7 @@ from te_dynamo.lowering import fp8
 from te_dynamo.lowering.kernels import refresh
 
 BLOCK_ROWS, BLOCK_COLUMNS = tl.constexpr(32), tl.constexpr(128)
-GEMM, PART = tl.constexpr(13), tl.constexpr(9)  # fields of a row
+GEMM, PART = tl.constexpr(13), tl.constexpr(10)  # fields of a row
 SAMPLES, SLICES = tl.constexpr(refresh.SAMPLES), tl.constexpr(refresh.SLICES)
 TOP, LARGEST, EXPONENT = tl.constexpr(fp8.FP8_MAX[fp8.E4M3]), tl.constexpr(fp8.FLOAT32_MAX), tl.constexpr(fp8.EXPONENT)
 
@@ -69,19 +70,25 @@ def sampled(parts, offsets, part):
 
 
 @triton.jit
-def look_kernel(gemms, parts, offsets, samples, amaxes, changed, RECORD: tl.constexpr):
+def last_samples(parts, part):
+    """Where those stand that were seen last."""
+    return tl.load(parts + part * PART + 9).to(tl.pointer_type(tl.int32)) + tl.arange(0, SAMPLES)
+
+
+@triton.jit
+def look_kernel(gemms, parts, offsets, amaxes, changed, RECORD: tl.constexpr):
     """A program for each slice of each GEMM: sees whether a sample of its weights changed, and measures its slice of them then."""
     gemm, piece = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
-    row, i = gemms + gemm * GEMM, tl.arange(0, SAMPLES)
+    row = gemms + gemm * GEMM
     first, count, by_row = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     differs = tl.zeros((SAMPLES,), tl.int32)
     for part in range(first, first + count):
         now = sampled(parts, offsets, part)
         if RECORD:
             if piece == 0:
-                tl.store(samples + part * SAMPLES + i, now)
+                tl.store(last_samples(parts, part), now)
         else:
-            differs |= (now != tl.load(samples + part * SAMPLES + i)).to(tl.int32)
+            differs |= (now != tl.load(last_samples(parts, part))).to(tl.int32)
     any_differs = tl.max(differs, 0)
     if piece == 0:
         tl.store(changed + gemm, any_differs)
@@ -170,7 +177,7 @@ def write_by_row(gemm, parts, range_top, epsilon, program, programs):
 
 
 @triton.jit
-def write_kernel(gemms, ranges, parts, offsets, samples, amaxes, changed, count, COUNT: tl.constexpr):
+def write_kernel(gemms, ranges, parts, offsets, amaxes, changed, count, COUNT: tl.constexpr):
     """Programs that stay: each quantizes its share of every GEMM whose weights changed, and leaves at once where there is none.
 
     COUNT: `count` GEMMs, rounded up to a power of two."""
@@ -188,4 +195,4 @@ def write_kernel(gemms, ranges, parts, offsets, samples, amaxes, changed, count,
                 if program == at % programs:
                     first = tl.load(gemm)
                     for part in range(first, first + tl.load(gemm + 1)):
-                        tl.store(samples + part * SAMPLES + tl.arange(0, SAMPLES), sampled(parts, offsets, part))
+                        tl.store(last_samples(parts, part), sampled(parts, offsets, part))
