@@ -12,6 +12,20 @@ RELEASED = (
     "te_fp8: the high-precision values of this weight were let go by te_dynamo.release_high_precision: only its FP8 copy is left, which "
     "cannot {what}. Remedy: load the model's weights again (load_state_dict)"
 )
+UNSAVED = RELEASED.format(what="be saved as the weight") + ", or save `.dequantize()` of it: FP8 values, in its dtype."
+
+
+class _NoMemory:
+    """A storage whose memory nobody may look at: libraries that save a model begin with its address."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.storage, name)
+
+    def data_ptr(self) -> int:
+        raise RuntimeError(UNSAVED)
 
 
 class FP8Weight(Tensor):
@@ -85,8 +99,14 @@ class FP8Weight(Tensor):
         result = memo[id(self)] = torch.nn.Parameter(made, requires_grad=False)
         return result  # type: ignore[return-value]
 
+    def untyped_storage(self) -> Any:
+        return _NoMemory(super().untyped_storage())
+
+    def storage(self) -> Any:
+        raise RuntimeError(UNSAVED)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError(RELEASED.format(what="be saved as the weight") + ", or save `.dequantize()` of it: FP8 values, in its dtype.")
+        raise RuntimeError(UNSAVED)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FP8Weight({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,6 +162,8 @@ def test_it_is_neither_written_nor_saved_and_the_adapters_are():
     te_dynamo.release_high_precision(run)
     with pytest.raises(RuntimeError, match="let go by te_dynamo.release_high_precision.*cannot be saved.*load_state_dict"):
         torch.save(model.state_dict(), io.BytesIO())
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        safetensors.torch.save(model.state_dict())
     with pytest.raises(RuntimeError, match="cannot be written"):
         model.base.weight.zero_()
     torch.save({name: t for name, t in model.state_dict().items() if not name.startswith("base.w")}, io.BytesIO())
