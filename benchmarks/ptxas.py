@@ -151,19 +151,23 @@ def _qkv() -> Launches:
 def _both_ways() -> Launches:
     """What writes FP8 both ways; the gradients with a bias's sums too."""
 
-    def act(spelling: str, gated: bool) -> tuple[Call, Tensor, Tensor | None]:
+    def act(spelling: str, gated: bool, kept: bool) -> tuple[Call, list[Tensor | None], list[Tensor]]:
         attributes = {"spelling": spelling, "out_dtype": BF16, "alpha": 1.702, "limit": 7.0}
         x, *up = tensor(4096, 28672).split(14336, 1)
-        return Call("activation", "native", "cuda", (BF16, BF16 if gated else None), attributes=attributes), x, up[0] if gated else None
+        call = Call("activation", "native", "cuda", (BF16, BF16 if gated else None), attributes=attributes)
+        parts = 1 + gated
+        keeping = [tensor(parts, 4096, 14336, dtype=E4M3), tensor(parts, 4096, 14336 // 64, dtype=F32)]
+        return (call, [], keeping) if kept else (call, [x, up[0] if gated else None], [])
 
-    def forward(spelling: str, gated: bool) -> Callable[[], None]:
-        call, x, up = act(spelling, gated)
-        return lambda: activation.launch(call, x, up, tensor(dtype=F32), activation._empty(x, E4M3, 16), False)
+    def forward(spelling: str, gated: bool, keep: bool) -> Callable[[], None]:
+        call, *read = act(spelling, gated, False)
+        both, keeping = activation._empty(*read, E4M3, 16, True, True, keep)
+        return lambda: activation.launch(call, *read, tensor(dtype=F32), both, keeping, False)
 
-    def backward(spelling: str, gated: bool, sums: bool) -> Callable[[], None]:
-        call, x, up = act(spelling, gated)
-        both = activation._empty_gradient(x, up, E5M2, 16, True, True, sums)
-        return lambda: activation.launch_gradient(call, tensor(4096, 14336), x, up, tensor(dtype=F32), both, False, [0, 14336][: 1 + gated])
+    def backward(spelling: str, gated: bool, sums: bool, kept: bool) -> Callable[[], None]:
+        (call, *read), grad = act(spelling, gated, kept), tensor(4096, 14336)
+        both = activation._empty_gradient(grad, 1 + gated, E5M2, 16, True, True, sums)
+        return lambda: activation.launch_gradient(call, grad, *read, tensor(dtype=F32), both, False, [0, 14336][: 1 + gated])
 
     def rotary(kind: str, sums: bool) -> Callable[[], None]:
         grads = [tensor(1, 4096, heads, 128).transpose(1, 2) for heads in (32, 8, 8)]
@@ -185,8 +189,9 @@ def _both_ways() -> Launches:
         ("relu_squared", False),
         ("clamped_swiglu", True),
     ]
-    made: Launches = {f"activation {s} {g}": forward(s, g) for s, g in kinds}
-    made |= {f"activation_gradient {s} {g} {sums}": backward(s, g, sums) for s, g in kinds for sums in (False, True)}
+    ways = [(spelling, gated, kept) for spelling, gated in kinds for kept in (False, True)]
+    made: Launches = {f"activation {s} {g} {kept}": forward(s, g, kept) for s, g, kept in ways}
+    made |= {f"activation_gradient {s} {g} {sums} {kept}": backward(s, g, sums, kept) for s, g, kept in ways for sums in (False, True)}
     made |= {f"qkv_gradient {kind} {sums}": rotary(kind, sums) for kind in ("", "halves", "interleaved") for sums in (False, True)}
     return made | {f"cast_both {sums}": cast(sums) for sums in (False, True)}
 

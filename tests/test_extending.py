@@ -69,7 +69,9 @@ class RaiseSoftGLU(Rule):
 @produces("softglu", provider=("reference", "native"), recipes=PER_TENSOR)
 class FP8SoftGLU(Producer):
     kernel = "with the linear's FP8 operand"
-    backward_reads = ("gate", "up")
+
+    def backward_reads(self, call):
+        return ("gate", "up")
 
     def forward(self, call: Call, inputs: Sequence[Any], scale: ScaleOf, quantize: Quantize) -> tuple[Quantized, list[Quantized]]:
         gate, up = inputs

@@ -74,15 +74,18 @@ def compute_backward(
         if call.producer is None:
             return run(call, inputs, saved, grads, scales, wanted)
         producer, (given, *rest), needs_of_producer = producer_of(call.producer), inputs, wanted[0]
-        wanted[0] = any(flattened(needs_of_producer))
-        done = run(call, [None, *rest], saved[producer.saves :], grads, scales, wanted)
+        wanted[0], count = any(flattened(needs_of_producer)), producer.saves(call.producer)
+        if "input" in call.remakes and saved[count].scale is not None:
+            again = producer.operand_again(call.producer, saved[:count], saved[count].scales, scales.casting)
+            saved = [*saved[:count], again, *saved[count + 1 :]]
+        done = run(call, [None, *rest], saved[count:], grads, scales, wanted)
         grad, *others = done.gradients
         through: list[Any] = [None] * len(given)
         if call.hands_gradient:
-            made = saved[: producer.saves]
+            made = saved[:count]
             handed = producer.quantized_gradient(call.producer, given, made, grad, _given(ahead), call.hands_gradient)
         elif grad is not None:
-            through = producer.backward(call.producer, given, saved[: producer.saves], grad, needs_of_producer)
+            through = producer.backward(call.producer, given, saved[:count], grad, needs_of_producer)
     return Backward([through, *others], done.amaxes, handed)
 
 
@@ -101,7 +104,7 @@ def read_in_backward(call: Call, needs: tuple[bool, ...]) -> tuple[bool, ...]:
     reads = implementation_of(call).backward_reads(call, call.nested(needs))
     read = _leaves_among(call, reads)
     if call.producer is not None:
-        read[0] = _leaves_among(call.producer, producer_of(call.producer).backward_reads)
+        read[0] = _leaves_among(call.producer, producer_of(call.producer).backward_reads(call.producer))
     return (*flattened(read), "outputs" in reads)
 
 

@@ -223,7 +223,8 @@ class PerTensorLinears(Implementation):
                 for i in gemm:
                     amaxes[scales.roles.place("weight", i)] = w8.amax
         _, wanted, _ = needs
-        read = "data" if x8.transposed is None else "transposed"
+        again = isinstance(x, MadeOperand) and "input" in call.remakes  # by the producer
+        read = "scale" if again else "data" if x8.transposed is None else "transposed"
         kept_of_x = x8.for_backward(read, "scale_inv") if any(wanted) else Quantized()
         return Forward(outputs, [kept_of_x, *saved], amaxes)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from te_dynamo.ir.op import SemanticOp, all_ops
 from te_dynamo.lowering import cost
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
+from te_dynamo.lowering.fp8 import Casting
+from te_dynamo.lowering.quantized import Kept, Quantized, Scale, ScaleOf, Scales
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
 
 PER_TENSOR: tuple[type[Recipe], ...] = (DelayedScaling, Float8CurrentScaling)
@@ -41,7 +42,7 @@ class Case:
     only_operand: of a producer, whether nothing but the operand that it makes is wanted of it.
     remakes: what backward makes again (see `Call.remakes`).
     transposed, keeps_fp8: of a producer, whether backward reads the transposed copy of the operand, and whether what the producer reads is
-        kept in FP8.
+        kept in FP8; only_reader: whether nothing else reads that, a GEMM's output.
     """
 
     op: SemanticOp
@@ -56,6 +57,7 @@ class Case:
     remakes: tuple[str, ...] = ()
     transposed: bool = False
     keeps_fp8: bool = False
+    only_reader: bool = False
 
 
 class Forward(NamedTuple):
@@ -201,15 +203,20 @@ class Producer:
     """How a provider makes the operand of a site, quantized, together with what would have computed it in high precision.
 
     kernel: what a report calls it; calibrates: whether it computes with a scale that was never set.
-    backward_reads: the inputs, by name, that its backward is given; saves: how many `Quantized` its forward saves.
     hands_gradient: whether it can write the gradient of its inputs quantized: it has `quantized_gradient` then.
     """
 
     kernel = "the provider's kernel"
     calibrates = True
     hands_gradient = False
-    backward_reads: Collection[str] = ()
-    saves = 0
+
+    def backward_reads(self, call: Call) -> Collection[str]:
+        """The inputs, by name, that its backward is given."""
+        return ()
+
+    def saves(self, call: Call) -> int:
+        """How many `Quantized` its forward saves."""
+        return 0
 
     def unsupported(self, case: Case) -> str | None:
         """Why it does not make an operand here; Inductor does then."""
@@ -220,6 +227,10 @@ class Producer:
 
         quantize: how the site quantizes an operand [tokens, K] itself, for a producer that has no cast of its own.
         """
+        raise NotImplementedError
+
+    def operand_again(self, call: Call, saved: Sequence[Quantized], scale: Scale, casting: Casting) -> Quantized:
+        """The transposed copy of the operand, in backward, where the call remakes its input: forward made none then."""
         raise NotImplementedError
 
     def backward(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, needs: Needs) -> list[Any]:

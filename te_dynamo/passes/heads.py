@@ -18,6 +18,7 @@ from te_dynamo.ir.graph import EXAMPLE, emit, emit_permuted, erase_if_dead, fake
 from te_dynamo.ir.meta import LAYOUT, NOTES
 from te_dynamo.passes.attention_site import Names, cast, reordered
 from te_dynamo.passes.effects import written_between
+from te_dynamo.passes.layout import follows_linears
 from te_dynamo.passes.rotary import Rope, Table, read_rope, same_table
 
 BHSD: Names = ("b", "h", "s", "d")
@@ -47,7 +48,10 @@ class Heads:
 
 
 def read_heads(attention: Node) -> Heads | None:
-    """What `ops.qkv` can express of how q and k of an attention came to be; None where that is nothing, or another reads it too."""
+    """What `ops.qkv` can express of how q and k of an attention came to be; None where that is nothing, or another reads it too, and where
+    neither comes from an FP8 linear: there is no GEMM whose layout it would keep, and Inductor fuses it with what is there."""
+    if not follows_linears(attention):
+        return None
     q, k = (_read(x) for x in attention.args[:2])
     if q is None or k is None or not _alike(q, k):
         return None

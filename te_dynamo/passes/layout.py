@@ -144,6 +144,11 @@ def qkv_linears(node: Node) -> tuple[Node, Node, Node] | None:
     return None if q is None or k is None or v is None else (q, k, v)
 
 
+def follows_linears(node: Node) -> bool:
+    """Whether q or k of an attention comes from an FP8 linear."""
+    return any(_chain(x) is not None for x in node.args[:2])
+
+
 # --- from q, k or v back to the linear that makes it
 
 # What gives its first argument's elements, each for itself, in the same dimensions (or in others: `_before`).

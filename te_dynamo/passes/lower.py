@@ -266,6 +266,8 @@ class _Lowering:
             device=_device(node),
             inputs=spec_of(tuple(made_by.examples(maker).values())),
             recipe=plan.recipe.key,
+            keeps_fp8=plan.keeps_fp8,
+            remakes=plan.remakes,
             attributes=made_by.all_attributes(maker, plan.recipe),
         )
         return call if producer_of(call).calibrates or not unset else None

@@ -251,7 +251,9 @@ class Planner:
             return None, ""
         if implementation.opaque and not producer.calibrates:
             return producer, "its kernel wants a scale that was set, which the linears' operator may meet unset"
-        facts = {"only_operand": set(maker.users) == {node}, "transposed": _weights_learn(node)}
+        gemm, _ = origin(maker.args[0])
+        only_reader = gemm is not None and (reader := gemm.meta.get(READER)) is not None and reader.node == maker.name
+        facts = {"only_operand": set(maker.users) == {node}, "transposed": _weights_learn(node), "only_reader": only_reader}
         return producer, producer.unsupported(self.case(maker, op, recipe, trains, **facts, **kept))
 
     def _alone(self, node: Node, op: SemanticOp, trains: bool) -> None:

@@ -16,7 +16,7 @@ from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.sites import Site
 from tests.numerics import sqnr
-from tests.partitioned import calls, casts, interpreted
+from tests.partitioned import calls, casts, interpreted, saved_for_backward
 
 ours = torch.ops.te_dynamo
 TOKENS, HIDDEN, INNER = 64, 96, 160
@@ -79,20 +79,24 @@ def compiled(model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, backend=te_fp8, fullgraph=True, options={"strict": True, "memory": "speed", **options})
 
 
+@pytest.mark.parametrize("memory", ["speed", "balanced", "saving"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_one_kernel_each_way_and_right(kind):
+def test_it_is_one_kernel_each_way_and_right(kind, memory):
     model, x = model_and_input(kind)
     exact_model, exact_x = KINDS[kind]().double(), x.detach().double().requires_grad_()
     exact_model.load_state_dict(model.state_dict())
     exact = results(exact_model, exact_model, exact_x)
     with interpreted() as graphs:
-        found = results(compiled(model), model, x, steps=3)
+        found = results(compiled(model, memory=memory), model, x, steps=3)
         forward, backward = graphs
         assert len(calls(forward, ours.activation.default)) == len(calls(backward, ours.activation_gradient.default)) == 1
+        assert len(calls(backward, ours.activation.default)) == (memory == "saving")  # the transposed copy
         assert len(casts(forward, E4M3)) == len(calls(backward, ours.transpose.default)) == 1  # of the norm's output
         assert len(calls(backward, ours.cast_both.default)) == 1 and not casts(backward, E5M2)  # the gradient of `down`
         assert not calls(backward, torch.ops.aten.cat.default)
-        defined = results(compiled(model, provider="reference"), model, x, steps=3)
+        wide = [t for t in saved_for_backward(forward, 1) if t.element_size() == 2 and t.shape[-1] >= INNER]
+        assert bool(wide) == (memory == "speed")  # gate and up
+        defined = results(compiled(model, provider="reference", memory=memory), model, x, steps=3)
     for e, f, d in zip(exact, found, defined, strict=True):
         assert f.shape == e.shape
         assert sqnr(e, f) > sqnr(e, d) - 0.5, (sqnr(e, f), sqnr(e, d))
@@ -141,8 +145,6 @@ def test_dropout_between_and_other_recipes_leave_it_to_inductor():
     assert sites_of(model, x)[1:] == (0, 0)
     model, x = model_and_input()
     assert sites_of(model, x, recipe="current")[1:] == (0, 0)
-    for memory in ("balanced", "saving"):
-        assert sites_of(model, x, memory=memory)[1:] == (0, 0)
     assert sites_of(model, x, skip=["down"])[1:] == (0, 0)
     assert sites_of(model, x, skip=["gate", "up"])[1:] == (1, 0)
 

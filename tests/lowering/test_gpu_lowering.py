@@ -166,7 +166,7 @@ def test_what_each_setting_of_memory_keeps(graphs):
     def kept(memory, *shapes, dtype=E4M3):
         return sum(t.numel() for t in saved[memory] if t.dtype == dtype and sorted(t.shape) in map(sorted, shapes))
 
-    inputs, results = ((TOKENS, HIDDEN), (TOKENS, INNER)), ((TOKENS, 1, INNER),)
+    inputs, results = ((TOKENS, HIDDEN), (TOKENS, INNER)), ((2, TOKENS, INNER),)  # gate and up
     copies = (
         2 * INNER * HIDDEN,
         INNER * HIDDEN,
@@ -179,7 +179,7 @@ def test_what_each_setting_of_memory_keeps(graphs):
     assert not any(t.dtype == torch.bfloat16 and t.shape[-1] in (INNER, 2 * INNER) for m in ("balanced", "saving") for t in saved[m])
     for name, gradient in gradients["speed"].items():
         same = torch.equal(gradient, gradients["balanced"][name])
-        assert same == (name == "1.down.bias"), name  # whose gradient has no activation in it: "speed" rounds these once, to FP8
+        assert same == name.startswith("1.down."), name  # whose gradients were taken through no activation
         assert sqnr(gradient, gradients["saving"][name]) > 20
 
 

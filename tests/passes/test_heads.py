@@ -258,6 +258,18 @@ def test_what_another_reads_too_is_left() -> None:
     assert not prepared(recorded) and attentions(recorded)
 
 
+@pytest.mark.parametrize(("skip", "taken"), [(["q", "k", "v"], False), (["q", "k"], False), (["k", "v"], True)])
+def test_without_an_fp8_linear_it_is_inductor_s(skip: list[str], taken: bool) -> None:
+    """There is no GEMM whose layout would be kept. A norm of heads is what it was, too."""
+    recorded, _ = staged(Block(llama), skip=skip)
+    assert bool(prepared(recorded)) == taken and attentions(recorded)
+    block = Block(llama)
+    block.prepare = (lambda x: llama(block.q_norm(x)), lambda x: llama(block.k_norm(x)))
+    recorded, _ = staged(block, skip=skip)
+    assert bool(prepared(recorded)) == taken
+    assert taken or not [n for n in recorded.graphs["fuse"].graph.nodes if is_call(n, ops.norm)]
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1)]),

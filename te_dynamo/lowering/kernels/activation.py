@@ -16,41 +16,69 @@ from te_dynamo.ir.activation import SPELLINGS
 from te_dynamo.lowering.activation import gradients, value
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.fp8 import FP8_MAX
-from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, blocks, cast, empty_both, fill_both
+from te_dynamo.lowering.kernels.tiles import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    Both,
+    Kept,
+    cast,
+    empty_both,
+    empty_kept,
+    fill_both,
+    fill_kept,
+)
 
 
 @torch.library.custom_op("te_dynamo::activation", mutates_args=())
 def activation(
-    call: str, x: Tensor, up: Tensor | None, scale: Tensor, dtype: torch.dtype, saturate: bool, multiple: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """call: of an `ops.activation`; x, up: [T, N], whose rows may lie apart; scale: f32, 0-d -> (FP8 [T', N], FP8 [N, T'], amaxes f32).
+    call: str,
+    inputs: list[Tensor | None],
+    kept: list[Tensor],
+    scale: Tensor,
+    dtype: torch.dtype,
+    saturate: bool,
+    multiple: int,
+    data: bool,
+    transposed: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """call: of an `ops.activation`; inputs: x and up, [T, N], whose rows may lie apart, or none where they were `kept` (`tiles.Kept`);
+    scale: f32, 0-d -> (FP8 [T', N], FP8 [N, T'], amaxes f32, *`tiles.Kept` of x and up).
 
-    T': T up to a multiple. saturate: infinities become the largest number, not NaN.
+    T': T up to a multiple. saturate: infinities become the largest number, not NaN. data, transposed, keep: which are wanted.
     """
-    both = _empty(x, dtype, multiple)
-    if x.device.type == "cuda":
-        launch(Call.parse(call), x, up, scale, both, saturate)
+    both, keeping = _empty(inputs, kept, dtype, multiple, data, transposed, keep)
+    if scale.device.type == "cuda":
+        launch(Call.parse(call), inputs, kept, scale, both, keeping, saturate)
     else:
+        x, up = inputs_of(inputs, kept)
         made = value(Call.parse(call), x, up)
         fill_both(both, made, cast(made, scale, dtype, saturate))
-    return both.data, both.transposed, both.amaxes
+        fill_kept(keeping, [t for t in (x, up) if t is not None] if keep else [])
+    return both.data, both.transposed, both.amaxes, *keeping
 
 
 @activation.register_fake
-def _(call, x, up, scale, dtype, saturate, multiple):
-    return tuple(_empty(x, dtype, multiple)[:3])
+def _(call, inputs, kept, scale, dtype, saturate, multiple, data, transposed, keep):
+    both, keeping = _empty(inputs, kept, dtype, multiple, data, transposed, keep)
+    return (*both[:3], *keeping)
 
 
-def _empty(x: Tensor, dtype: torch.dtype, multiple: int) -> Both:
-    return empty_both(x, x.shape[0], [x.shape[1]], dtype, multiple, data=True, transposed=True, sums=False)
+def _empty(
+    inputs: Sequence[Tensor | None], kept: Sequence[Tensor], dtype: torch.dtype, multiple: int, data: bool, transposed: bool, keep: bool
+) -> tuple[Both, Kept]:
+    given = list(kept[0]) if kept else [t for t in inputs if t is not None]
+    rows, width = given[0].shape
+    both = empty_both(given[0], rows, [width], dtype, multiple, data, transposed, sums=False)
+    return both, empty_kept(given[0], len(given) if keep else 0, rows, width)
 
 
 @torch.library.custom_op("te_dynamo::activation_gradient", mutates_args=())
 def activation_gradient(
     call: str,
     grad: Tensor,
-    x: Tensor,
-    up: Tensor | None,
+    inputs: list[Tensor | None],
+    kept: list[Tensor],
     scale: Tensor,
     dtype: torch.dtype,
     saturate: bool,
@@ -60,14 +88,16 @@ def activation_gradient(
     transposed: bool,
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad: [T, N], of an activation's result; the rest as above -> `tiles.Both` of the gradients of x and up side by side.
+    """grad: [T, N], of an activation's result; inputs: x and up, or none where they are `kept` (`tiles.Kept`); the rest as above ->
+    `tiles.Both` of the gradients of x and up side by side.
 
     starts: the column at which each begins. data, transposed, sums: which are wanted.
     """
-    both = _empty_gradient(x, up, dtype, multiple, data, transposed, sums)
-    if x.device.type == "cuda":
-        launch_gradient(Call.parse(call), grad, x, up, scale, both, saturate, starts)
+    both = _empty_gradient(grad, len(starts), dtype, multiple, data, transposed, sums)
+    if grad.device.type == "cuda":
+        launch_gradient(Call.parse(call), grad, inputs, kept, scale, both, saturate, starts)
     else:
+        x, up = inputs_of(inputs, kept)
         parts = sorted(zip(starts, gradients(Call.parse(call), grad, x, up), strict=False), key=lambda p: p[0])
         whole = torch.cat([p for _, p in parts if p is not None], 1)
         fill_both(both, whole, cast(whole, scale, dtype, saturate))
@@ -75,13 +105,22 @@ def activation_gradient(
 
 
 @activation_gradient.register_fake
-def _(call, grad, x, up, scale, dtype, saturate, multiple, starts, data, transposed, sums):
-    return tuple(_empty_gradient(x, up, dtype, multiple, data, transposed, sums))
+def _(call, grad, inputs, kept, scale, dtype, saturate, multiple, starts, data, transposed, sums):
+    return tuple(_empty_gradient(grad, len(starts), dtype, multiple, data, transposed, sums))
 
 
-def _empty_gradient(x: Tensor, up: Tensor | None, dtype: torch.dtype, multiple: int, data: bool, transposed: bool, sums: bool) -> Both:
-    widths = [x.shape[1]] * (1 if up is None else 2)
-    return empty_both(x, x.shape[0], widths, dtype, multiple, data, transposed, sums)
+def _empty_gradient(grad: Tensor, parts: int, dtype: torch.dtype, multiple: int, data: bool, transposed: bool, sums: bool) -> Both:
+    return empty_both(grad, grad.shape[0], [grad.shape[1]] * parts, dtype, multiple, data, transposed, sums)
+
+
+def inputs_of(inputs: Sequence[Tensor | None], kept: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """x and up, by definition: f32 of what was kept."""
+    if kept:
+        made = Kept(*kept)
+        return made.part(0), made.part(1) if made.data.shape[0] > 1 else None
+    x, up = inputs
+    assert x is not None
+    return x, up
 
 
 def _told(call: Call) -> tuple[tuple[float, float], dict[str, Any]]:
@@ -92,35 +131,43 @@ def _told(call: Call) -> tuple[tuple[float, float], dict[str, Any]]:
     return (alpha, call["limit"]), {"FUNCTION": "silu" if limited else function, "LIMITED": limited}
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
+def _read(inputs: Sequence[Tensor | None], kept: Sequence[Tensor]) -> list[Tensor]:
+    """What a kernel reads, each row side by side."""
+    return list(kept[0]) if kept else [t if t.stride(1) == 1 else t.contiguous() for t in inputs if t is not None]
 
 
-def launch(call: Call, x: Tensor, up: Tensor | None, scale: Tensor, both: Both, saturate: bool) -> None:
-    """Runs the kernel, which fills `both`."""
+def launch(
+    call: Call, inputs: Sequence[Tensor | None], kept: Sequence[Tensor], scale: Tensor, both: Both, keeping: Kept, saturate: bool
+) -> None:
+    """Runs the kernel, which fills `both` and `keeping`."""
     from te_dynamo.lowering.kernels.activation_triton import activation_kernel
 
-    x, other = _rows(x), None if up is None else _rows(up)
-    (rows, width), total = x.shape, both.data.shape[0]
+    read = _read(inputs, kept)
+    (rows, width), total = read[0].shape, both.data.shape[0] or both.transposed.shape[1]
     numbers, constants = _told(call)
     if both.amaxes.numel():
-        activation_kernel[(blocks(total, BLOCK_ROWS) * blocks(width, BLOCK_COLUMNS),)](
-            x,
-            x if other is None else other,
+        activation_kernel[(both.amaxes.numel(),)](
+            read[0],
+            read[-1],
+            kept[1] if kept else scale,
             scale,
             both.data,
             both.transposed,
             both.amaxes,
+            *keeping,
             rows,
             total,
             width,
-            x.stride(0),
-            0 if other is None else other.stride(0),
+            read[0].stride(0),
+            read[-1].stride(0),
             *numbers,
             **constants,
-            GATED=other is not None,
+            GATED=len(read) > 1,
+            KEPT=bool(kept),
+            KEEPS=bool(keeping.data.shape[0]),
             TOP=FP8_MAX[both.data.dtype],
-            ACROSS=True,
+            DATA=bool(both.data.numel()),
+            ACROSS=bool(both.transposed.numel()),
             SATURATE=saturate,
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=BLOCK_COLUMNS,
@@ -129,20 +176,28 @@ def launch(call: Call, x: Tensor, up: Tensor | None, scale: Tensor, both: Both, 
 
 
 def launch_gradient(
-    call: Call, grad: Tensor, x: Tensor, up: Tensor | None, scale: Tensor, both: Both, saturate: bool, starts: Sequence[int]
+    call: Call,
+    grad: Tensor,
+    inputs: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    scale: Tensor,
+    both: Both,
+    saturate: bool,
+    starts: Sequence[int],
 ) -> None:
     """Runs the kernel, which fills `both`."""
     from te_dynamo.lowering.kernels.activation_triton import activation_gradient_kernel
 
-    x, other = _rows(x), None if up is None else _rows(up)
-    (rows, width), parts = x.shape, 1 if other is None else 2
+    read = _read(inputs, kept)
+    (rows, width), parts = grad.shape, len(starts)
     total = both.data.shape[0] or both.transposed.shape[1] or rows
     numbers, constants = _told(call)
     if both.amaxes.numel():
         activation_gradient_kernel[(both.amaxes.numel() // parts,)](
             grad.contiguous(),
-            x,
-            x if other is None else other,
+            read[0],
+            read[-1],
+            kept[1] if kept else scale,
             scale,
             both.data,
             both.transposed,
@@ -154,11 +209,12 @@ def launch_gradient(
             parts * width,
             starts[0],
             starts[-1],
-            x.stride(0),
-            0 if other is None else other.stride(0),
+            read[0].stride(0),
+            read[-1].stride(0),
             *numbers,
             **constants,
-            GATED=other is not None,
+            GATED=parts > 1,
+            KEPT=bool(kept),
             TOP=FP8_MAX[both.data.dtype],
             DATA=bool(both.data.numel()),
             ACROSS=bool(both.transposed.numel()),

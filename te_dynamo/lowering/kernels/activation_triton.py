@@ -7,7 +7,11 @@ All is computed in float32 and rounded once, to FP8.
 import triton
 import triton.language as tl
 
+from te_dynamo.lowering import fp8
+from te_dynamo.lowering.kernels import tiles
 from te_dynamo.lowering.kernels.tiles_triton import write_both
+
+E4M3_MAX, LEAST = tl.constexpr(fp8.FP8_MAX[fp8.E4M3]), tl.constexpr(tiles.LEAST)
 
 
 @triton.jit
@@ -54,22 +58,47 @@ def within(x, limit, LOWER: tl.constexpr):
 
 
 @triton.jit
+def keep(values, kept, scale_inv, part, rows, width, wide, row, column, block, inside):
+    """Writes a tile of a matrix that backward reads: see `tiles.Kept`."""
+    magnitude = tl.where(values == values, tl.abs(values), 0.0)  # a NaN does not count
+    largest = tl.max(magnitude, 1)
+    scale = tl.where(largest > LEAST, E4M3_MAX / largest, 1.0)
+    down = part * rows.to(tl.int64) + row
+    tl.store(scale_inv + down * wide + block, tl.where(largest > LEAST, largest / E4M3_MAX, 1.0), mask=row < rows)
+    tl.store(kept + down[:, None] * width + column[None, :], (values * scale[:, None]).to(kept.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def kept_or_not(x, scale_inv, pitch, part, rows, wide, row, column, block, inside, KEPT: tl.constexpr):
+    """A tile of an input, in float32."""
+    values = tl.load(x + row[:, None].to(tl.int64) * pitch + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if KEPT:
+        down = part * rows.to(tl.int64) + row
+        values = values * tl.load(scale_inv + down * wide + block, mask=row < rows, other=0.0)[:, None]
+    return values
+
+
+@triton.jit
 def activation_kernel(
-    x, up, scale, data, across, amaxes, rows, total, width, x_pitch, up_pitch, alpha, limit,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMITED: tl.constexpr, TOP: tl.constexpr, ACROSS: tl.constexpr, SATURATE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x, up, scale_inv, scale, data, across, amaxes, keeping, keeping_inv, rows, total, width, x_pitch, up_pitch, alpha, limit,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMITED: tl.constexpr, KEPT: tl.constexpr, KEEPS: tl.constexpr, TOP: tl.constexpr,
+    DATA: tl.constexpr, ACROSS: tl.constexpr, SATURATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     wide = tl.cdiv(width, BLOCK_COLUMNS)
     row = tile // wide * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tile % wide * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = (row[:, None] < rows) & (column[None, :] < width)
-    gate = tl.load(x + row[:, None].to(tl.int64) * x_pitch + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    gate = kept_or_not(x, scale_inv, x_pitch, 0, rows, wide, row, column, tile % wide, inside, KEPT)
+    if KEEPS:
+        keep(gate, keeping, keeping_inv, 0, rows, width, wide, row, column, tile % wide, inside)
     if LIMITED:
         gate, _ = within(gate, limit, False)
     values, _ = value_and_slope(gate, alpha, FUNCTION)
     if GATED:
-        factor = tl.load(up + row[:, None].to(tl.int64) * up_pitch + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        factor = kept_or_not(up, scale_inv, up_pitch, 1, rows, wide, row, column, tile % wide, inside, KEPT)
+        if KEEPS:
+            keep(factor, keeping, keeping_inv, 1, rows, width, wide, row, column, tile % wide, inside)
         if LIMITED:
             factor, _ = within(factor, limit, True)
             factor += 1.0
@@ -77,31 +106,30 @@ def activation_kernel(
     values = tl.where(inside, values, 0.0)
     write_both(
         values, tl.load(scale), data, across, amaxes, amaxes, tile, tile // wide, row, column, width, total, width,
-        TOP, True, ACROSS, False, SATURATE,
+        TOP, DATA, ACROSS, False, SATURATE,
     )  # fmt: skip
 
 
 @triton.jit
 def activation_gradient_kernel(
-    grad, x, up, scale, data, across, amaxes, sums, rows, total, width, columns, x_at, up_at, x_pitch, up_pitch, alpha, limit,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMITED: tl.constexpr, TOP: tl.constexpr, DATA: tl.constexpr, ACROSS: tl.constexpr,
-    SUMS: tl.constexpr, SATURATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    grad, x, up, scale_inv, scale, data, across, amaxes, sums, rows, total, width, columns, x_at, up_at, x_pitch, up_pitch, alpha, limit,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMITED: tl.constexpr, KEPT: tl.constexpr, TOP: tl.constexpr, DATA: tl.constexpr,
+    ACROSS: tl.constexpr, SUMS: tl.constexpr, SATURATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     wide = tl.cdiv(width, BLOCK_COLUMNS)
     row = tile // wide * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tile % wide * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = (row[:, None] < rows) & (column[None, :] < width)
-    down = row[:, None].to(tl.int64)
-    g = tl.load(grad + down * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(x + down * x_pitch + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    gate = kept_or_not(x, scale_inv, x_pitch, 0, rows, wide, row, column, tile % wide, inside, KEPT)
     passes = 1.0
     if LIMITED:
         gate, passes = within(gate, limit, False)
     value, slope = value_and_slope(gate, alpha, FUNCTION)
     by = tl.load(scale)
     if GATED:
-        factor = tl.load(up + down * up_pitch + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        factor = kept_or_not(up, scale_inv, up_pitch, 1, rows, wide, row, column, tile % wide, inside, KEPT)
         through = 1.0
         if LIMITED:
             factor, through = within(factor, limit, True)

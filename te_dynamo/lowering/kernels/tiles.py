@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering.fp8 import Casting, amax
+from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, Casting, amax
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
+LEAST = 2.0**-100  # of an amax that a row of a tile is scaled by: FP8's largest number over it is a float32
 
 
 class Both(NamedTuple):
@@ -51,6 +52,39 @@ def empty_both(
 def cast(values: Tensor, scale: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
     """As the kernels do. saturate: infinities become the largest number, not NaN."""
     return Casting(saturates_infinite=saturate).saturated(values, scale, dtype).to(dtype)
+
+
+class Kept(NamedTuple):
+    """Matrices [rows, columns] that backward reads, empty where none is kept so.
+
+    data: E4M3 [parts, rows, columns]; scale_inv: f32 [parts, rows, blocks], one for each row of a tile.
+    """
+
+    data: Tensor
+    scale_inv: Tensor
+
+    def part(self, i: int) -> Tensor:
+        """By definition: f32 [rows, columns]."""
+        data, columns = self.data[i].float(), self.data.shape[2]
+        return data * self.scale_inv[i].repeat_interleave(BLOCK_COLUMNS, 1)[:, :columns]
+
+
+def empty_kept(like: Tensor, parts: int, rows: Any, columns: Any) -> Kept:
+    return Kept(
+        like.new_empty((parts, rows, columns), dtype=E4M3),
+        like.new_empty((parts, rows, blocks(columns, BLOCK_COLUMNS)), dtype=torch.float32),
+    )
+
+
+def fill_kept(kept: Kept, parts: Sequence[Tensor]) -> None:
+    """The definition. A NaN stays one and counts towards no amax; of a row with an infinity no value is finite."""
+    for data, scale_inv, part in zip(kept.data, kept.scale_inv, parts, strict=True):
+        columns = part.shape[1]
+        tiles = torch.nn.functional.pad(part.float(), (0, -columns % BLOCK_COLUMNS)).unflatten(1, (-1, BLOCK_COLUMNS))
+        largest = torch.where(tiles.isnan(), 0.0, tiles.abs()).amax(2, keepdim=True)
+        scale = torch.where(largest > LEAST, FP8_MAX[E4M3] / largest, 1.0)
+        data.copy_((tiles * scale).to(E4M3).flatten(1)[:, :columns])
+        scale_inv.copy_((torch.where(largest > LEAST, largest / FP8_MAX[E4M3], 1.0)).squeeze(2))
 
 
 def fill_both(both: Both, values: Tensor, quantized: Tensor) -> None:

@@ -78,8 +78,12 @@ class TENorm(Producer):
 
     kernel = "TE's kernel"
     calibrates = False
-    backward_reads = ("x", "weight")
-    saves = 1
+
+    def backward_reads(self, call: Call) -> tuple[str, ...]:
+        return ("x", "weight")
+
+    def saves(self, call: Call) -> int:
+        return 1
 
     def unsupported(self, case: Case) -> str | None:
         if not case.trains:
