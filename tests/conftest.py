@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.forks import Forks
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now, half a million objects, stays: neither the garbage collector nor the search for a weight's modules
+    looks at it again in each test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -154,28 +155,61 @@ class Homes:
 def _all_holders() -> dict[int, Holders]:
     """Who holds which parameter, by the parameter's id: every module of this process."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for candidate in _objects():
-        if issubclass(type(candidate), nn.Module):
-            for attribute, parameter in (candidate.__dict__.get("_parameters") or {}).items():
-                if parameter is not None:
-                    found.setdefault(id(parameter), []).append((candidate, attribute))
+    visible = gc.get_objects()
+    for module in [*_modules_among(visible), *FROZEN.modules(visible)]:
+        for attribute, parameter in (module.__dict__.get("_parameters") or {}).items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, attribute))
     return {identity: Holders(places) for identity, places in found.items()}
 
 
-def _objects() -> Iterable[Any]:
-    """Every object that the garbage collector knows; after `gc.freeze()`, which hides them from it, every one that can be reached."""
-    visible = gc.get_objects()
-    if not gc.get_freeze_count():
-        return visible
+def _modules_among(objects: Iterable[Any]) -> list[nn.Module]:
+    return [thing for thing in objects if issubclass(type(thing), nn.Module)]
+
+
+class Frozen:
+    """The modules that `gc.freeze()` hid from the garbage collector's list: those that can be reached.
+
+    To reach them takes seconds, so it is done once after each freeze, which is noticed by a marker that it hides too.
+    """
+
+    def __init__(self) -> None:
+        self.marker: list[Any] | None = None
+        self.found: list[weakref.ref[nn.Module]] = []
+
+    def modules(self, visible: Sequence[Any]) -> list[nn.Module]:
+        """visible: what the collector lists."""
+        if not gc.get_freeze_count():
+            return []
+        if id(self.marker) not in map(id, visible):
+            self.found = [weakref.ref(module) for module in _modules_among(_hidden(visible))]
+            self.marker = []
+        return [module for reference in self.found if (module := reference()) is not None]
+
+
+FROZEN = Frozen()
+
+
+def _hidden(visible: Sequence[Any]) -> list[Any]:
+    """Every object that can be reached and that the garbage collector does not list."""
     reached = {id(thing): thing for thing in visible}
-    layer: list[Any] = [*visible, sys.modules]
-    for frame in sys._current_frames().values():
-        step: Any = frame
-        while step is not None:
-            layer += [step.f_globals, *step.f_locals.values()]
-            step = step.f_back
+    hidden: list[Any] = []
+    layer: list[Any] = [*visible, _variables()]
     while layer:
         new = {id(thing): thing for thing in gc.get_referents(*layer) if id(thing) not in reached and gc.is_tracked(thing)}
         reached |= new
         layer = list(new.values())
-    return reached.values()
+        hidden += layer
+    return hidden
+
+
+def _variables() -> list[Any]:
+    """Where a search for what is reached begins: what modules of Python and the functions that are running hold."""
+    found: list[Any] = [sys.modules]
+    for thread, frame in sys._current_frames().items():
+        step: Any = frame.f_back if thread == threading.get_ident() else frame  # not this function's own, which would hold itself
+        while step is not None:
+            found += [step.f_globals, *step.f_locals.values()]
+            step = step.f_back
+    del frame
+    return found

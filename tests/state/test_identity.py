@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import te_dynamo
 from te_dynamo.backend import te_fp8
 from te_dynamo.recipe import DelayedScaling
 from te_dynamo.state import STATE
+from te_dynamo.state.homes import _all_holders
 from tests.numerics import sqnr
 
 SIZE = 16
@@ -184,6 +186,21 @@ def test_a_graph_break_changes_nothing():
     a, b = (te_dynamo.scale_state(m).state_dict() for m in (whole, broken))
     assert a.keys() == b.keys()
     torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_modules_are_found_that_gc_freeze_hides_before_a_search_and_after_it():
+    made: list[nn.Module] = []
+    for _ in range(3):
+        made.append(nn.Linear(2, 2))
+        for hides in (False, True):
+            if hides:
+                gc.collect()
+                gc.freeze()
+            held = _all_holders()
+            assert all(list(held[id(m.weight)].modules) == [(id(m), "weight")] for m in made)
+    gone = weakref.ref(made.pop())
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_frozen_weight_has_state_too():
