@@ -12,8 +12,10 @@ TORCH ?= torch==2.13.0
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 
 # The tests need Transformer Engine's Python package without its libraries. It cannot be imported then, and peft (so transformers'
-# Trainer too) imports it where it is installed. This variable of its own, set as the interpreter starts, lets it be.
-BARE_TE := import importlib.util, os; importlib.util.find_spec('transformer_engine_torch') or os.environ.setdefault('NVTE_PROJECT_BUILDING', '1')
+# Trainer too) imports it where it is installed. This variable of its own, set as the interpreter starts, lets it be; its warning about
+# that, which peft would show to everyone, is silenced.
+QUIET := warnings.filterwarnings('ignore', 'Detected a PyTorch installation but could not find', RuntimeWarning)
+BARE_TE := import importlib.util, os, warnings; importlib.util.find_spec('transformer_engine_torch') or (os.environ.setdefault('NVTE_PROJECT_BUILDING', '1'), $(QUIET))
 
 .PHONY: setup demo demo-real test test-all test-gpu lint format docs package
 setup: $(INSTALLED)

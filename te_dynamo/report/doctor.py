@@ -289,7 +289,7 @@ def _machine(found: Diagnosis) -> Iterator[str]:
         yield f"  {d.name:<8} {d.model}{capability}{memory}"
     yield f"  NVIDIA driver: {found.driver or 'none'}"
     if not any(d.capability for d in found.devices):
-        yield "  no CUDA device: what runs here has FP8's numerics, at most bf16's speed"
+        yield "  no CUDA device: what runs here has FP8's numerics; docs/memory-and-speed.md has its speed on CPUs"
     yield from ("", "Packages", *(f"  {name:<26} {installed or '-'}" for name, installed in found.packages.items()))
     yield f"  torch is built for {'CUDA ' + found.cuda if found.cuda else 'no CUDA'}, cuDNN {_cudnn_text(found.cudnn)}"
     yield f"  C++ compiler: {found.compiler or 'none'}"
