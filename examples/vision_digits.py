@@ -30,7 +30,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=12, help="default: %(default)s")
     return parser.parse_args()
 
 
@@ -58,7 +58,7 @@ def small_vit() -> ViTForImageClassification:
 
 
 def train(model: ViTForImageClassification, images: Tensor, labels: Tensor, epochs: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(BATCH):

@@ -107,4 +107,5 @@ def test_vision_digits(hf_forks):
 @pytest.mark.slow
 def test_vision_digits_is_as_accurate_as_in_float32(hf_forks):
     printed = run(hf_forks, "vision_digits.py")
-    assert all(number(f"{name}: accuracy", printed) > 0.9 for name in ("float32", "te_fp8"))
+    exact, here = (number(f"{name}: accuracy", printed) for name in ("float32", "te_fp8"))
+    assert exact > 0.9 and abs(exact - here) < 0.03  # of 360 images; their sampling error is 0.011
