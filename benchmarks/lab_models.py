@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -151,6 +152,61 @@ def whisper_large(batch: int, length: int) -> Made:
     return model, inputs
 
 
+class _WithTables(nn.Module):
+    """A decoder layer of Hugging Face's, with the tables of its rotary embedding."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        out = self.layer(x, position_embeddings=(cos, sin))
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _moe(family: str, hidden: int, rotary: int, **sizes: Any) -> Callable[[int, int], Made]:
+    """A layer with experts, whose products are grouped GEMMs."""
+
+    def make(batch: int, length: int) -> Made:
+        import transformers
+
+        config = getattr(transformers, f"{family}Config")(hidden_size=hidden, attn_implementation="sdpa", use_cache=False, **sizes)
+        config._experts_implementation = "grouped_mm"
+        modeling = import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
+        layer = getattr(modeling, f"{family}DecoderLayer")(config, 0).to(BF16)
+        tables = [torch.empty(1, length, rotary, dtype=BF16) for _ in range(2)]
+        return _WithTables(layer), (embedded(batch, length, hidden), *tables)
+
+    return make
+
+
+mixtral = _moe(
+    "Mixtral",
+    4096,
+    128,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=14336,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+)
+qwen3_moe = _moe(
+    "Qwen3Moe",
+    2048,
+    128,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    moe_intermediate_size=768,
+    intermediate_size=6144,
+    num_experts=128,
+    num_experts_per_tok=8,
+    decoder_sparse_step=1,
+    norm_topk_prob=True,
+)
+deepseek = _moe("DeepseekV3", 7168, 64, n_routed_experts=32, num_experts_per_tok=8, n_group=4, topk_group=2, first_k_dense_replace=0)
+
+
 CASES = (
     Case("Llama-3-8B layer", llama_layer, 1, 4096, 1.50),
     Case("Llama-3-8B layer", llama_layer, 4, 2048, 1.60),
@@ -162,4 +218,8 @@ CASES = (
     Case("BERT-large", bert_large, 8, 512, 1.25),
     Case("ViT-L", vit_large, 64, 224, 1.2),
     Case("Whisper-large", whisper_large, 8, 448, 1.2),
+    Case("Mixtral-8x7B layer", mixtral, 1, 4096, 1.40),
+    Case("Mixtral-8x7B layer", mixtral, 4, 4096, 1.55),
+    Case("DeepSeek-V3 layer, 32 experts", deepseek, 1, 4096, 1.30),
+    Case("Qwen3-30B-A3B layer", qwen3_moe, 1, 4096, 1.0),
 )

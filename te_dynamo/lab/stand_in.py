@@ -48,14 +48,17 @@ def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """While it is open, inside a FakeTensorMode, a model can be built of fake tensors on the GPU: it takes no memory, and `.to()` works."""
-    convert = nn.Module._apply
+    """While it is open, inside a FakeTensorMode, a model can be built of fake tensors on the GPU: it takes no memory, `.to()` works, and so
+    does the initialization that samples until all values are within bounds."""
+    convert, truncated = nn.Module._apply, nn.init._no_grad_trunc_normal_
     nn.Module._apply = _apply  # type: ignore[method-assign]
+    nn.init._no_grad_trunc_normal_ = lambda t, *_, **__: t
     try:
         with torch.device("cuda"):
             yield
     finally:
         nn.Module._apply = convert  # type: ignore[method-assign]
+        nn.init._no_grad_trunc_normal_ = truncated
 
 
 def _apply(self: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -413,8 +413,9 @@ def load() -> None:
 
 def functions_in_graphs() -> list[str]:
     """The Python functions that stand in lowered graphs, by qualified name: torch's caches want to be told that they are pure."""
+    from te_dynamo.ir.permute import permute
     from te_dynamo.lowering import site
 
     load()
-    functions = [site.record, site.site, site.unpack, *(op.definition for op in all_ops())]
+    functions = [site.record, site.site, site.unpack, permute, *(op.definition for op in all_ops())]
     return [f"{f.__module__}.{f.__name__}" for f in functions]

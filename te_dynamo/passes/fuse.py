@@ -22,6 +22,7 @@ from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
 from te_dynamo.passes.effects import storage, written_between
 from te_dynamo.passes.heads import emit_qkv, read_heads
 from te_dynamo.passes.layout import choose_layouts, note_layouts, qkv_linears
+from te_dynamo.passes.permutations import use_permutations
 from te_dynamo.passes.readers import note_readers
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.weights import is_view
@@ -44,6 +45,7 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
         emit_qkv(gm.graph, attention, prepared)
     for group in _groups(gm.graph, where):
         _group(gm.graph, group, merges)
+    use_permutations(gm.graph, regions(gm.graph, grad_enabled))
     where = regions(gm.graph, grad_enabled)
     _note_producers(gm.graph, where)
     note_readers(gm.graph, where)

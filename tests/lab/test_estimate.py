@@ -126,6 +126,7 @@ def test_factories_on_fake_tensors():
                 tied = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
                 tied[2].weight = tied[0].weight
                 tied.requires_grad_(False).bfloat16()
+                nn.init.trunc_normal_(tied[0].weight, std=0.02)  # which samples until all is within bounds
             assert tied[0].weight is tied[2].weight and tied[0].weight.dtype == torch.bfloat16 and not tied[0].weight.requires_grad
             assert tied[1].running_mean.dtype == torch.bfloat16 and tied[1].num_batches_tracked.dtype == torch.int64
 
