@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +51,12 @@ def forks() -> Iterator[Forks]:
     """Runs code in a process of its own, without the seconds that an import of torch takes."""
     with Forks() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Callable[[str], str]]:
+    """Runs code whose kernels Triton interprets, and gives what it prints. What Triton reads from the environment holds for a process."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    root = str(Path(__file__).resolve().parents[1])
+    with Forks(["triton", "te_dynamo.backend"], TRITON_INTERPRET="1", PYTHONWARNINGS="ignore") as made:
+        yield lambda code: made.run(textwrap.dedent(code), path=[root])

@@ -13,6 +13,8 @@ from types import TracebackType
 SERVER = """
 import importlib, json, os, sys, tempfile, traceback
 import torch, torch._dynamo, torch._inductor.compile_fx
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+pick_vec_isa()  # tries the processor's instructions in a process of its own, for each process that compiles C++
 imports, hidden = map(json.loads, sys.argv[1:])
 sys.modules |= dict.fromkeys(hidden)
 for name in imports:
@@ -48,11 +50,12 @@ for line in sys.stdin:
 class Forks:
     """Outside the repository: only what is installed can be imported, unless a path is given.
 
-    imports: modules that each process finds imported, beside torch; hidden: packages that it does not find.
+    imports: modules that each process finds imported, beside torch; hidden: packages that it does not find; environment: what each
+    finds set.
     """
 
-    def __init__(self, imports: Sequence[str] = (), hidden: Sequence[str] = ()) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a fork has none of the threads
+    def __init__(self, imports: Sequence[str] = (), hidden: Sequence[str] = (), **environment: str) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} | environment  # a fork has no threads
         command = [sys.executable, "-c", SERVER, json.dumps(imports), json.dumps(hidden)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", env=environment)
 

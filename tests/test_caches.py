@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ from tests.forks import Forks
 
 PACKAGE = Path(te_dynamo.__file__).parent
 SCRIPT = """
-import json, os, sys
+import json, sys
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[2]
+torch.compiler.config.cache_key_tag = sys.argv[2]  # entries of their own, in the folder where compiled C++ is, which takes half a minute
 torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = True
 from te_dynamo.backend import te_fp8
 
@@ -36,18 +37,19 @@ print(json.dumps({
 """
 
 
-def run(forks: Forks, cache: Path, package_root: Path, options: dict | None = None) -> dict:
-    printed = forks.run(SCRIPT, json.dumps(options or {}), str(cache), path=[str(package_root)], generates=True)
+def run(forks: Forks, cache: str, package_root: Path, options: dict | None = None) -> dict:
+    printed = forks.run(SCRIPT, json.dumps(options or {}), cache, path=[str(package_root)], generates=True)
     return json.loads(printed.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache() -> str:
+    """The name of a cache that nothing is in."""
+    return str(uuid.uuid4())
 
 
 @pytest.fixture(scope="module")
-def first(forks: Forks, cache: Path) -> dict:
+def first(forks: Forks, cache: str) -> dict:
     """What the first process that uses the cache found."""
     return run(forks, cache, PACKAGE.parent)
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from torch import Tensor
@@ -186,9 +181,5 @@ KERNEL = """
 """
 
 
-def test_the_kernels():
-    """In a process of its own: what Triton reads from the environment holds for a process."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KERNEL)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_kernels(interpreter):
+    interpreter(KERNEL)

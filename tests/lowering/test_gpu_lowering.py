@@ -1,9 +1,5 @@
 """What Inductor is given for a GPU: the graphs after AOTAutograd's partition, made and run on a CPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -295,14 +291,11 @@ def test_a_cpu_is_not_a_gpu():
     assert [implementation.opaque for implementation in found] == [True, False]
 
 
-def test_the_transposing_kernel():
-    """By Triton's interpreter, in a process of its own: what it reads from the environment holds for a process."""
-    pytest.importorskip("triton")
-    script = """
+def test_the_transposing_kernel(interpreter):
+    interpreter("""
 import torch
 from te_dynamo.lowering.kernels.transpose import launch
 for rows, columns in ((128, 128), (100, 37), (16, 400), (1, 5), (0, 3)):
     x = torch.randint(0, 255, (rows, columns), dtype=torch.uint8).view(torch.float8_e5m2)
     assert torch.equal(launch(x).view(torch.uint8), x.view(torch.uint8).t())
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+""")

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from torch import Tensor
@@ -126,9 +121,5 @@ KERNELS = """
 """
 
 
-def test_the_kernels() -> None:
-    """In a process of its own: what Triton reads from the environment holds for a process."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KERNELS)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_the_kernels(interpreter) -> None:
+    interpreter(KERNELS)

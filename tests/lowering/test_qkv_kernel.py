@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 
@@ -100,12 +95,8 @@ KERNEL = """
 """
 
 
-def test_the_kernel():
-    """In a process of its own: what Triton reads from the environment holds for a process."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KERNEL)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_kernel(interpreter):
+    interpreter(KERNEL)
 
 
 @pytest.mark.parametrize("rotary", ["", "halves", "interleaved"])
@@ -168,8 +159,5 @@ GRADIENT = """
 """
 
 
-def test_the_kernel_of_the_gradient():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(GRADIENT)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_kernel_of_the_gradient(interpreter):
+    interpreter(GRADIENT)

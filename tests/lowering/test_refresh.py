@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,14 +15,15 @@ from te_dynamo.recipe import RECIPES
 CUDA = torch.device("cuda")
 
 
-def test_by_triton_s_interpreter():
-    """In a process of its own: what Triton reads from the environment holds for a process."""
-    pytest.importorskip("triton", reason="Triton is not installed")
+def test_by_triton_s_interpreter(interpreter):
     cases = Path(__file__).with_name("refresh_in_interpreter.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=cases.parents[2])
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(cases.parents[2]), str(cases)]
+    printed = interpreter(f"""
+        import pytest, sys
+        failed = pytest.main({arguments})
+        print("exit", int(failed))
+    """)
+    assert " passed" in printed and printed.endswith("exit 0\n"), printed[-4000:]
 
 
 def made_again(provider: str, recipe: str) -> bool:

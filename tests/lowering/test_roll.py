@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
-import pytest
-
-# In a process of its own: what it reads from the environment holds for a process.
 STEPS = """
     import copy, torch
     from te_dynamo.lowering.kernels import roll
@@ -49,9 +41,5 @@ STEPS = """
 """
 
 
-def test_it_is_the_arena_s_update():
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(STEPS)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["equal", "24"]
+def test_it_is_the_arena_s_update(interpreter):
+    assert interpreter(STEPS).split() == ["equal", "24"]
