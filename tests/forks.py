@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 SERVER = """
 import importlib, json, os, sys, tempfile, traceback
@@ -82,3 +84,29 @@ class Forks:
         status, printed, said = json.loads(self.process.stdout.readline())
         assert status == (signal.SIGKILL if dies else 0), said
         return printed, said
+
+
+def ranks(size: int, run: Callable[..., None], *given: Any) -> None:
+    """Calls `run(rank, *given)` in as many forks of this process, which is itself one of `Forks`. Where one fails the others, which may
+    wait for it, are killed."""
+    processes = set()
+    for rank in range(size):
+        process = os.fork()
+        if process:
+            processes.add(process)
+            continue
+        try:
+            run(rank, *given)
+        except BaseException:
+            print(f"rank {rank}:", traceback.format_exc(), file=sys.stderr, sep="\n", flush=True)
+            os._exit(1)
+        os._exit(0)
+    failed = False
+    while processes:
+        process, status = os.wait()
+        processes.discard(process)
+        if status and not failed:
+            failed = True
+            for other in processes:
+                os.kill(other, signal.SIGKILL)
+    assert not failed

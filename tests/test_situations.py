@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -219,11 +218,10 @@ def test_copies_of_weights_that_were_replaced_are_let_go():
     assert max(len(c.entries) for c in WeightCache.everyone if any(id(model.a.weight) in key for key in c.entries)) == 1
 
 
-def _actor(rank: int, port: int) -> None:
+def actor(rank: int, folder: str) -> None:
     te_dynamo.runtime.compile_inductor = compile_without_codegen
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.manual_seed(rank)
     for grad in (False, True):
         model, x = Net().eval(), torch.randn(8, SIZE)
@@ -239,17 +237,9 @@ def _actor(rank: int, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_one_rank_infers_alone_and_gets_weights_by_a_collective(free_port):
-    mp.spawn(_actor, args=(free_port,), nprocs=2)
-
-
-@pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def test_one_rank_infers_alone_and_gets_weights_by_a_collective(forks, tmp_path):
+    code = "import sys; from tests.forks import ranks; from tests.test_situations import actor; ranks(2, actor, sys.argv[1])"
+    forks.run(code, str(tmp_path), path=[str(Path(__file__).resolve().parents[1])])
 
 
 def test_parameters_are_swapped_on_conversion():

@@ -1,12 +1,11 @@
-"""What the ranks of `test_distributed.py` run: `torchrun --nproc-per-node 2 -m tests.distributed.ranks FOLDER CASE ...`."""
+"""What the ranks of `test_distributed.py` run."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -303,14 +302,11 @@ def run(case: str, folder: Path) -> None:
         CASES[case](folder)
 
 
-if __name__ == "__main__":
+def main(rank: int, size: int, folder: str, cases: Sequence[str]) -> None:
+    """One case after the other, up to the first that fails."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
-        for case in sys.argv[2:]:
-            run(case, Path(sys.argv[1]))
-    except BaseException:
-        print(f"rank {dist.get_rank()}, case {case!r}:", traceback.format_exc(), file=sys.stderr, sep="\n")
-        raise SystemExit(1) from None
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting_of_{size}", rank=rank, world_size=size)
+    for case in cases:
+        print("case", case, file=sys.stderr, flush=True)
+        run(case, Path(folder))
+    dist.destroy_process_group()
