@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import sys
 import tarfile
 import zipfile
 
@@ -21,6 +24,21 @@ def test_an_installed_wheel_computes_in_fp8(tmp_path):
         (entries,) = (name for name in made.namelist() if name.endswith("entry_points.txt"))
         assert "te_fp8 = te_dynamo.backend:te_fp8" in made.read(entries).decode()
     assert "computes in FP8" in package.trial(wheel, tmp_path / "venv", clean=False)
+
+
+def test_what_is_imported_is_declared():
+    """In pyproject.toml, or by torch: a development environment has more than a user's."""
+    named = (
+        alias
+        for path in (package.ROOT / package.PACKAGE).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for alias in ([a.name for a in node.names] if isinstance(node, ast.Import) else [])
+        + ([node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else [])
+    )
+    imported = {name.partition(".")[0] for name in named} - sys.stdlib_module_names - {"te_dynamo"}
+    declared = set(re.findall(r'"([a-z][\w-]*)(?:\[\w+\])?(?:[<>=][^"]*)?"', (package.ROOT / "pyproject.toml").read_text()))
+    assert {"torch", "numpy"} <= imported
+    assert imported - declared <= {"sympy", "transformer_engine_torch"}  # torch's, and the extra `te`'s
 
 
 def test_a_file_that_is_left_out_is_named(tmp_path, monkeypatch):
