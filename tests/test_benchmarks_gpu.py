@@ -207,12 +207,12 @@ def test_a_device_is_described(monkeypatch):
     assert describe(torch.device("cuda")).peak is None
 
 
-def test_without_a_gpu_each_test_for_one_says_why_it_is_skipped():
+def test_without_a_gpu_each_test_for_one_says_why_it_is_skipped(forks):
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu/test_kernels.py", "-q", "-rs", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "there is no CUDA device" in done.stdout and "passed" not in done.stdout
+    arguments = ["-m", "gpu", str(ROOT / "tests/gpu/test_kernels.py"), "-q", "-rs", "-p", "no:cacheprovider"]
+    printed = forks.run(f"import pytest; print('exit', int(pytest.main({arguments})))", path=[str(ROOT)])
+    assert printed.endswith("exit 0\n") and "there is no CUDA device" in printed and "passed" not in printed
 
 
 # --- the layer

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,13 +29,11 @@ possible = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
 @possible
-def test_the_command():
-    """With everything, in a process as a user starts it; the arithmetic is that of the two linears."""
+def test_the_command(forks):
+    """With everything, in a process of its own; the arithmetic is that of the two linears."""
     arguments = ["--device", "h100", "--set", f"tokens={TOKENS}", "--recipe", "delayed", "--json", "--kernels"]
-    command = [sys.executable, "-m", "te_dynamo", "estimate", "tests.lab.factories:mlp", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
+    command = ["estimate", "tests.lab.factories:mlp", *arguments]
+    (found,) = json.loads(forks.run(f"from te_dynamo.__main__ import main; assert main({command}) == 0", path=[str(ROOT)]))
     inductor, fp8 = found["sides"]
     assert found["device"] == "NVIDIA H100 80GB HBM3" and found["training"]
     for side in (inductor, fp8):
