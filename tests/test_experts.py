@@ -255,6 +255,25 @@ def test_every_expert_is_a_site_and_the_router_is_not(name: str, dtype: torch.dt
     assert 18 < sqnr(model(input_ids=ids, use_cache=False).logits, y) < 60
 
 
+@pytest.mark.parametrize("chosen", [1, 5, 8])
+def test_any_number_of_experts_for_a_token(chosen: int, no_codegen: None) -> None:
+    """All experts that there are, too; outputs and all gradients."""
+    torch.manual_seed(0)
+    sizes = MODELS["qwen3_moe"][1] | {"num_experts": 8, "num_experts_per_tok": chosen}
+    model, ids = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**sizes)), torch.randint(0, 128, (2, 16))
+
+    def results(run: Any) -> list[Tensor]:
+        model.zero_grad()
+        y = run(input_ids=ids, use_cache=False).logits
+        y.square().mean().backward()
+        return [y.detach(), *(p.grad for p in model.parameters())]
+
+    torch._dynamo.reset()
+    expected = results(model)
+    found = results(torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": "rowwise"}))
+    assert all(sqnr(e, f) > 14 for e, f in zip(expected, found, strict=True) if e.abs().sum())
+
+
 def test_a_loop_over_experts_is_told_of(no_codegen: None) -> None:
     model, ids = model_of("mixtral", torch.float32), torch.randint(0, 128, (1, 8))
     assert not any("Python loop" in note for note in te_dynamo.explain(model, input_ids=ids).notes)

@@ -10,7 +10,7 @@ import torch
 import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.sites import Site
-from tests.models import CASES, SMALL, Case, output
+from tests.models import CASES, SMALL, Case, cases, output
 from tests.numerics import sqnr
 
 pytestmark = pytest.mark.usefixtures("no_codegen")
@@ -115,8 +115,10 @@ def test_lengths_that_change_recompile_once_more_at_most(name, plain):
     assert graphs(te_fp8) <= graphs(torch._dynamo.lookup_backend(plain)) + 1
 
 
-def test_per_layer_compile_gives_each_layer_its_own_scales():
-    case = CASES["llama"]
+@pytest.mark.parametrize("count", [2, 8])
+def test_per_layer_compile_gives_each_layer_its_own_scales(count):
+    """By one graph, however many there are."""
+    case = cases(count)["llama"]
     model = case.model()
     layers = model.model.layers
     seen: list[object] = []
