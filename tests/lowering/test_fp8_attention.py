@@ -72,11 +72,12 @@ def forward(q, k, v, mask, scale, start, causal, softmax_scale, quantize_output,
 # --- numbers
 
 
+@pytest.mark.parametrize(("b", "h", "s"), [(B, H, S), (1, 1, 4096)])
 @pytest.mark.parametrize(("quantize_output", "expected"), [(False, 25.4), (True, 24.4)])
-def test_output_has_the_error_that_four_or_five_e4m3_roundings_give(quantize_output, expected):
+def test_output_has_the_error_that_four_or_five_e4m3_roundings_give(quantize_output, expected, b, h, s):
     # Rounding a Gaussian to E4M3 is noise 31.5 dB below it. O gathers that of V, of S, and of Q and K (by way of the
     # scores, whose absolute error is a relative one of S): 31.5 - 10 log10(4) = 25.5; with O rounded too, a fifth: 24.5.
-    q, k, v = qkv()
+    q, k, v = qkv(b, h, s=s)
     o, _ = attention(q, k, v, quantize_output=quantize_output)
     assert abs(sqnr(F.scaled_dot_product_attention(q.double(), k.double(), v.double()), o) - expected) < 0.5
 
