@@ -176,6 +176,7 @@ def test_public_names():
         "estimate",
         "explain",
         "recipe",
+        "release_high_precision",
         "scale_state",
         "weights_changed",
         "__version__",
