@@ -31,7 +31,7 @@ from te_dynamo.passes.attach import attach
 from te_dynamo.passes.canonicalize import canonicalize
 from te_dynamo.passes.fuse import fuse
 from te_dynamo.passes.higher_order import mark_parameters, rewritable_units
-from te_dynamo.passes.lower import lower
+from te_dynamo.passes.lower import ANY_UNSET, NONE_UNSET, Unset, lower
 from te_dynamo.passes.masks import simplify_masks
 from te_dynamo.passes.plan import Planner
 from te_dynamo.passes.raising import FAMILIES
@@ -40,14 +40,7 @@ from te_dynamo.passes.select import against_wishes, masks_uniform_rows, select, 
 from te_dynamo.passes.undo import Rewrites
 from te_dynamo.passes.weights import is_owned
 from te_dynamo.report.stages import Stages
-from te_dynamo.runtime import (
-    CompiledGraph,
-    CompiledIfItStays,
-    Compiler,
-    Variant,
-    beside,
-    compile_without_codegen,
-)
+from te_dynamo.runtime import Calibration, CompiledGraph, Compiler, Variant, beside, compile_without_codegen
 from te_dynamo.sites import Sites
 from te_dynamo.state.reduce import ranks
 
@@ -82,20 +75,30 @@ def te_fp8(
     calibrates = _needs_calibration(fused)
     read_again = calibrates or bool(observers)
 
-    def variant(calibrating: bool, compiler: Compiler = runtime.compile_inductor) -> Variant:
+    def variant(stage: str, unset: Unset, compiler: Compiler) -> Variant:
         graph = copy_graph_module(fused) if read_again else fused
-        lowered = lower(graph, calibrating=calibrating, keep_weights=chosen.keep_weights)
-        stages.done("lower_calibrating" if calibrating else "lower", graph)
+        lowered = lower(graph, unset=unset, keep_weights=chosen.keep_weights)
+        stages.done(stage, graph)
         inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
         return Variant(compiler(graph, inputs, chosen), lowered)
 
-    steady = variant(calibrating=False)
-    with beside():
-        calibrating = variant(True, _compiler_of_calibration(fused, example_inputs, grad_enabled)) if calibrates else None
+    steady = variant("lower", NONE_UNSET, runtime.compile_inductor)
+    calibration = None
+    if calibrates:
+        stays = not grad_enabled or not any(is_owned(n) and fake(n).requires_grad for n in fused.graph.nodes)  # nothing sets scales
+        with beside():
+            first = variant("lower_calibrating", ANY_UNSET, runtime.compile_inductor if stays else compile_without_codegen)
+        # The guards of symbolic lengths would come too late.
+        symbolic = any(isinstance(i, torch.SymInt) for i in example_inputs)
+
+        def partly(unset: Unset) -> Variant:
+            return variant("lower_partly_calibrating", unset, runtime.compile_inductor)
+
+        calibration = Calibration(first, None if stays or symbolic else partly)
     _warn_about_patterns(chosen, sites)
     for observer in observers:
         observer(fused, sites, chosen)
-    return CompiledGraph(steady, calibrating, attached, device, chosen, trains=grad_enabled, check=stages.verifier)
+    return CompiledGraph(steady, calibration, attached, device, chosen, trains=grad_enabled, check=stages.verifier)
 
 
 def planned(gm: GraphModule, options: Options, device: torch.device, *, grad_enabled: bool = True) -> Sites:
@@ -147,14 +150,6 @@ def _needs_calibration(gm: GraphModule) -> bool:
     """Whether a site cannot tell by itself that a scale was never set, so that a graph of its own calibrates. Opaque ones can."""
     nodes = (node for unit in rewritable_units(gm) for node in unit.graph.nodes)
     return any(SLOTS in node.meta and node.meta[PLAN].needs_calibration for node in nodes)
-
-
-def _compiler_of_calibration(gm: GraphModule, example_inputs: Sequence[Any], grad_enabled: bool) -> Compiler:
-    """How the graph that calibrates is compiled. Where nothing sets scales it stays in use: in inference, or if no weight learns. Else
-    it is run once or twice, and compiled only if it stays; with symbolic lengths not then either, as its guards would come too late."""
-    if not grad_enabled or not any(is_owned(n) and fake(n).requires_grad for n in gm.graph.nodes):
-        return runtime.compile_inductor
-    return compile_without_codegen if any(isinstance(i, torch.SymInt) for i in example_inputs) else CompiledIfItStays
 
 
 def _wants_gradients(gm: GraphModule) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -16,11 +17,10 @@ from torch.fx import GraphModule
 
 from te_dynamo.cache_key import sources_key
 from te_dynamo.config import Options
-from te_dynamo.ir.graph import copy_graph_module
 from te_dynamo.lowering.graph_passes import joint_graph_passes
 from te_dynamo.lowering.registry import functions_in_graphs, modules
 from te_dynamo.passes.attach import Attached
-from te_dynamo.passes.lower import Lowered
+from te_dynamo.passes.lower import Lowered, Unset
 from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, is_fake
 from te_dynamo.state.homes import Holders
 from te_dynamo.state.reduce import ranks
@@ -67,31 +67,49 @@ def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Opt
     return aot_autograd(fw_compiler=nop, bw_compiler=nop)(gm, list(inputs))
 
 
-class CompiledIfItStays:
-    """A graph that calibrates: run as AOTAutograd leaves it at first, since it is worth no generated code if scales are set by then, and
-    compiled when it is called once more: in eval with gradients nothing sets them."""
-
-    FIRST_CALLS = 3
-
-    def __init__(self, gm: GraphModule, inputs: Sequence[Any], options: Options) -> None:
-        graph = copy_graph_module(gm)
-        self.compiled = lambda: compile_inductor(graph, inputs, options)
-        self.run = compile_without_codegen(gm, inputs, options)
-        self.calls = 0
-
-    def __call__(self, *args: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.FIRST_CALLS + 1:
-            self.run = self.compiled()
-        return self.run(*args)
-
-
 @dataclass(frozen=True)
 class Variant:
     """One compiled form of a graph."""
 
     run: Callable[..., Any]
     lowered: Lowered
+
+
+class Calibration:
+    """The forms of a graph for calls that meet a scale that was never set. At first all sites calibrate, in a graph that is run as
+    AOTAutograd leaves it: it is worth no generated code if all scales are set by then. Where some stay unset (in eval with gradients
+    nothing sets them; the gradient of a layer that the loss does not reach never comes), a form is compiled in which the sites that have
+    these calibrate, and no other.
+
+    `partly` makes that form; None where the first one stays.
+    """
+
+    FIRST_CALLS = 3
+    LOOKED_AT = 32  # every so many calls, since on a GPU it waits for the device
+
+    def __init__(self, first: Variant, partly: Callable[[Unset], Variant] | None) -> None:
+        self.first, self.partly = first, partly
+        self.forms: dict[Unset, Variant] = {}
+        self.calls: weakref.WeakKeyDictionary[Group, int] = weakref.WeakKeyDictionary()
+        self.chosen: weakref.WeakKeyDictionary[Group, Variant] = weakref.WeakKeyDictionary()
+
+    def of(self, group: Group | None, gradients: bool) -> Variant | None:
+        """The form for a call with this group; None where all scales are set."""
+        if group is None:
+            return self.first
+        calls = self.calls[group] = self.calls.get(group, 0) + 1
+        if group in self.chosen and calls % self.LOOKED_AT:
+            return self.chosen[group]
+        if group.complete(gradients):
+            self.chosen.pop(group, None)
+            return None
+        if self.partly is None or calls <= self.FIRST_CALLS:
+            return self.first
+        unset = Unset(*(frozenset(places) for places in group.unset(gradients)))
+        if unset not in self.forms:
+            self.forms[unset] = self.partly(unset)
+        self.chosen[group] = self.forms[unset]
+        return self.chosen[group]
 
 
 class _Found(NamedTuple):
@@ -105,14 +123,14 @@ class _Found(NamedTuple):
 class CompiledGraph:
     """The callable that Dynamo gets: takes the graph's inputs, adds the state's, and takes the recorded amaxes off.
 
-    `calibrating` is the form for calls that meet a scale which was never set; None where `steady` serves those too. `check` is told
+    `calibration` has the forms for calls that meet a scale which was never set; None where `steady` serves those too. `check` is told
     of the inputs of each call before it runs (the option `verify`).
     """
 
     def __init__(
         self,
         steady: Variant,
-        calibrating: Variant | None,
+        calibration: Calibration | None,
         attached: Attached,
         device: torch.device,
         options: Options,
@@ -121,7 +139,7 @@ class CompiledGraph:
         check: Callable[[Sequence[Any]], None] | None = None,
     ) -> None:
         self.check = check
-        self.steady, self.calibrating, self.attached = steady, calibrating, attached
+        self.steady, self.calibration, self.attached = steady, calibration, attached
         self.device, self.options, self.trains = device, options, trains
         self.weight_positions = tuple(dict.fromkeys(k.argument for k in attached.keys))
         self.groups: dict[tuple[int, ...], _Found] = {}
@@ -165,9 +183,9 @@ class CompiledGraph:
         return found.group
 
     def _variant(self, group: Group | None) -> Variant:
-        if self.calibrating is None or (group is not None and (group.fake or group.complete(gradients=self.trains))):
+        if self.calibration is None or (group is not None and group.fake):
             return self.steady
-        return self.calibrating
+        return self.calibration.of(group, self.trains) or self.steady
 
     def _state_inputs(self, group: Group | None, args: Sequence[Any], recording: bool) -> list[Tensor]:
         if not self.attached.keys:

@@ -52,7 +52,7 @@ class WeightCache:
             return [t for copies in _made(wanted, tensors) for t in copies]  # kept across a replay, those of training would be stale
         key = tuple(map(id, tensors))
         copies = self.entries.get(key)
-        if copies is None:
+        if copies is None or copies.wanted is not wanted:  # another form of the graph may want them otherwise
             for replaced in [k for k, c in self.entries.items() if not c.held(k)]:
                 del self.entries[replaced]
             copies = self.entries[key] = _Copies(wanted, tensors)

@@ -116,13 +116,40 @@ class Lowered:
     records: bool = False
 
 
-def lower(gm: GraphModule, *, calibrating: bool, keep_weights: bool = False) -> Lowered:
+@dataclass(frozen=True)
+class Unset:
+    """The scales that were never set, by place among a graph's: a site that has one of them takes it from the tensor itself."""
+
+    forward: frozenset[int] = frozenset()
+    gradient: frozenset[int] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.forward or self.gradient)
+
+    def is_among(self, forward: range, gradient: range) -> bool:
+        return not (self.forward.isdisjoint(forward) and self.gradient.isdisjoint(gradient))
+
+
+class _Any(Unset):
+    """Any scale may be unset."""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def is_among(self, forward: range, gradient: range) -> bool:
+        return True
+
+
+ANY_UNSET, NONE_UNSET = _Any(), Unset()
+
+
+def lower(gm: GraphModule, *, unset: Unset, keep_weights: bool = False) -> Lowered:
     """Rewrites `gm` and its sub-graphs in place.
 
-    calibrating: unset scales are taken from the tensor itself, in the graph. keep_weights: where all scales are set, the
-    outermost graph takes the weights that it trains quantized too, not only those that are frozen.
+    unset: which scales were never set; in a sub-graph, which is one for all its calls, any may be if there are some. keep_weights: where
+    its scales are set, a site of the outermost graph takes the weights that it trains quantized too, not only those that are frozen.
     """
-    lowering = _Lowering(calibrating, keep_weights)
+    lowering = _Lowering(unset, keep_weights)
     lowering.graph(gm, top=True)
     gm.graph.lint()
     gm.recompile()
@@ -159,8 +186,8 @@ class _Unit:
 
 
 class _Lowering:
-    def __init__(self, calibrating: bool, keep_weights: bool) -> None:
-        self.calibrating, self.keep_weights = calibrating, keep_weights
+    def __init__(self, unset: Unset, keep_weights: bool) -> None:
+        self.unset, self.keep_weights = unset, keep_weights
         self.result = Lowered()
         self.handing: dict[str, tuple[Node, list[Node]]] = {}  # by the name of a group of linears: its gradient's scale, and its carriers
         self.done: dict[int, bool] = {}  # by the id of a sub-graph: whether it returns recorded amaxes
@@ -190,14 +217,15 @@ class _Lowering:
     def site(self, unit: _Unit, node: Node, op: SemanticOp) -> list[Node]:
         """Replaces a site by a call; gives its recorded amaxes, if it records."""
         graph, plan, slots = unit.gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
-        call = self.call(node, op, plan, slots)
+        unset = self.is_unset(unit, op, op.gemms(node), slots)
+        call = self.call(node, op, plan, slots, unset)
         inputs: list[Any] = list(op.inputs(node).values())
         if call.producer is not None:
             inputs[0] = list(op_of(inputs[0]).inputs(inputs[0]).values())
         gemms = op.gemms(node)
         refs = [weight_of_gemm(g.weight) for g in gemms]
         cached: list[tuple[Any, ...]] = []
-        if unit.takes_cached(refs) and (kind := self.cached(call, plan, refs)):
+        if unit.takes_cached(refs) and (kind := self.cached(call, plan, refs, unset)):
             call = call.but(cached=kind)
             if kind == "inference":  # the weights themselves are not given
                 weights = {g.weight for g in gemms}
@@ -231,8 +259,14 @@ class _Lowering:
         erase_if_dead(graph, [*(made_of if call.producer is not None else ()), *(n for r in refs if r is not None for n in r.chain)])
         return amax
 
-    def call(self, node: Node, op: SemanticOp, plan: Plan, slots: Slots | None) -> Call:
-        unset = self.calibrating and slots is not None
+    def is_unset(self, unit: _Unit, op: SemanticOp, gemms: Sequence[Gemm], slots: Slots | None) -> bool:
+        """Whether a scale of a site may be unset."""
+        if slots is None or not unit.top:
+            return slots is not None and bool(self.unset)
+        counts = (_count(op, gemms, "forward"), _count(op, gemms, "gradient"))
+        return self.unset.is_among(*(range(at, at + count) for at, count in zip((slots.start, slots.grad_start), counts, strict=True)))
+
+    def call(self, node: Node, op: SemanticOp, plan: Plan, slots: Slots | None, unset: bool) -> Call:
         made = Call(
             op=op.grouped or op.name,
             provider=plan.calibrator if unset else plan.provider,
@@ -272,7 +306,7 @@ class _Lowering:
         )
         return call if producer_of(call).calibrates or not unset else None
 
-    def cached(self, call: Call, plan: Plan, refs: Sequence[WeightRef | None]) -> str:
+    def cached(self, call: Call, plan: Plan, refs: Sequence[WeightRef | None], unset: bool) -> str:
         """How cached weights are given to a site: for "training", for "inference", or "" where it quantizes them itself.
 
         In training they are if that was asked for, or if one of them is frozen: what does not change is quantized once.
@@ -281,7 +315,7 @@ class _Lowering:
         if not plan.trains:
             return "inference" if "inference" in kinds else ""
         like_te = getattr(plan.recipe, "like_te", False)  # whose copies have the slot's scale
-        calibrates = plan.recipe is not None and plan.recipe.stateful and self.calibrating  # once or twice, in a graph of its own
+        calibrates = plan.recipe is not None and plan.recipe.stateful and unset  # once or twice, in a graph of its own
         kept = self.keep_weights or any(r is not None and is_frozen(r.root) for r in refs)
         return "training" if kept and "training" in kinds and not like_te and not calibrates else ""
 

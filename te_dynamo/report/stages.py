@@ -37,7 +37,7 @@ class Stages:
     def done(self, stage: str, gm: GraphModule) -> None:
         """The graph as a stage left it. Raises SpecError where `verify` is set and the graph is not what the stage must leave."""
         if self.check_specs:
-            require(gm, SPECS[stage.removesuffix("_calibrating")])
+            require(gm, SPECS[stage.removesuffix("_calibrating").removesuffix("_partly")])
         if self.verifier is not None and stage in HIGH_PRECISION:
             self.verifier.stage(stage, gm)
         self._dump(stage, gm)

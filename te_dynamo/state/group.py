@@ -37,6 +37,11 @@ class Group:
                 self._complete = self.arena.version
         return self._complete == self.arena.version
 
+    def unset(self, gradients: bool) -> list[list[int]]:
+        """The places of unset scales in each direction; on a GPU it waits for the device."""
+        found = [(self.arena.scale[d][self.where[d]] == 0).nonzero().flatten().tolist() for d in DIRECTIONS]
+        return found if gradients else [found[FORWARD], []]
+
     def training(self) -> bool:
         """Whether any module that owns a weight is in training mode now; raw parameters always are.
 

@@ -299,3 +299,41 @@ for rows, columns in ((128, 128), (100, 37), (16, 400), (1, 5), (0, 3)):
     x = torch.randint(0, 255, (rows, columns), dtype=torch.uint8).view(torch.float8_e5m2)
     assert torch.equal(launch(x).view(torch.uint8), x.view(torch.uint8).t())
 """)
+
+
+class Pooled(nn.Module):
+    """As an encoder of sentences: what the pooler gives is returned, and not learned from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.pooler = Block(), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        h = self.block(x)
+        return h, torch.tanh(self.pooler(h))
+
+
+def test_a_layer_that_the_loss_does_not_reach_calibrates_alone(graphs):
+    """Its gradient's scale is never set: it takes that from the gradient, should one come, and the rest waits for no amax."""
+    torch.manual_seed(0)
+    model, x = Pooled().bfloat16(), torch.randn(1, TOKENS, HIDDEN).bfloat16().requires_grad_()
+    compiled, forms = torch.compile(model, backend=te_fp8, fullgraph=True), []
+    for _ in range(7):
+        before = len(graphs)
+        compiled(x)[0].sum().backward()
+        forms.append(graphs[before:])
+    assert [len(form) for form in forms[1:]] == [0, 0, 2, 0, 0, 0]  # after three calls there is one more form, which stays in use
+    # The kernel of the activation knows its scale before; where sites calibrate there is none.
+    assert [len(calls(gm, ours.activation.default)) for gm in (graphs[0], forms[3][0])] == [1, 1]
+    # The pooler learns all the same, right from the first gradient on.
+    exact = Pooled().double()
+    exact.load_state_dict(model.state_dict())
+    exact_x = x.detach().double().requires_grad_()
+    expected = torch.autograd.grad(exact(exact_x)[1].square().sum(), [exact.pooler.weight, exact_x])
+    found = torch.autograd.grad(compiled(x)[1].square().sum(), [model.pooler.weight, x])
+    assert all(sqnr(e, f) > 17 for e, f in zip(expected, found, strict=True))
+    # Then all are set, which is looked at now and then.
+    for _ in range(40):
+        before = len(graphs)
+        sum(y.square().sum() for y in compiled(x)).backward()
+    assert len(graphs) == 2 + 2  # no third form
