@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import is_contiguous_or_false
 
 from te_dynamo.ir.op import Invariant, operation
 from te_dynamo.ir.sizes import same
@@ -15,6 +17,13 @@ NormKind = Literal["layer", "rms"]
 
 def _fake(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, out_dtype: torch.dtype, **_: Any) -> Tensor:
     return torch.empty_like(x, dtype=out_dtype)
+
+
+def _is_torchs(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, out_dtype: torch.dtype) -> bool:
+    """Whether torch's LayerNorm computes the same, of which Inductor has the better backward. On a CPU torch's own kernel rounds in
+    between; and its result is contiguous."""
+    dtypes = {out_dtype, *(w.dtype for w in (weight, bias) if w is not None)}
+    return kind == "layer" and x.device.type == "cuda" and dtypes == {x.dtype} and is_contiguous_or_false(x)
 
 
 @operation(
@@ -48,6 +57,8 @@ def norm(
     round_before_weight: the dtype to which the normalized value is rounded before the weight is applied (Llama
         rounds there, and again at the end; TE's RMSNorm rounds once).
     """
+    if _is_torchs(x, weight, bias, kind, out_dtype) and not zero_centered and round_before_weight is None:
+        return F.layer_norm(x, x.shape[x.dim() - dims :], weight, bias, eps)
     axes = tuple(range(-dims, 0))
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     if kind == "layer":

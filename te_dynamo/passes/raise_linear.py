@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from te_dynamo import ops
 from te_dynamo.fp8_weight import FP8Weight
-from te_dynamo.ir.graph import emit, emit_contiguous, emit_permuted, fake, is_call, operands, tensor
+from te_dynamo.ir.graph import EXAMPLE, emit, emit_contiguous, emit_permuted, fake, is_call, operands, same_size, tensor
 from te_dynamo.ir.meta import PATH
 from te_dynamo.passes.rules import Declined, Match, Rule
 from te_dynamo.passes.weights import WeightRef, depends_on_weights_only, is_buffer, is_owned, origin, path_of, weight_of, weight_of_gemm
@@ -108,6 +108,13 @@ class Linear(Rule):
         return _emit_linear(graph, match.output, **match.values)
 
 
+def _before_flattening(x: Node) -> Node:
+    """What x [T, K] is [..., K] of, flattened for an operator that takes matrices: so a norm or an activation before it is seen."""
+    source = x.args[0] if is_call(x, torch.reshape, torch.flatten) else None
+    whole = tensor(source)
+    return source if whole is not None and whole.dim() > 2 and same_size(whole.shape[-1], fake(x).shape[-1]) else x  # type: ignore[return-value]
+
+
 class Addmm(Rule):
     """`addmm(bias, x, weight[K, N])`, as GPT-2's Conv1D spells it. What is added may also be a matrix."""
 
@@ -125,13 +132,19 @@ class Addmm(Rule):
         if not is_bias and fake(added).dtype != fake(node).dtype:
             return Declined("addmm adds a matrix of another dtype")
         values = {"added": added, "x": x, "weight": weight, "is_bias": is_bias, "path": path_of_linear(node, ref.root)}
-        return unusable(node, x, weight) or Match(node, [node], values)
+        nodes = [node] if _before_flattening(x) is x else [x, node]
+        return unusable(node, x, weight) or Match(node, nodes, values)
 
     def rewrite(self, graph: Graph, match: Match) -> Node:
         node, v = match.output, match.values
         transposed = emit(graph, torch.t, (v["weight"],), like=node)
-        linear = _emit_linear(graph, node, v["x"], transposed, v["added"] if v["is_bias"] else None, v["path"])
-        return linear if v["is_bias"] else emit(graph, torch.add, (linear, v["added"]), like=node)
+        x = _before_flattening(v["x"])
+        linear = _emit_linear(graph, node, x, transposed, v["added"] if v["is_bias"] else None, v["path"])
+        flat = linear
+        if x is not v["x"]:
+            flat = emit(graph, torch.flatten, (linear, 0, -2), like=node)
+            linear.meta[EXAMPLE] = fake(node).view(fake(linear).shape)  # later views alias the memory of what is replaced
+        return flat if v["is_bias"] else emit(graph, torch.add, (flat, v["added"]), like=node)
 
 
 class AddBias(Rule):

@@ -134,6 +134,18 @@ def test_spelling(name):
         assert node.meta["te_path"] in ("w_kn", "w_nk", "w_dhk", "w_hkd", "w_hdk")
 
 
+def test_what_was_flattened_for_addmm_is_read_as_it_was():
+    """So that what makes it is seen, and what reads the result sees views of the GEMM's memory."""
+    _, (node,), _ = raised(lambda x: torch.addmm(bias, (x * 2).view(-1, D), w_kn).view(B, S, N), x)
+    assert node.args[0].meta["example_value"].shape == (B, S, D)
+    (flat,) = node.users
+    memory = [n.meta["example_value"].untyped_storage()._cdata for n in (node, flat, *flat.users)]
+    assert len(memory) == 3 and len(set(memory)) == 1
+    # Not where the last size is another.
+    _, (node,), _ = raised(lambda x: torch.addmm(bias, (x * 2).view(-1, 2, D // 2).reshape(-1, D), w_kn), x)
+    assert node.args[0].meta["example_value"].shape == (B * S, D)
+
+
 @pytest.mark.parametrize("name", ["F.linear", "addmm", "@ w + b", "b + @ w", "1-D @ w + b", "method matmul"])
 def test_bias_is_absorbed(name):
     gm, (node,), _ = raised(SPELLINGS[name], x)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
@@ -472,3 +473,28 @@ def test_models(name: str, dtype: torch.dtype):
     assert len(norms) == count and not list(sites)
     assert all(n.args[1].op == "placeholder" for n in norms)
     assert torch.rsqrt not in remains(gm)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_on_a_gpu_torch_s_layer_norm_stands_for_the_definition(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which Inductor has the better backward. The same numbers, here in float32."""
+    from te_dynamo.ir import norm as file
+
+    x, weight, bias = torch.randn(3, 5, 8), torch.randn((5, 8)[2 - dims :]), torch.randn((5, 8)[2 - dims :])
+    given = {"kind": "layer", "eps": 1e-5, "out_dtype": torch.float32, "dims": dims}
+    expected = ops.norm(x, weight, bias, **given)
+    zero_centered = ops.norm(x, weight, bias, **given, zero_centered=True)
+    monkeypatch.setattr(file, "_is_torchs", lambda *_: True)
+    torch.testing.assert_close(ops.norm(x, weight, bias, **given), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ops.norm(x, weight, bias, **given, zero_centered=True), zero_centered)
+
+
+def test_where_torch_s_layer_norm_is_the_same() -> None:
+    from te_dynamo.ir.norm import _is_torchs
+
+    with FakeTensorMode():
+        x, w = torch.empty(4, 8, device="cuda", dtype=torch.bfloat16), torch.empty(8, device="cuda", dtype=torch.bfloat16)
+        assert _is_torchs(x, w, None, "layer", torch.bfloat16)
+        others = [(x, w.float(), None, "layer", torch.bfloat16), (x, w, None, "layer", torch.float32), (x, w, None, "rms", torch.bfloat16)]
+        others += [(x.t(), None, None, "layer", torch.bfloat16), (x.cpu(), None, None, "layer", torch.bfloat16)]
+        assert not any(_is_torchs(*other) for other in others)
