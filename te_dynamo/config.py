@@ -50,9 +50,9 @@ class Options:
         like_te: Match Transformer Engine bit for bit, at every site with delayed or current scaling (see
             `te_dynamo.recipe.DelayedScaling`; set it on a recipe for some sites only).
         memory: What is kept from forward to backward (see docs/memory.md for bytes and time). "speed": whatever saves time, FP8
-            copies of weights among it. "balanced": never more bytes than in high precision; what an activation between two FP8
-            linears reads is kept in FP8, except with `like_te`. "saving": FP8 inputs of linears and copies of weights are made
-            again in backward too.
+            copies of weights among it. "balanced": of a layer whose MLP is in FP8 fewer bytes than in high precision; what an
+            activation between two FP8 linears reads is kept in FP8, except with `like_te`. "saving": FP8 inputs of linears and
+            copies of weights are made again in backward too.
         keep_weights: Keep the FP8 copies of weights that learn across training steps until the weights change: across the
             microbatches of gradient accumulation. Costs two bytes per element; scale state is unaffected. On a GPU, or with the
             provider "reference". Those of frozen weights are kept there anyway, except with `like_te`.
