@@ -89,8 +89,20 @@ def _at(packing: Packing) -> int:
     return 3 if packing.startswith("h") else 2
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor | None = None, *_: Any, form: Form, packing: Packing, out_dtype: torch.dtype, **__: Any) -> Any:
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *_: Any,
+    form: Form,
+    packing: Packing,
+    out_dtype: torch.dtype,
+    in_place: bool = False,
+    **__: Any,
+) -> Any:
     given = [q, k] if v is None else [q, k, v]
+    if in_place:
+        return given
     return views([fake_like(q, shape, out_dtype) for shape in shapes(given, form, packing)], form, packing)
 
 
@@ -140,6 +152,7 @@ def qkv(
     zero_centered: bool = False,
     round_before_weight: torch.dtype | None = None,
     norm_last: bool = False,
+    in_place: bool = False,
 ) -> list[Tensor]:
     """q and k with each head normalized and turned by its position; with v as attention reads them.
 
@@ -147,7 +160,11 @@ def qkv(
     [B, H, S, width], or half as wide (see `rotate`). weights, biases: [D], of the norm. Returns q, k and v, if given, in `out_dtype`.
     form, packing: of the layout (see `te_dynamo.ir.layout`). rotary: "" for none. normalized: the kind of norm, "" for none, with
     the attributes of `te_dynamo.ops.norm`. norm_last: normalized after it was turned, not before.
+    in_place: nothing is done to them, and they are given back where they lie: for the gradient of the GEMM that made them, which this
+    operation may write as FP8 wants it.
     """
+    if in_place:
+        return [q, k] if v is None else [q, k, v]
 
     def prepared(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         steps = [lambda t: norm_of(t, weight, bias), lambda t: t if cos is None or sin is None else rotate_in_full(t)]

@@ -20,10 +20,10 @@ from te_dynamo.ir.graph import EXAMPLE, emit, fake, is_call, is_method, tensor
 from te_dynamo.ir.layout import Layout
 from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
 from te_dynamo.passes.effects import storage, written_between
-from te_dynamo.passes.heads import emit_qkv, read_heads
+from te_dynamo.passes.heads import emit_in_place, emit_qkv, kernels_write_gradients, read_heads
 from te_dynamo.passes.layout import choose_layouts, note_layouts, qkv_linears
 from te_dynamo.passes.permutations import use_permutations
-from te_dynamo.passes.readers import note_readers
+from te_dynamo.passes.readers import note_readers, reads_a_gemm_alone
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.weights import is_view
 
@@ -45,7 +45,11 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
         emit_qkv(gm.graph, attention, prepared)
     for group in _groups(gm.graph, where):
         _group(gm.graph, group, merges)
-    use_permutations(gm.graph, regions(gm.graph, grad_enabled))
+    where = regions(gm.graph, grad_enabled)
+    use_permutations(gm.graph, where)
+    for attention in [n for n in gm.graph.nodes if is_call(n, ops.attention) and n not in heads]:
+        if kernels_write_gradients(attention) and where[attention][1] and reads_a_gemm_alone(attention, 3, where):
+            emit_in_place(gm.graph, attention)
     where = regions(gm.graph, grad_enabled)
     _note_producers(gm.graph, where)
     note_readers(gm.graph, where)

@@ -146,6 +146,21 @@ def emit_qkv(graph: Graph, attention: Node, heads: Heads) -> None:
     erase_if_dead(graph, heads.nodes)
 
 
+def kernels_write_gradients(attention: Node) -> bool:
+    """Whether there are kernels that write the gradient of q, k and v as the FP8 gradient of the GEMM that made them: on a GPU."""
+    return fake(attention).device.type == "cuda"
+
+
+def emit_in_place(graph: Graph, attention: Node) -> None:
+    """Puts an `ops.qkv` before an attention whose q, k and v come as they are from one GEMM, for the gradient of that."""
+    layout, values = attention.meta[LAYOUT], [fake(x) for x in attention.args[:3]]
+    attributes = {"form": layout.form, "packing": layout.packing, "out_dtype": values[0].dtype, "in_place": True}
+    with graph.inserting_before(attention):
+        node = emit(graph, ops.qkv, attention.args[:3], attributes, like=attention, value=values)
+        made = [emit(graph, operator.getitem, (node, i), like=attention, value=value) for i, value in enumerate(values)]
+    attention.args = (*made, *attention.args[3:])
+
+
 def _described(head: Head) -> str:
     """What is done to q and k, for a report."""
     steps = []

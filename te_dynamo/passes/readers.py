@@ -39,18 +39,25 @@ def note_readers(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
     """Puts a `Reader` on each group of linears that is one GEMM and has one, in the same region."""
     for node in graph.nodes:
         op = op_of(node)
-        inputs = node.args[: op.reads] if op is not None else ()
-        found = [c for c in map(_columns, inputs) if c is not None]
-        if not found or len(found) < len(inputs) or len({c.group for c in found}) > 1:
-            continue
-        group = found[0].group
-        if (
-            _are_all(found, sum(_sizes(group)))
-            and _is_alone(found, node)
-            and where[group] == where[node]
-            and written_between([group, node]) is None
-        ):
-            group.meta[READER] = Reader(node.name, tuple(c.start for c in found), tuple(c.width for c in found))
+        found = _read_alone(node, op.reads, where) if op is not None else []
+        if found:
+            found[0].group.meta[READER] = Reader(node.name, tuple(c.start for c in found), tuple(c.width for c in found))
+
+
+def reads_a_gemm_alone(node: Node, inputs: int, where: dict[Node, tuple[int, bool]]) -> bool:
+    """Whether the first inputs of a node are all that a GEMM gives, and nothing else reads it."""
+    return bool(_read_alone(node, inputs, where))
+
+
+def _read_alone(node: Node, inputs: int, where: dict[Node, tuple[int, bool]]) -> list[_Columns]:
+    """What the first inputs of a node are of the GEMM that it alone reads, all of it, in the same region; [] where it does not."""
+    given = node.args[:inputs]
+    found = [c for c in map(_columns, given) if c is not None]
+    if not found or len(found) < len(given) or len({c.group for c in found}) > 1:
+        return []
+    group = found[0].group
+    alone = _are_all(found, sum(_sizes(group))) and _is_alone(found, node)
+    return found if alone and where[group] == where[node] and written_between([group, node]) is None else []
 
 
 def _are_all(found: list[_Columns], whole: int) -> bool:

@@ -38,6 +38,8 @@ class QKV(Implementation):
         return INPUTS if call["normalized"] else ("cos", "sin")
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
+        if call["in_place"]:
+            return Forward([t for t in inputs[:3] if t is not None], [], [])
         buffers = torch.ops.te_dynamo.qkv(call.key, list(inputs))
         return Forward(views(buffers, call["form"], call["packing"]), [], [])
 
