@@ -15,7 +15,7 @@ from te_dynamo.ir.linear import GemmRows
 from te_dynamo.lowering.registry import implementation_of
 from te_dynamo.passes.lower import View
 from te_dynamo.state import STATE
-from te_dynamo.weight_cache import SHARED, Kept, WeightCache, key_of, state_of
+from te_dynamo.weight_cache import SHARED, Kept, WeightCache, key_of, sample_of, state_of
 
 
 @dataclass
@@ -38,6 +38,12 @@ class _Copy(NamedTuple):
     kept: Kept
     identities: tuple[int, ...]
     member: int
+
+    def is_current(self, parameters: Mapping[int, Tensor]) -> bool:
+        """Whether the weights are what the copies were made of."""
+        weights = [parameters[i] for i in self.identities if i in parameters]
+        seen = torch.cat([sample_of(w) for w in weights]) if weights else torch.empty(0)
+        return len(weights) == len(self.identities) and self.kept.made_of([state_of(w) for w in weights], seen)
 
     def of(self, p: Tensor) -> FP8Weight | str:
         """What stands for the weight from now on; or why nothing can."""
@@ -72,10 +78,15 @@ def release_high_precision(model: nn.Module) -> Released:
     Returns what was released, and for each other parameter why not.
     """
     result, found = Released(), dict[int, list[_Copy]]()
+    parameters, changed = {id(p): p for p in model.parameters()}, set[int]()
     for copy in _copies():
-        found.setdefault(copy.identities[copy.member], []).append(copy)
+        identity = copy.identities[copy.member]
+        if copy.is_current(parameters):
+            found.setdefault(identity, []).append(copy)
+        else:
+            changed.add(identity)
     names = {id(p): name.removeprefix("_orig_mod.") for name, p in model.named_parameters()}
-    made = {id(p): _reason(p, found.get(id(p), [])) or found[id(p)][0].of(p) for p in model.parameters()}
+    made = {i: _reason(p, found.get(i, []), changed=i in changed) or found[i][0].of(p) for i, p in parameters.items()}
 
     def alone(identity: int) -> bool:
         """Whether a weight would be released that shares a GEMM, and so a copy, with one that is not."""
@@ -85,7 +96,7 @@ def release_high_precision(model: nn.Module) -> Released:
     while left := [identity for identity in made if alone(identity)]:
         made |= dict.fromkeys(left, "it shares one FP8 copy with a weight that is left")
     replaced: dict[int, nn.Parameter] = {}
-    for p in list(model.parameters()):
+    for p in parameters.values():
         name, weight = names[id(p)], made[id(p)]
         if isinstance(weight, str):
             result.left[name] = weight
@@ -116,12 +127,14 @@ def _copies() -> Iterator[_Copy]:
                 yield from (_Copy(kept, identities, member) for member in range(len(identities)))
 
 
-def _reason(p: nn.Parameter, copies: Sequence[_Copy]) -> str | None:
+def _reason(p: nn.Parameter, copies: Sequence[_Copy], *, changed: bool) -> str | None:
     """Why a parameter cannot be released, as far as that does not depend on the copy; None where it can."""
     if isinstance(p, FP8Weight):
         return "it was released before"
     if p.requires_grad:
         return "it learns (requires_grad)"
+    if not copies and changed:
+        return "it, or a weight of its GEMM, changed since the compiled model was called, or cannot be watched"
     if not copies:
         return "no compiled graph keeps an FP8 copy of it"
     if any(copy.kept.weights.read[copy.member] for copy in copies):

@@ -126,7 +126,7 @@ class _Copies:
     def _make(self, tensors: Sequence[Tensor], states: list[Any]) -> None:
         """Makes the copies of those that changed, where no other graph has them."""
         start, kept = 0, list[Kept]()
-        self.samples = [_sample(t) for t in tensors]
+        self.samples = [sample_of(t) for t in tensors]
         for weights in self.wanted:
             of = slice(start, start := start + len(weights.arguments))
             key, seen = key_of(weights, tensors[of]), torch.cat(self.samples[of])
@@ -159,7 +159,7 @@ def state_of(t: Tensor) -> tuple[int, int] | None:
         return None
 
 
-def _sample(t: Tensor) -> Tensor:
+def sample_of(t: Tensor) -> Tensor:
     """Elements spread over a tensor on a CPU, as integers: a view that owns nothing, to be read while `t` has this address."""
     if t.device.type != "cpu" or type(t) not in (Tensor, nn.Parameter) or not t.numel() or t.element_size() not in _BITS:
         return torch.empty(0, dtype=torch.uint8)

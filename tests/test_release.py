@@ -229,6 +229,17 @@ def test_what_is_left_is_told_why(case):
     assert te_dynamo.release_high_precision(run).left.items() >= {(name, "it was released before") for name in released.names}
 
 
+@pytest.mark.parametrize("write", [lambda w: w.mul_(2), lambda w: w.data.copy_(w.data * 2)], ids=["in place", "through .data"])
+def test_what_changed_since_the_last_call_is_left(write):
+    model, x = frozen(Block()), torch.randn(8, 64, dtype=torch.bfloat16)
+    run, _ = called(model, x)
+    write(model.up.weight)
+    released = te_dynamo.release_high_precision(run)
+    assert released.names == ["down.weight"] and "changed since" in released.left["up.weight"]
+    run(x)
+    assert te_dynamo.release_high_precision(run).names == ["up.weight"]
+
+
 def test_one_that_learns_keeps_its_gemm():
     """q, k and v are one GEMM, with one copy."""
     model = Merged()

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from te_dynamo import ops
 from te_dynamo.ir.graph import emit, erase_if_dead, fake, is_call, is_method, same_size, tensor
 from te_dynamo.passes.effects import writes, written_between
+from te_dynamo.passes.regions import transformed
 
 EMPTY = (torch.empty_like, torch.zeros_like)
 FLOOR = (operator.floordiv, torch.floor_divide)
@@ -31,8 +32,9 @@ def use_permutations(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
     """Rewrites a graph that has experts, in place. where: of each node, its region and whether gradients are enabled there."""
     if not any(is_call(node, ops.grouped_linear) for node in graph.nodes):
         return
+    inside = transformed(graph)
     for node in list(graph.nodes):
-        chosen = _chosen(node)
+        chosen = _chosen(node) if node not in inside else None
         if chosen is None or not where[node][1] or not fake(node).requires_grad:
             continue
         x, copies = chosen[0], 1

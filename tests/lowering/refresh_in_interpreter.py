@@ -41,7 +41,7 @@ RECIPES = [
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: Any) -> Iterator[None]:
     monkeypatch.setattr(refresh, "DEVICES", ("cpu",))
-    monkeypatch.setattr(weight_cache, "_sample", lambda t: torch.empty(0, dtype=torch.uint8))
+    monkeypatch.setattr(weight_cache, "sample_of", lambda t: torch.empty(0, dtype=torch.uint8))
     torch._dynamo.reset()
     torch.manual_seed(0)
     with STATE.set_aside():
