@@ -15,7 +15,7 @@ from te_dynamo.ir.linear import GemmRows
 from te_dynamo.lowering.registry import implementation_of
 from te_dynamo.passes.lower import View
 from te_dynamo.state import STATE
-from te_dynamo.weight_cache import SHARED, Kept, WeightCache, key_of, sample_of, state_of
+from te_dynamo.weight_cache import SHARED, SharedCopies, WeightCache, key_of, sample_of, state_of
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Released:
 class _Copy(NamedTuple):
     """A weight among those of some kept copies. identities: of all of them."""
 
-    kept: Kept
+    kept: SharedCopies
     identities: tuple[int, ...]
     member: int
 

@@ -19,7 +19,7 @@ from te_dynamo.state.sharded import gathered
 
 SAMPLED = 64  # elements of each weight that are looked at
 # What CUDA graphs were captured with: they hold addresses alone, and nothing tells when they are gone.
-_IN_CUDA_GRAPHS: list[tuple[list[Kept], list[Refresh]]] = []
+_IN_CUDA_GRAPHS: list[tuple[list[SharedCopies], list[Refresh]]] = []
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size: NaN is equal to itself
 
 
@@ -72,7 +72,7 @@ class WeightCache:
             del self.entries[key]
 
 
-class Kept:
+class SharedCopies:
     """The copies of one site's weights. All graphs that want them so have the same."""
 
     def __init__(self, weights: CachedWeights, tensors: Sequence[Tensor], states: list[Any], seen: Tensor) -> None:
@@ -85,7 +85,7 @@ class Kept:
         return None not in states and states == self.states and torch.equal(seen, self.seen)
 
 
-SHARED: weakref.WeakValueDictionary[tuple[Any, ...], Kept] = weakref.WeakValueDictionary()  # by `key_of`
+SHARED: weakref.WeakValueDictionary[tuple[Any, ...], SharedCopies] = weakref.WeakValueDictionary()  # by `key_of`
 
 
 class _Copies:
@@ -98,7 +98,7 @@ class _Copies:
         self.states: list[Any] = [None] * len(tensors)
         self.samples: list[Tensor] = []
         self.seen = torch.empty(0)
-        self.kept: list[Kept] = []
+        self.kept: list[SharedCopies] = []
         self.refreshes: list[Refresh] = []  # of those on a GPU
 
     def held(self, identities: Sequence[int]) -> bool:
@@ -125,14 +125,14 @@ class _Copies:
 
     def _make(self, tensors: Sequence[Tensor], states: list[Any]) -> None:
         """Makes the copies of those that changed, where no other graph has them."""
-        start, kept = 0, list[Kept]()
+        start, kept = 0, list[SharedCopies]()
         self.samples = [sample_of(t) for t in tensors]
         for weights in self.wanted:
             of = slice(start, start := start + len(weights.arguments))
             key, seen = key_of(weights, tensors[of]), torch.cat(self.samples[of])
             known = SHARED.get(key)
             if known is None or not known.made_of(states[of], seen):
-                known = SHARED[key] = Kept(weights, tensors[of], states[of], seen)
+                known = SHARED[key] = SharedCopies(weights, tensors[of], states[of], seen)
             kept.append(known)
         self.states, self.kept = states, kept
         self.seen = torch.cat(self.samples)

@@ -12,7 +12,7 @@ from te_dynamo.ir.activation import SPELLINGS
 from te_dynamo.lowering.activation import SLOPES, gradients, value
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.fp8 import E4M3, E5M2
-from te_dynamo.lowering.kernels.tiles import Kept
+from te_dynamo.lowering.kernels.tiles import KeptInputs
 
 NUMBERS = {"alpha": 1.5, "limit": 1.25}
 ONE_OF_EACH = ["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu_squared", "mish", "glu", "clamped_swiglu"]
@@ -61,8 +61,8 @@ def comparable(monkeypatch: pytest.MonkeyPatch) -> None:
 ours = torch.ops.te_dynamo.activation
 
 
-def made(call: Call, inputs: list[Tensor | None]) -> Kept:
-    return Kept(*ours(call.key, inputs, [], torch.tensor(2.0), E4M3, False, 16, True, True, True)[3:])
+def made(call: Call, inputs: list[Tensor | None]) -> KeptInputs:
+    return KeptInputs(*ours(call.key, inputs, [], torch.tensor(2.0), E4M3, False, 16, True, True, True)[3:])
 
 
 @pytest.mark.usefixtures("comparable")
@@ -109,7 +109,7 @@ KERNEL = """
     from te_dynamo.lowering.activation import gradients, value
     from te_dynamo.lowering.fp8 import FP8_MAX, Casting
     from te_dynamo.lowering.kernels.activation import _empty, _empty_gradient, launch, launch_gradient
-    from te_dynamo.lowering.kernels.tiles import Kept, fill_both, fill_kept
+    from te_dynamo.lowering.kernels.tiles import KeptInputs, fill_both, fill_kept
     from tests.lowering.test_activation_kernels import call_of, cases, tensors
 
     E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -138,7 +138,7 @@ KERNEL = """
             keep, both = bool((n + m) % 2), ((True, True), (True, False), (False, True))[(n + m) % 3]
             given = [x, up], [], torch.float32, 16, *both, keep
             (found, kept), (expected, by_definition) = _empty(*given), _empty(*given)
-            kept = Kept(kept.data.float(), kept.scale_inv)
+            kept = KeptInputs(kept.data.float(), kept.scale_inv)
             launch(call, [x, up], [], scale, found, kept, saturate)
             made = value(call, x, up)
             fill_both(expected, made, cast(made, scale, E4M3, saturate))
@@ -152,7 +152,7 @@ KERNEL = """
                 x, up = (*(by_definition.part(i) for i in range(1 + gated)), None)[:2]
                 read = [], [by_definition.data.float(), by_definition.scale_inv]
                 (again, _), (expected, _) = (_empty(*read, torch.float32, 16, False, True, False) for _ in range(2))
-                launch(call, *read, scale, again, Kept(*(torch.empty(0, 0, 0),) * 2), saturate)
+                launch(call, *read, scale, again, KeptInputs(*(torch.empty(0, 0, 0),) * 2), saturate)
                 fill_both(expected, value(call, x, up), cast(value(call, x, up), scale, E4M3, saturate))
                 compare(again, expected, E4M3, case)
             FP8_MAX[torch.float32] = FP8_MAX[E5M2]

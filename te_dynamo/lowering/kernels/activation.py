@@ -20,7 +20,7 @@ from te_dynamo.lowering.kernels.tiles import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     Both,
-    Kept,
+    KeptInputs,
     cast,
     empty_both,
     empty_kept,
@@ -42,8 +42,8 @@ def activation(
     transposed: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """call: of an `ops.activation`; inputs: x and up, [T, N], whose rows may lie apart, or none where they were `kept` (`tiles.Kept`);
-    scale: f32, 0-d -> (FP8 [T', N], FP8 [N, T'], amaxes f32, *`tiles.Kept` of x and up).
+    """call: of an `ops.activation`; inputs: x and up, [T, N], whose rows may lie apart, or none where they were `kept`, as
+    `tiles.KeptInputs`; scale: f32, 0-d -> (FP8 [T', N], FP8 [N, T'], amaxes f32, *`tiles.KeptInputs` of x and up).
 
     T': T up to a multiple. saturate: infinities become the largest number, not NaN. data, transposed, keep: which are wanted.
     """
@@ -66,7 +66,7 @@ def _(call, inputs, kept, scale, dtype, saturate, multiple, data, transposed, ke
 
 def _empty(
     inputs: Sequence[Tensor | None], kept: Sequence[Tensor], dtype: torch.dtype, multiple: int, data: bool, transposed: bool, keep: bool
-) -> tuple[Both, Kept]:
+) -> tuple[Both, KeptInputs]:
     given = list(kept[0]) if kept else [t for t in inputs if t is not None]
     rows, width = given[0].shape
     both = empty_both(given[0], rows, [width], dtype, multiple, data, transposed, sums=False)
@@ -88,7 +88,7 @@ def activation_gradient(
     transposed: bool,
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad: [T, N], of an activation's result; inputs: x and up, or none where they are `kept` (`tiles.Kept`); the rest as above ->
+    """grad: [T, N], of an activation's result; inputs: x and up, or none where they are `kept` (`tiles.KeptInputs`); the rest as above ->
     `tiles.Both` of the gradients of x and up side by side.
 
     starts: the column at which each begins. data, transposed, sums: which are wanted.
@@ -116,7 +116,7 @@ def _empty_gradient(grad: Tensor, parts: int, dtype: torch.dtype, multiple: int,
 def inputs_of(inputs: Sequence[Tensor | None], kept: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """x and up, by definition: f32 of what was kept."""
     if kept:
-        made = Kept(*kept)
+        made = KeptInputs(*kept)
         return made.part(0), made.part(1) if made.data.shape[0] > 1 else None
     x, up = inputs
     assert x is not None
@@ -137,7 +137,7 @@ def _read(inputs: Sequence[Tensor | None], kept: Sequence[Tensor]) -> list[Tenso
 
 
 def launch(
-    call: Call, inputs: Sequence[Tensor | None], kept: Sequence[Tensor], scale: Tensor, both: Both, keeping: Kept, saturate: bool
+    call: Call, inputs: Sequence[Tensor | None], kept: Sequence[Tensor], scale: Tensor, both: Both, keeping: KeptInputs, saturate: bool
 ) -> None:
     """Runs the kernel, which fills `both` and `keeping`."""
     from te_dynamo.lowering.kernels.activation_triton import activation_kernel

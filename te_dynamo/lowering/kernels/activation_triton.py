@@ -59,7 +59,7 @@ def within(x, limit, LOWER: tl.constexpr):
 
 @triton.jit
 def keep(values, kept, scale_inv, part, rows, width, wide, row, column, block, inside):
-    """Writes a tile of a matrix that backward reads: see `tiles.Kept`."""
+    """Writes a tile of a matrix that backward reads: see `tiles.KeptInputs`."""
     magnitude = tl.where(values == values, tl.abs(values), 0.0)  # a NaN does not count
     largest = tl.max(magnitude, 1)
     scale = tl.where(largest > LEAST, E4M3_MAX / largest, 1.0)

@@ -54,7 +54,7 @@ def cast(values: Tensor, scale: Tensor, dtype: torch.dtype, saturate: bool) -> T
     return Casting(saturates_infinite=saturate).saturated(values, scale, dtype).to(dtype)
 
 
-class Kept(NamedTuple):
+class KeptInputs(NamedTuple):
     """Matrices [rows, columns] that backward reads, empty where none is kept so.
 
     data: E4M3 [parts, rows, columns]; scale_inv: f32 [parts, rows, blocks], one for each row of a tile.
@@ -69,14 +69,14 @@ class Kept(NamedTuple):
         return data * self.scale_inv[i].repeat_interleave(BLOCK_COLUMNS, 1)[:, :columns]
 
 
-def empty_kept(like: Tensor, parts: int, rows: Any, columns: Any) -> Kept:
-    return Kept(
+def empty_kept(like: Tensor, parts: int, rows: Any, columns: Any) -> KeptInputs:
+    return KeptInputs(
         like.new_empty((parts, rows, columns), dtype=E4M3),
         like.new_empty((parts, rows, blocks(columns, BLOCK_COLUMNS)), dtype=torch.float32),
     )
 
 
-def fill_kept(kept: Kept, parts: Sequence[Tensor]) -> None:
+def fill_kept(kept: KeptInputs, parts: Sequence[Tensor]) -> None:
     """The definition. A NaN stays one and counts towards no amax; of a row with an infinity no value is finite."""
     for data, scale_inv, part in zip(kept.data, kept.scale_inv, parts, strict=True):
         columns = part.shape[1]
