@@ -39,8 +39,9 @@ demo: setup
 demo-real: setup
 	TQDM_DISABLE=1 $(PY) examples/real_model.py $(ARGS)
 
-# One thread a worker: the tests are small, and two pools of threads on the same cores slow each other down.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+# One thread a worker: the tests are small, and two pools of threads on the same cores slow each other down. Bytecode is kept whatever the
+# environment says, since tests start processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 test: setup
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
