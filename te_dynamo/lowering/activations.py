@@ -24,10 +24,9 @@ from torch.fx import Graph, GraphModule, Node, map_arg, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from te_dynamo.lowering.fp8 import E4M3, E5M2, FP8_MAX
+from te_dynamo.lowering.fp8 import E4M3, E5M2, FP8_MAX, LEAST_AMAX
 
 BLOCK = 128
-LEAST = 2.0**-100  # of an amax: 448 over it is a float32
 MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
 aten = torch.ops.aten
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.mean, aten.var, aten.var_mean, aten.any, aten.all}
@@ -62,7 +61,7 @@ def pack(v: Tensor) -> tuple[Tensor, Tensor]:
     blocks = in_blocks(v)
     magnitude = blocks.abs().float()
     amax = torch.where(magnitude.isnan(), 0.0, magnitude).amax(-1, keepdim=True)
-    scale = torch.where(amax > LEAST, FP8_MAX[E4M3] / amax, 1.0)
+    scale = torch.where(amax > LEAST_AMAX, FP8_MAX[E4M3] / amax, 1.0)
     return (blocks.float() * scale).to(E4M3), amax / FP8_MAX[E4M3]
 
 

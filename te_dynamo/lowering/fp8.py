@@ -19,6 +19,7 @@ E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 EXPONENT = 0x7F800000  # the bits of a float32's exponent
+LEAST_AMAX = 2.0**-100  # that a block is scaled by: what FP8's largest number is over it is a float32
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 

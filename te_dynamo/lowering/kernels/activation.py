@@ -15,10 +15,7 @@ from torch import Tensor
 from te_dynamo.ir.activation import SPELLINGS
 from te_dynamo.lowering.activation import gradients, value
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.fp8 import FP8_MAX
 from te_dynamo.lowering.kernels.tiles import (
-    BLOCK_COLUMNS,
-    BLOCK_ROWS,
     Both,
     KeptInputs,
     cast,
@@ -165,13 +162,8 @@ def launch(
             GATED=len(read) > 1,
             KEPT=bool(kept),
             KEEPS=bool(keeping.data.shape[0]),
-            TOP=FP8_MAX[both.data.dtype],
-            DATA=bool(both.data.numel()),
             ACROSS=bool(both.transposed.numel()),
-            SATURATE=saturate,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-            num_warps=8,
+            **both.constants(saturate),
         )
 
 
@@ -215,12 +207,7 @@ def launch_gradient(
             **constants,
             GATED=parts > 1,
             KEPT=bool(kept),
-            TOP=FP8_MAX[both.data.dtype],
-            DATA=bool(both.data.numel()),
             ACROSS=bool(both.transposed.numel()),
             SUMS=bool(both.sums.numel()),
-            SATURATE=saturate,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-            num_warps=8,
+            **both.constants(saturate),
         )

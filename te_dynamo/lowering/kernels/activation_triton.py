@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 
 from te_dynamo.lowering import fp8
-from te_dynamo.lowering.kernels import tiles
-from te_dynamo.lowering.kernels.tiles_triton import write_both
+from te_dynamo.lowering.kernels.tiles_triton import place, write_both
 
-E4M3_MAX, LEAST = tl.constexpr(fp8.FP8_MAX[fp8.E4M3]), tl.constexpr(tiles.LEAST)
+E4M3_MAX, LEAST = tl.constexpr(fp8.FP8_MAX[fp8.E4M3]), tl.constexpr(fp8.LEAST_AMAX)
 
 
 @triton.jit
@@ -86,9 +85,7 @@ def activation_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     wide = tl.cdiv(width, BLOCK_COLUMNS)
-    row = tile // wide * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tile % wide * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = (row[:, None] < rows) & (column[None, :] < width)
+    row, column, inside = place(tile // wide, tile % wide, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
     gate = kept_or_not(x, scale_inv, x_pitch, 0, rows, wide, row, column, tile % wide, inside, KEPT)
     if KEEPS:
         keep(gate, keeping, keeping_inv, 0, rows, width, wide, row, column, tile % wide, inside)
@@ -118,9 +115,7 @@ def activation_gradient_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     wide = tl.cdiv(width, BLOCK_COLUMNS)
-    row = tile // wide * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tile % wide * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = (row[:, None] < rows) & (column[None, :] < width)
+    row, column, inside = place(tile // wide, tile % wide, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
     g = tl.load(grad + row[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     gate = kept_or_not(x, scale_inv, x_pitch, 0, rows, wide, row, column, tile % wide, inside, KEPT)
     passes = 1.0

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering.fp8 import FP8_MAX
-from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, cast, empty_both, fill_both
+from te_dynamo.lowering.kernels.tiles import Both, cast, empty_both, fill_both
 
 
 @torch.library.custom_op("te_dynamo::cast_both", mutates_args=())
@@ -46,11 +45,6 @@ def launch(x: Tensor, scale: Tensor, both: Both, saturate: bool) -> None:
             both.transposed.shape[1],
             x.shape[1],
             x.stride(0),
-            TOP=FP8_MAX[both.data.dtype],
-            DATA=bool(both.data.numel()),
             SUMS=bool(both.sums.numel()),
-            SATURATE=saturate,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-            num_warps=8,
+            **both.constants(saturate),
         )

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from te_dynamo.ir.qkv import rotate_gradient
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.fp8 import FP8_MAX
 from te_dynamo.lowering.kernels.qkv import ROTARY
-from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, cast, empty_both, fill_both
+from te_dynamo.lowering.kernels.tiles import Both, cast, empty_both, fill_both
 
 
 @torch.library.custom_op("te_dynamo::qkv_gradient", mutates_args=())
@@ -99,12 +98,7 @@ def launch(
             ROTARY=ROTARY[call["rotary"]],
             COS_PAIRS=cos is not None and cos.shape[-1] != call["width"],
             SIN_PAIRS=sin is not None and sin.shape[-1] != call["width"],
-            TOP=FP8_MAX[both.data.dtype],
-            DATA=bool(both.data.numel()),
             ACROSS=bool(both.transposed.numel()),
             SUMS=bool(both.sums.numel()),
-            SATURATE=saturate,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-            num_warps=8,
+            **both.constants(saturate),
         )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from te_dynamo.lowering.kernels.tiles_triton import write_both
+from te_dynamo.lowering.kernels.tiles_triton import place, write_both
 
 
 @triton.jit
@@ -14,9 +14,7 @@ def part(
     ACROSS: tl.constexpr, SUMS: tl.constexpr, SATURATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of one of q, k and v. turned: how many features of a head turn."""
-    row = block_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = block_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = (row[:, None] < rows) & (column[None, :] < width)
+    row, column, inside = place(block_row, block_column, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
     b, s = (row // tokens).to(tl.int64)[:, None], (row % tokens).to(tl.int64)[:, None]
     h, d = (column // D).to(tl.int64)[None, :], (column % D)[None, :]
     head = grad + b * gb + s * gs + h * gh

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, Casting, amax
+from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, LEAST_AMAX, Casting, amax
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
-LEAST = 2.0**-100  # of an amax that a row of a tile is scaled by: FP8's largest number over it is a float32
 
 
 class Both(NamedTuple):
@@ -25,6 +24,11 @@ class Both(NamedTuple):
     transposed: Tensor
     amaxes: Tensor
     sums: Tensor
+
+    def constants(self, saturate: bool) -> dict[str, Any]:
+        """What every kernel is told that writes these. saturate: see `cast`."""
+        blocks = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS, "num_warps": 8}
+        return {"TOP": FP8_MAX[self.data.dtype], "DATA": bool(self.data.numel()), "SATURATE": saturate, **blocks}
 
 
 def blocks(size: Any, block: int) -> Any:
@@ -82,9 +86,9 @@ def fill_kept(kept: KeptInputs, parts: Sequence[Tensor]) -> None:
         columns = part.shape[1]
         tiles = torch.nn.functional.pad(part.float(), (0, -columns % BLOCK_COLUMNS)).unflatten(1, (-1, BLOCK_COLUMNS))
         largest = torch.where(tiles.isnan(), 0.0, tiles.abs()).amax(2, keepdim=True)
-        scale = torch.where(largest > LEAST, FP8_MAX[E4M3] / largest, 1.0)
+        scale = torch.where(largest > LEAST_AMAX, FP8_MAX[E4M3] / largest, 1.0)
         data.copy_((tiles * scale).to(E4M3).flatten(1)[:, :columns])
-        scale_inv.copy_((torch.where(largest > LEAST, largest / FP8_MAX[E4M3], 1.0)).squeeze(2))
+        scale_inv.copy_((torch.where(largest > LEAST_AMAX, largest / FP8_MAX[E4M3], 1.0)).squeeze(2))
 
 
 def fill_both(both: Both, values: Tensor, quantized: Tensor) -> None:

@@ -5,6 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
+def place(block_row, block_column, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The rows and columns of a tile of a matrix [rows, width], and where it is inside of that."""
+    row = block_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = block_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return row, column, (row[:, None] < rows) & (column[None, :] < width)
+
+
+@triton.jit
 def write_both(
     values, scale, data, across, amaxes, sums, tile, block_row, row, column, width, total, columns,
     TOP: tl.constexpr, DATA: tl.constexpr, ACROSS: tl.constexpr, SUMS: tl.constexpr, SATURATE: tl.constexpr,
@@ -37,9 +45,7 @@ def cast_both_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     wide = tl.cdiv(width, BLOCK_COLUMNS)
-    row = tile // wide * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tile % wide * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = (row[:, None] < rows) & (column[None, :] < width)
+    row, column, inside = place(tile // wide, tile % wide, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
     values = tl.load(x + row[:, None].to(tl.int64) * pitch + column[None, :], mask=inside, other=0.0).to(tl.float32)
     write_both(
         values, tl.load(scale), data, across, amaxes, sums, tile, tile // wide, row, column, width, total, width,
