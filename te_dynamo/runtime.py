@@ -91,15 +91,18 @@ class Calibration:
         self.first, self.partly = first, partly
         self.forms: dict[Unset, Variant] = {}
         self.calls: weakref.WeakKeyDictionary[Group, int] = weakref.WeakKeyDictionary()
-        self.chosen: weakref.WeakKeyDictionary[Group, Variant] = weakref.WeakKeyDictionary()
+        self.chosen: weakref.WeakKeyDictionary[Group, tuple[int, Variant]] = weakref.WeakKeyDictionary()  # with the arena's version
 
     def of(self, group: Group | None, gradients: bool) -> Variant | None:
         """The form for a call with this group; None where all scales are set."""
         if group is None:
             return self.first
+        version, chosen = self.chosen.get(group, (-1, None))
+        if chosen is None and group.complete(gradients):
+            return None
         calls = self.calls[group] = self.calls.get(group, 0) + 1
-        if group in self.chosen and calls % self.LOOKED_AT:
-            return self.chosen[group]
+        if version == group.arena.version and calls % self.LOOKED_AT:  # else a scale that was set may be unset again
+            return chosen
         if group.complete(gradients):
             self.chosen.pop(group, None)
             return None
@@ -108,8 +111,8 @@ class Calibration:
         unset = Unset(*(frozenset(places) for places in group.unset(gradients)))
         if unset not in self.forms:
             self.forms[unset] = self.partly(unset)
-        self.chosen[group] = self.forms[unset]
-        return self.chosen[group]
+        self.chosen[group] = group.arena.version, self.forms[unset]
+        return self.forms[unset]
 
 
 class _Found(NamedTuple):

@@ -13,6 +13,7 @@ from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.graph_passes import OneMeasurement
 from te_dynamo.lowering.registry import Case
 from te_dynamo.recipe import DelayedScaling
+from te_dynamo.state import FORWARD, STATE
 from tests.numerics import sqnr
 from tests.partitioned import calls, casts, interpreted, saved_for_backward
 
@@ -313,7 +314,13 @@ class Pooled(nn.Module):
         return h, torch.tanh(self.pooler(h))
 
 
-def test_a_layer_that_the_loss_does_not_reach_calibrates_alone(graphs):
+@pytest.fixture
+def own_state():
+    with STATE.set_aside():
+        yield
+
+
+def test_a_layer_that_the_loss_does_not_reach_calibrates_alone(graphs, own_state):
     """Its gradient's scale is never set: it takes that from the gradient, should one come, and the rest waits for no amax."""
     torch.manual_seed(0)
     model, x = Pooled().bfloat16(), torch.randn(1, TOKENS, HIDDEN).bfloat16().requires_grad_()
@@ -332,8 +339,13 @@ def test_a_layer_that_the_loss_does_not_reach_calibrates_alone(graphs):
     expected = torch.autograd.grad(exact(exact_x)[1].square().sum(), [exact.pooler.weight, exact_x])
     found = torch.autograd.grad(compiled(x)[1].square().sum(), [model.pooler.weight, x])
     assert all(sqnr(e, f) > 17 for e, f in zip(expected, found, strict=True))
+    # A scale that is lost is seen at once.
+    arena = STATE.arenas[torch.device("cpu")]
+    arena.clear(FORWARD, range(1, arena.used[FORWARD]))
+    expected = exact(exact_x)[0]
+    assert sqnr(expected, compiled(x)[0]) > 20
     # Then all are set, which is looked at now and then.
     for _ in range(40):
         before = len(graphs)
         sum(y.square().sum() for y in compiled(x)).backward()
-    assert len(graphs) == 2 + 2  # no third form
+    assert len(graphs) == 2 + 2 + 2  # a form for the lost ones, and no more
