@@ -85,8 +85,13 @@ def sites_of(model: nn.Module, x: Tensor, **options: Any) -> dict[str, Any]:
 LEAST = {"delayed": 20, "current": 20, "rowwise": 22, "block": 22, "mxfp8": 22, "nvfp4": 8}
 
 
-@pytest.mark.parametrize("provider", ["auto", "reference"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("delayed", "current") else pytest.mark.inductor) for n in RECIPES])
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [
+        *((name, "reference") for name in RECIPES),
+        *(pytest.param(name, "auto", marks=() if name in ("delayed", "current") else pytest.mark.inductor) for name in RECIPES),
+    ],
+)
 def test_each_recipe_trains_and_infers(name, provider):
     model, x = Net(), torch.randn(32, SIZE)
     call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": name, "provider": provider})

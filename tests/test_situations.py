@@ -60,27 +60,26 @@ def gradients(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> 
 @pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise", "block", "mxfp8", "nvfp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_default_dtype_changes_nothing(recipe, dtype):
-    model = Net()
+    assert all(torch.equal(a, b) for a, b in zip(steps(recipe, torch.float32), steps(recipe, dtype), strict=True))
+
+
+@functools.cache
+def steps(recipe: str, default: torch.dtype) -> list[Tensor]:
+    """Gradients, an output in eval and the scale state, computed under a default dtype."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    net = Net()
     inputs = [torch.randn(32, SIZE) for _ in range(3)]
-
-    def steps(default: torch.dtype) -> list[Tensor]:
-        torch._dynamo.reset()
-        torch.set_default_dtype(default)
-        try:
-            net = copy.deepcopy(model)
-            call = torch.compile(net, backend=te_fp8, options={"recipe": recipe, "provider": "reference"})
-            found = [g for x in inputs for g in gradients(call, net, x)]
-            state = te_dynamo.scale_state(net).state_dict()
-            net.eval()
-            with torch.no_grad():
-                return [*found, call(inputs[0]), *state.values()]
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-    torch.manual_seed(1)
-    expected = steps(torch.float32)
-    torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(expected, steps(dtype), strict=True))
+    torch.set_default_dtype(default)
+    try:
+        call = torch.compile(net, backend=te_fp8, options={"recipe": recipe, "provider": "reference"})
+        found = [g for x in inputs for g in gradients(call, net, x)]
+        state = te_dynamo.scale_state(net).state_dict()
+        net.eval()
+        with torch.no_grad():
+            return [*found, call(inputs[0]), *state.values()]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --- torch.func and forward mode

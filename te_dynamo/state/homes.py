@@ -155,39 +155,43 @@ class Homes:
 def _all_holders() -> dict[int, Holders]:
     """Who holds which parameter, by the parameter's id: every module of this process."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    visible = gc.get_objects()
-    for module in [*_modules_among(visible), *FROZEN.modules(visible)]:
+    for module in MODULES.all():
         for attribute, parameter in (module.__dict__.get("_parameters") or {}).items():
             if parameter is not None:
                 found.setdefault(id(parameter), []).append((module, attribute))
     return {identity: Holders(places) for identity, places in found.items()}
 
 
+class Marker(nn.Module):
+    """Is listed by the garbage collector until `gc.freeze()` hides it too."""
+
+
 def _modules_among(objects: Iterable[Any]) -> list[nn.Module]:
     return [thing for thing in objects if issubclass(type(thing), nn.Module)]
 
 
-class Frozen:
-    """The modules that `gc.freeze()` hid from the garbage collector's list: those that can be reached.
+class Modules:
+    """Every module of this process; of those that `gc.freeze()` hid from the garbage collector's list, the ones that can be reached.
 
-    To reach them takes seconds, so it is done once after each freeze, which is noticed by a marker that it hides too.
+    To reach them takes seconds, so it is done once after each freeze, which is noticed by a marker.
     """
 
     def __init__(self) -> None:
-        self.marker: list[Any] | None = None
-        self.found: list[weakref.ref[nn.Module]] = []
+        self.marker: Marker | None = None
+        self.hidden: list[weakref.ref[nn.Module]] = []
 
-    def modules(self, visible: Sequence[Any]) -> list[nn.Module]:
-        """visible: what the collector lists."""
+    def all(self) -> list[nn.Module]:
+        objects = gc.get_objects()
+        visible = _modules_among(objects)
         if not gc.get_freeze_count():
-            return []
-        if id(self.marker) not in map(id, visible):
-            self.found = [weakref.ref(module) for module in _modules_among(_hidden(visible))]
-            self.marker = []
-        return [module for reference in self.found if (module := reference()) is not None]
+            return visible
+        if not any(module is self.marker for module in visible):
+            self.hidden = [weakref.ref(module) for module in _modules_among(_hidden(objects))]
+            self.marker = Marker()
+        return visible + [module for reference in self.hidden if (module := reference()) is not None]
 
 
-FROZEN = Frozen()
+MODULES = Modules()
 
 
 def _hidden(visible: Sequence[Any]) -> list[Any]:
