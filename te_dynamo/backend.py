@@ -40,7 +40,7 @@ from te_dynamo.passes.select import against_wishes, masks_uniform_rows, select, 
 from te_dynamo.passes.undo import Rewrites
 from te_dynamo.passes.weights import is_owned
 from te_dynamo.report.stages import Stages
-from te_dynamo.runtime import Calibration, CompiledGraph, Compiler, Variant, beside, compile_without_codegen
+from te_dynamo.runtime import Calibration, CompiledGraph, Compiler, Variant, beside, eagerly
 from te_dynamo.sites import Sites
 from te_dynamo.state.reduce import ranks
 
@@ -77,7 +77,7 @@ def te_fp8(
 
     def variant(stage: str, unset: Unset, compiler: Compiler) -> Variant:
         graph = copy_graph_module(fused) if read_again else fused
-        lowered = lower(graph, unset=unset, keep_weights=chosen.keep_weights)
+        lowered = lower(graph, unset=unset, keep_weights=chosen.keep_weights, compiled=compiler is not eagerly)
         stages.done(stage, graph)
         inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
         return Variant(compiler(graph, inputs, chosen), lowered)
@@ -87,7 +87,7 @@ def te_fp8(
     if calibrates:
         stays = not grad_enabled or not any(is_owned(n) and fake(n).requires_grad for n in fused.graph.nodes)  # nothing sets scales
         with beside():
-            first = variant("lower_calibrating", ANY_UNSET, runtime.compile_inductor if stays else compile_without_codegen)
+            first = variant("lower_calibrating", ANY_UNSET, runtime.compile_inductor if stays else eagerly)
         # The guards of symbolic lengths would come too late.
         symbolic = any(isinstance(i, torch.SymInt) for i in example_inputs)
 

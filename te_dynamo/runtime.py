@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
+from torch._ops import HigherOrderOperator
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from te_dynamo.cache_key import sources_key
 from te_dynamo.config import Options
@@ -60,11 +62,22 @@ def beside() -> Iterator[None]:
 
 
 def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """AOTAutograd alone: for the graph that calibrates, which is run once or twice."""
+    """AOTAutograd alone."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.compilers import nop
 
     return aot_autograd(fw_compiler=nop, bw_compiler=nop)(gm, list(inputs))
+
+
+def eagerly(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """For the graph that calibrates, which is run once or twice: operator by operator, as eager mode runs the model.
+
+    AOTAutograd is for what it takes apart: subclasses of tensors, and operators with graphs of their own, such as checkpoints.
+    """
+    higher_order = any(isinstance(n.target, HigherOrderOperator) for n in gm.graph.nodes)
+    if higher_order or any(map(is_traceable_wrapper_subclass, inputs)):
+        return compile_without_codegen(gm, inputs, options)
+    return gm.forward
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,17 @@ import transformers as hf
 from torch import Tensor, nn
 
 from te_dynamo.backend import observing, te_fp8
+from te_dynamo.ir import op_of
+from te_dynamo.ir.graph import is_call
 from te_dynamo.lowering import registry
+from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.native import attention as native
+from te_dynamo.lowering.site import site
 from te_dynamo.sites import Site
 from te_dynamo.state import STATE
 from tests.models import DECODER, ENCODER
+from tests.partitioned import interpreted
+from tests.pipeline import stages_of
 
 S = 24
 
@@ -97,3 +103,16 @@ def test_what_eager_attention_gives(name):
     assert mask in found[0].detail["mask"], found[0].detail
     for a, b in zip(ours, results(exact, exact, given), strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=5e-6, rtol=5e-4)
+
+
+def test_the_graph_that_calibrates_is_run_as_it_is_and_reads_the_mask():
+    """`flex_attention` without generated code would make all scores."""
+    with interpreted():
+        graphs = stages_of(DECODERS["llama"](), torch.arange(2 * S).reshape(2, S) % 100, **PADDED).graphs
+
+    def attentions(stage: str) -> tuple[int, int]:
+        nodes = graphs[stage].graph.nodes
+        kept = [n for n in nodes if (op := op_of(n)) is not None and op.kind == "attention"]
+        return len(kept), sum(is_call(n, site) and Call.parse(n.args[0]).op == "attention" for n in nodes)
+
+    assert attentions("lower") == (0, 1) and attentions("lower_calibrating") == (1, 0)

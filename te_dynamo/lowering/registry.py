@@ -92,7 +92,8 @@ class Implementation:
 
     opaque: it runs inside an operator that Inductor does not look into (`lowering.opaque`); otherwise it is traced, and what it
         does in plain torch is fused with its neighbors.
-    differentiated: its gradients are torch's: only `forward` is called, and autograd follows it. In high precision.
+    generated: `forward` calls what Inductor generates kernels for, and autograd follows it; a graph that is not compiled has the
+        operation's definition instead. In high precision.
     calibrates: whether it computes with scales that were never set; if not, another does until they are.
     shared: roles of which its kernels take one scale for all.
     takes_producer: whether its first input may come from a producer: it has `quantize_operand` then, and its backward does not
@@ -102,7 +103,7 @@ class Implementation:
     """
 
     opaque = False
-    differentiated = False
+    generated = False
     calibrates = True
     shared: tuple[tuple[str, ...], ...] = ()
     takes_producer = False

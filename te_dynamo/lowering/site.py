@@ -109,7 +109,7 @@ def site(
     amax: f32 [scales], of each forward tensor.
     """
     call = Call.parse(key)
-    if implementation_of(call).differentiated:
+    if implementation_of(call).generated:
         with in_full_precision(call.device):
             return implementation_of(call).forward(call, list(inputs), scales_of(call, None), None).outputs
     ahead, carrying = handing or (None, ())

@@ -143,13 +143,14 @@ class _Any(Unset):
 ANY_UNSET, NONE_UNSET = _Any(), Unset()
 
 
-def lower(gm: GraphModule, *, unset: Unset, keep_weights: bool = False) -> Lowered:
+def lower(gm: GraphModule, *, unset: Unset, keep_weights: bool = False, compiled: bool = True) -> Lowered:
     """Rewrites `gm` and its sub-graphs in place.
 
     unset: which scales were never set; in a sub-graph, which is one for all its calls, any may be if there are some. keep_weights: where
     its scales are set, a site of the outermost graph takes the weights that it trains quantized too, not only those that are frozen.
+    compiled: whether code is generated for `gm`; else what only that computes well stays as its definition.
     """
-    lowering = _Lowering(unset, keep_weights)
+    lowering = _Lowering(unset, keep_weights, compiled)
     lowering.graph(gm, top=True)
     gm.graph.lint()
     gm.recompile()
@@ -186,8 +187,8 @@ class _Unit:
 
 
 class _Lowering:
-    def __init__(self, unset: Unset, keep_weights: bool) -> None:
-        self.unset, self.keep_weights = unset, keep_weights
+    def __init__(self, unset: Unset, keep_weights: bool, compiled: bool) -> None:
+        self.unset, self.keep_weights, self.compiled = unset, keep_weights, compiled
         self.result = Lowered()
         self.handing: dict[str, tuple[Node, list[Node]]] = {}  # by the name of a group of linears: its gradient's scale, and its carriers
         self.done: dict[int, bool] = {}  # by the id of a sub-graph: whether it returns recorded amaxes
@@ -219,6 +220,8 @@ class _Lowering:
         graph, plan, slots = unit.gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
         unset = self.is_unset(unit, op, op.gemms(node), slots)
         call = self.call(node, op, plan, slots, unset)
+        if implementation_of(call).generated and not self.compiled:
+            return []
         inputs: list[Any] = list(op.inputs(node).values())
         if call.producer is not None:
             inputs[0] = list(op_of(inputs[0]).inputs(inputs[0]).values())

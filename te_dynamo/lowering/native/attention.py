@@ -37,7 +37,7 @@ OPTIONS = {
 
 @implements("attention", provider="native", recipes=(HIGH_PRECISION,), devices=("cuda",))
 class FlexAttention(Implementation):
-    differentiated = True
+    generated = True
 
     def unsupported(self, case: Case) -> str | None:
         q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
