@@ -214,25 +214,26 @@ def test_a_dense_mixture_by_hand(no_codegen: None) -> None:
 
 SIZES = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=128, max_position_embeddings=64)
 GQA = SIZES | dict(num_key_value_heads=2, head_dim=16)
+LATENT = (
+    SIZES
+    | dict(moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=0)
+    | dict(q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
+)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", SIZES | dict(num_key_value_heads=2, num_local_experts=4)),
     "qwen3_moe": ("Qwen3Moe", GQA | dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)),
     "olmoe": ("Olmoe", SIZES | dict(num_experts=4, num_experts_per_tok=2, eos_token_id=1)),
     "gpt_oss": ("GptOss", GQA | dict(num_local_experts=4)),
-    "deepseek_v3": (
-        "DeepseekV3",
-        SIZES
-        | dict(moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=0)
-        | dict(q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16),
-    ),
+    "deepseek_v2": ("DeepseekV2", LATENT),
+    "deepseek_v3": ("DeepseekV3", LATENT),
     "llama4": ("Llama4Text", GQA),
 }
 
 
-def model_of(name: str, dtype: torch.dtype) -> nn.Module:
+def model_of(name: str, dtype: torch.dtype, **more: Any) -> nn.Module:
     family, sizes = MODELS[name]
     torch.manual_seed(0)
-    return hf.AutoModelForCausalLM.from_config(getattr(hf, f"{family}Config")(**sizes)).to(dtype)
+    return hf.AutoModelForCausalLM.from_config(getattr(hf, f"{family}Config")(**sizes | more)).to(dtype)
 
 
 def sites_of(model: nn.Module, ids: Tensor, **options: Any) -> tuple[list[Site], Tensor]:
@@ -253,6 +254,17 @@ def test_every_expert_is_a_site_and_the_router_is_not(name: str, dtype: torch.dt
     routers = [s for s in sites if s.reason and "routers stay" in s.reason]
     assert len(routers) == 1, [(s.path, s.reason) for s in sites if s.reason]
     assert 18 < sqnr(model(input_ids=ids, use_cache=False).logits, y) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_nearly_all_flops_are_fp8(name: str, no_codegen: None) -> None:
+    """Where the hidden size is not tiny beside the number of experts that a router chooses from."""
+    experts = {"intermediate_size": 512} | ({"moe_intermediate_size": 256} if "moe_intermediate_size" in MODELS[name][1] else {})
+    report = te_dynamo.explain(model_of(name, torch.bfloat16, hidden_size=256, **experts), input_ids=torch.randint(0, 128, (2, 128)))
+    left = {s.path.rpartition(".")[2]: s.reason for s in report.sites if not s.provider and s.kind != "norm"}
+    assert (report.graph_count, report.graph_break_count) == (1, 0) and report.fp8_flop_fraction > 0.98
+    assert left.keys() <= {"gate", "router", "lm_head"} and all("stay in high precision" in reason for reason in left.values()), left
 
 
 @pytest.mark.parametrize("chosen", [1, 5, 8])
