@@ -96,6 +96,7 @@ def te_fp8(
 
         calibration = Calibration(first, None if stays or symbolic else partly)
     _warn_about_patterns(chosen, sites)
+    _warn_about_attention(chosen, sites)
     for observer in observers:
         observer(fused, sites, chosen)
     return CompiledGraph(steady, calibration, attached, device, chosen, trains=grad_enabled, check=stages.verifier)
@@ -171,13 +172,25 @@ def _added_inputs(graph: GraphModule, given: int) -> list[Any]:
 def _left_to_inductor(gm: GraphModule, example_inputs: Sequence[Any], sites: Sites, options: Options) -> Callable[..., Any]:
     """Nothing was taken: the graph is Inductor's, exactly as Dynamo gave it. FP8 asked for is never silently bf16."""
     if any(against_wishes(site.reason) for site in sites) and not options.leaves_everything():
-        message = f"te_fp8: nothing in this graph could be computed in FP8. {sites.commonest_reasons()}"
-        if options.strict:
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=2)
+        _warn(options, f"te_fp8: nothing in this graph could be computed in FP8. {sites.commonest_reasons()}")
     for observer in observers:
         observer(gm, sites, options)
     return runtime.compile_inductor(gm, list(example_inputs), options)
+
+
+def _warn_about_attention(options: Options, sites: Sites) -> None:
+    """FP8 that was asked for by name is never silently 16 bits."""
+    attentions = [site for site in sites.taken() if site.kind == "attention"]
+    left = Counter(reason for site in attentions if (reason := site.detail.get("fp8")))
+    if left and options.attention in ("fp8", "fp8_both"):
+        counts = f"{left.total()} of {len(attentions)} in this graph"
+        _warn(options, f"te_fp8: attention={options.attention!r}, but high precision for {counts}: {left.most_common(1)[0][0]}.")
+
+
+def _warn(options: Options, message: str) -> None:
+    if options.strict:
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def _warn_about_patterns(options: Options, sites: Sites) -> None:

@@ -228,6 +228,9 @@ def test_fp8_attention_is_the_recipe_s_to_say():
     attention = next(s for s in sites_of(Attention(), x, recipe="block", attention="fp8").values() if s.kind == "attention")
     assert attention.detail["precision"] == "high" and "one scale a tensor" in attention.detail["fp8"]
     torch._dynamo.reset()
+    with pytest.raises(Exception, match="attention='fp8', but high precision for 1 of 1 in this graph: .*one scale a tensor"):
+        sites_of(Attention(), x, recipe="block", attention="fp8", strict=True)
+    torch._dynamo.reset()
     off = sites_of(Attention(), x, recipe=DelayedScaling(fp8_dpa=True), attention="high_precision")
     assert next(s for s in off.values() if s.kind == "attention").detail["precision"] == "high"
 

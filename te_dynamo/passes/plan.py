@@ -297,14 +297,13 @@ class Planner:
                 return self._computed_by(name, found, op, recipe, trains), detail
             if found is not None or recipe is not None:
                 reasons[name] = reason or ""
-        if recipe is not None:
-            return Plan(self.provider, None, trains), detail | {"fp8": next((r for n, r in reasons.items() if n != "te"), "")}
-        return Plan(self.provider, None, trains), detail | _declined(reasons)
+        declined = _declined(reasons)
+        return Plan(self.provider, None, trains), detail | (declined if recipe is None else {"fp8": declined.get("kernel", "")})
 
     def _candidates(self, recipe: Recipe | None) -> list[str]:
-        """Who is asked, in order: on a GPU TE, where it is there, has FP8 attention, which else is its definition."""
+        """Who is asked, in order: TE, where it is there, has FP8 attention on a GPU."""
         if self.provider == "te":
-            return ["te", "native"] if recipe is None else ["te", "reference"]
+            return ["te", "native"]
         if recipe is None:
             return [self.provider]
         beside = self.options.provider == "auto" and te_is_beside(self.device)

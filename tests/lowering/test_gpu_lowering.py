@@ -292,6 +292,13 @@ def test_a_cpu_is_not_a_gpu():
     assert [implementation.opaque for implementation in found] == [True, False]
 
 
+@pytest.mark.parametrize("op", ["attention", "fp8_forward_attention"])
+def test_fp8_attention_on_a_gpu_is_te_s_or_none(op):
+    """Its definition goes through the scores in blocks, many times slower than high precision's kernel."""
+    on_a_cpu, on_a_gpu = (registry.why_not(op_named(op), DelayedScaling(), "native", torch.device(d)) for d in ("cpu", "cuda"))
+    assert on_a_cpu is None and on_a_gpu == "on a GPU only Transformer Engine has kernels for FP8 attention"
+
+
 def test_the_transposing_kernel(interpreter):
     interpreter("""
 import torch

@@ -97,12 +97,16 @@ def _empty(like: Tensor, shape: Any, form: Form, dtype: torch.dtype) -> Tensor:
 
 OPERATIONS = ("attention", "fp8_forward_attention")
 _NO_SCALE = "FP8 attention has one scale a tensor, and {!r} is no such recipe"
-for _provider in ("reference", "native", "te"):
-    for _op in OPERATIONS:
+# By definition it is many times slower there than in high precision.
+_NO_KERNEL = "on a GPU only Transformer Engine has kernels for FP8 attention"
+for _op in OPERATIONS:
+    missing(_op, "native", dict.fromkeys(PER_TENSOR, _NO_KERNEL))
+    for _provider in ("reference", "native", "te"):
         missing(_op, _provider, {recipe: _NO_SCALE.format(recipe.name) for recipe in CLASSES if recipe not in PER_TENSOR})
 
 
-@implements("attention", provider=("reference", "native"), recipes=PER_TENSOR)
+@implements("attention", provider="native", recipes=PER_TENSOR, devices=("cpu",))
+@implements("attention", provider="reference", recipes=PER_TENSOR)
 class FP8Attention(Implementation):
     """q: [B, H, S, D]; k: [B, H_kv, S_kv, D]; v: [B, H_kv, S_kv, D_v], H a multiple of H_kv; mask: None, bool (True attends) or
     float (added), broadcastable to [B, H, S, S_kv].
@@ -251,7 +255,8 @@ class FP8Attention(Implementation):
         return 2 * product((*q[:3], k[2], 3 * q[3] + 2 * v[3]))
 
 
-@implements("fp8_forward_attention", provider=("reference", "native"), recipes=PER_TENSOR)
+@implements("fp8_forward_attention", provider="native", recipes=PER_TENSOR, devices=("cpu",))
+@implements("fp8_forward_attention", provider="reference", recipes=PER_TENSOR)
 class FP8ForwardAttention(FP8Attention):
     """The same forward; its backward is that of attention in high precision, of the same q, k and v. (TE's kernels take the
     softmax's statistics from the forward in FP8 instead, which costs accuracy where scores are large.)"""
