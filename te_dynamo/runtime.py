@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
-from torch._ops import HigherOrderOperator
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from te_dynamo.cache_key import sources_key
 from te_dynamo.config import Options
+from te_dynamo.eager import eager, runs_eagerly
 from te_dynamo.lowering.graph_passes import joint_graph_passes
 from te_dynamo.lowering.registry import functions_in_graphs, modules
 from te_dynamo.passes.attach import Attached
@@ -70,14 +69,8 @@ def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Opt
 
 
 def eagerly(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """For the graph that calibrates, which is run once or twice: operator by operator, as eager mode runs the model.
-
-    AOTAutograd is for what it takes apart: subclasses of tensors, and operators with graphs of their own, such as checkpoints.
-    """
-    higher_order = any(isinstance(n.target, HigherOrderOperator) for n in gm.graph.nodes)
-    if higher_order or any(map(is_traceable_wrapper_subclass, inputs)):
-        return compile_without_codegen(gm, inputs, options)
-    return gm.forward
+    """For the graph that calibrates: not traced where it need not be."""
+    return eager(gm) if runs_eagerly(gm, inputs) else compile_without_codegen(gm, inputs, options)
 
 
 @dataclass(frozen=True)

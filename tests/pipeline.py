@@ -48,6 +48,7 @@ def stages_of(
     with (
         mock.patch("te_dynamo.backend.Stages", record),
         mock.patch("te_dynamo.runtime.compile_inductor", interpreted),
+        mock.patch("te_dynamo.runtime.compile_without_codegen", interpreted),
     ):
         torch.compile(fn, backend=te_fp8, fullgraph=True, dynamic=dynamic, options=options or {})(*args, **kwargs)
     (recorded,) = made

@@ -1,0 +1,62 @@
+"""A lowered graph that is run as it stands, operator by operator: the one that calibrates, which is run once or twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.autograd.function import once_differentiable
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from te_dynamo.passes.effects import storage, writes
+
+
+def runs_eagerly(gm: GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether eager mode gives what AOTAutograd gives. It takes apart tensors of subclasses, and operators with graphs of their own (such
+    as checkpoints), and tells autograd of inputs that the graph writes."""
+    nodes = gm.graph.nodes
+    given = {storage(n) for n in nodes if n.op == "placeholder"}
+    written = any(storage(w) in given for n in nodes for w in writes(n))
+    higher_order = any(isinstance(n.target, HigherOrderOperator) for n in nodes)
+    return not (written or higher_order or any(map(is_traceable_wrapper_subclass, inputs)))
+
+
+def eager(gm: GraphModule) -> Callable[..., Any]:
+    """`gm`, whose backward is one node of autograd, as a compiled graph's is: the state takes the gradient of its sink from this node, even
+    where a backward was asked for no more than the gradients of some inputs."""
+
+    class Graph(torch.autograd.Function):  # a class of its own, as each compiled graph has: the sink has one place among its inputs
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Any, ...]:
+            with torch.enable_grad():
+                ctx.given = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+                ctx.results = list(gm(*ctx.given))
+            ctx.set_materialize_grads(False)
+            outputs = [r.detach() if isinstance(r, Tensor) else r for r in ctx.results]
+            ctx.mark_non_differentiable(*[o for o, r in zip(outputs, ctx.results, strict=True) if _is_constant(r)])
+            return tuple(outputs)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            pairs = [(r, g) for r, g in zip(ctx.results, grads, strict=True) if g is not None]
+            needs = ctx.needs_input_grad
+            wanted = [a for a, needed in zip(ctx.given, needs, strict=True) if needed]
+            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            results, upstream = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(results, wanted, upstream, retain_graph=keep, allow_unused=True))
+            return tuple(next(found) if needed else None for needed in needs)
+
+    def run(*args: Any) -> Any:
+        learns = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        return Graph.apply(*args) if learns else gm(*args)
+
+    return run
+
+
+def _is_constant(result: Any) -> bool:
+    return isinstance(result, Tensor) and not result.requires_grad

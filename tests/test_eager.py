@@ -1,0 +1,129 @@
+"""Graphs that are run as they stand: what autograd sees of them is what it sees of a compiled graph."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import te_dynamo
+from te_dynamo.backend import te_fp8
+from te_dynamo.runtime import compile_without_codegen
+
+SIZE = 32
+pytestmark = pytest.mark.usefixtures("no_codegen")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """Its second result is made of the input alone, its third needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(SIZE, 2 * SIZE), nn.Linear(2 * SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        y = self.b(torch.tanh(self.a(x)))
+        return y, x.flatten(), y.argmax(-1), y.shape[0]
+
+
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By AOTAutograd, as the graphs that are run more than twice."""
+    monkeypatch.setattr("te_dynamo.backend.eagerly", compile_without_codegen)
+
+
+def first_step(how: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """What the graph that calibrates gives: results, gradients, the scale state after a second step, which it decides."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"provider": "reference"})
+    x = torch.randn(16, SIZE, dtype=dtype, requires_grad=True)
+    y, flat, places, rows = call(x)
+    assert rows == 16 and not places.requires_grad and torch.equal(flat.detach(), x.detach().flatten())
+    if how == "backward":
+        (y.square().sum() + flat.sum()).backward()
+    elif how == "of the input alone":
+        x.grad = torch.autograd.grad(y.square().sum(), x)[0]
+    elif how == "twice":
+        y.square().sum().backward(retain_graph=True)
+        y.sum().backward()
+    elif how == "of one result":
+        flat.square().sum().backward()
+    found = [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    call(x)[0].sum().backward()
+    return [*found, *te_dynamo.scale_state(model).state_dict().values()]
+
+
+@pytest.mark.parametrize("how", ["backward", "of the input alone", "twice", "of one result"])
+def test_what_a_traced_graph_gives_and_records(how, monkeypatch):
+    ours = first_step(how)
+    traced(monkeypatch)
+    theirs = first_step(how)
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+
+
+def test_a_second_backward_without_retain_graph_is_an_error():
+    call = torch.compile(Net(), backend=te_fp8, options={"provider": "reference"})
+    loss = call(torch.randn(16, SIZE))[0].square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_no_gradient_is_wanted():
+    model = Net().requires_grad_(False)
+    call = torch.compile(model, backend=te_fp8, options={"provider": "reference"})
+    assert not call(torch.randn(16, SIZE))[0].requires_grad
+
+
+class Counted(nn.Module):
+    """Writes a buffer, and its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.linear(x.mul_(2))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.linear, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(("kind", "is_traced"), [(Net, False), (Counted, True), (Checkpointed, True)])
+def test_what_eager_mode_does_otherwise_is_traced(kind, is_traced, monkeypatch):
+    seen: list[bool] = []
+
+    def noted(*given):
+        seen.append(True)
+        return compile_without_codegen(*given)
+
+    model = kind()
+    exact, x = copy.deepcopy(model), torch.randn(16, SIZE)
+    call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"provider": "reference"})
+    monkeypatch.setattr("te_dynamo.runtime.compile_inductor", lambda gm, inputs, options: gm.forward)
+    monkeypatch.setattr("te_dynamo.runtime.compile_without_codegen", noted)
+    given = [(x.clone().requires_grad_() * 1) for _ in range(2)]
+    results = [module(t) for module, t in zip((call, exact), given, strict=True)]
+    assert bool(seen) == is_traced
+    ours, theirs = (r[0] if isinstance(r, tuple) else r for r in results)
+    assert (ours - theirs).norm() < 0.1 * theirs.norm() and torch.equal(*given)
+    if kind is Counted:
+        assert model.calls == exact.calls == 1
