@@ -217,6 +217,22 @@ LEFT = [
 ]
 
 
+def test_a_cast_leaves_the_values_in_fp8_and_others_cannot_be_set():
+    model, x = frozen(Block()), torch.randn(16, 64, dtype=torch.bfloat16)
+    run, _ = called(model, x)
+    te_dynamo.release_high_precision(model)
+    weight, expected = model.up.weight, run(x)
+    for other in (torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(128, 64), torch.zeros(64, 128, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="cannot be written.*Remedy"):
+            weight.data = other
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        assert model.up.weight is weight and weight.dtype == dtype and torch.equal(weight.dequantize(), weight.values().to(dtype))
+        with pytest.raises(RuntimeError, match="invalid python storage"):  # there is no memory
+            Tensor.untyped_storage(weight).data_ptr()
+    assert torch.equal(run(x), expected)
+
+
 @pytest.mark.parametrize("case", LEFT, ids=lambda case: case[3])
 def test_what_is_left_is_told_why(case):
     make, options, name, reason = case
