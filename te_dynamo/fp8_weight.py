@@ -93,6 +93,18 @@ class FP8Weight(Tensor):
         made.kept = self.kept
         return made
 
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, given: Tensor) -> None:
+        """A cast, as `module.bfloat16()` sets it, changes the dtype alone: the values stay in FP8. Other values cannot be set."""
+        if given.shape != self.shape or given.device != self.device or not torch.equal(given, self.dequantize().to(given.dtype)):
+            raise RuntimeError(RELEASED.format(what="be written") + ".")
+        cast = FP8Weight(self.fp8, self.scale_inv, self.shape, self.stride(), given.dtype, self.across, self.top)
+        Tensor.data.__set__(self, cast)  # type: ignore[attr-defined]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FP8Weight:
         made = self._with(self.fp8.clone(), self.scale_inv.clone())
         made.kept = None

@@ -191,6 +191,17 @@ class AlsoRead(Block):
         return super().forward(x) + self.up.weight.sum()
 
 
+class SecondAlsoRead(nn.Module):
+    """Two linears of one GEMM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.gate(x)) * self.up(x) + self.up.weight.sum()
+
+
 class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -210,11 +221,46 @@ def _view_of_a_buffer() -> nn.Module:
 LEFT = [
     (Tied, {}, "embedding.weight", "not one module holds it, but several, or none"),
     (AlsoRead, {}, "up.weight", "a graph reads it in high precision too"),
+    (SecondAlsoRead, {}, "up.weight", "a graph reads it in high precision too"),
     (Part, {}, "both", "a part of it is the weight of a linear, or another form of it"),
     (_view_of_a_buffer, {}, "up.weight", "it is a view of a larger tensor, which would stay"),
     (Block, {}, "norm.weight", "no compiled graph keeps an FP8 copy of it"),
     (Block, {"recipe": "block"}, "up.weight", "its FP8 copy has other scales than one for the weight or for each row"),
 ]
+
+
+def test_a_square_weight_that_is_read_transposed():
+    """Its copy has rows and columns exchanged, which no shape tells."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.w
+
+    model = frozen(Square())
+    called(model, torch.randn(16, 64, dtype=torch.bfloat16))
+    before = model.w.detach().clone()
+    assert te_dynamo.release_high_precision(model).names == ["w"]
+    assert sqnr(before, model.w.dequantize()) > 25
+
+
+def test_a_cast_leaves_the_values_in_fp8_and_others_cannot_be_set():
+    model, x = frozen(Block()), torch.randn(16, 64, dtype=torch.bfloat16)
+    run, _ = called(model, x)
+    te_dynamo.release_high_precision(model)
+    weight, expected = model.up.weight, run(x)
+    for other in (torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(128, 64), torch.zeros(64, 128, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="cannot be written.*Remedy"):
+            weight.data = other
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        assert model.up.weight is weight and weight.dtype == dtype and torch.equal(weight.dequantize(), weight.values().to(dtype))
+        with pytest.raises(RuntimeError, match="invalid python storage"):  # there is no memory
+            Tensor.untyped_storage(weight).data_ptr()
+    assert torch.equal(run(x), expected)
 
 
 @pytest.mark.parametrize("case", LEFT, ids=lambda case: case[3])
@@ -307,6 +353,6 @@ def test_its_values_are_quantized_to_the_same(margin, by_row, seed, size):
 
     data, inverse = quantize(w)
     weight = FP8Weight(data, inverse, w.shape, w.stride(), torch.float32, False, (top, float(torch.tensor(top).to(torch.float8_e4m3fn))))
-    again, inverse_again = quantize(weight.values())
+    again, inverse_again = quantize(weight.detach().values())
     assert torch.equal(again.view(torch.uint8), data.view(torch.uint8))
     torch.testing.assert_close(inverse_again, inverse, rtol=1e-6, atol=0)

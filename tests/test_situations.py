@@ -545,3 +545,33 @@ def test_an_exported_program_is_taken_as_its_model_is():
     assert taken[0] == taken[1] and reports[1].fp8_flop_fraction == 1
     call = torch.compile(exported, backend=te_fp8)
     assert sqnr(model(x), call(x)) > 20
+
+
+# --- results that are written in place
+
+
+@pytest.mark.parametrize("provider", ["auto", "reference"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_results_of_linears_are_written_in_place(provider, trains):
+    """Of two that are one GEMM, and of one alone: what a site gives may be a view."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.gate(x), self.up(x)
+            gate.mul_(2)
+            up[:, :3] = 0
+            y = self.down(torch.tanh(gate) * up)
+            y.mul_(2)
+            return y
+
+    model, x = Writes().requires_grad_(trains), torch.randn(32, SIZE)
+    call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"provider": provider})
+    for _ in range(2):
+        assert sqnr(model(x), call(x)) > 20
+    if trains:
+        for exact, found in zip(gradients(model, model, x), gradients(call, model, x), strict=True):
+            assert sqnr(exact, found) > 15

@@ -19,7 +19,7 @@ from te_dynamo.ir import op_of, site_of
 from te_dynamo.ir.graph import EXAMPLE, emit, fake, is_call, is_method, tensor
 from te_dynamo.ir.layout import Layout
 from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
-from te_dynamo.passes.effects import storage, written_between
+from te_dynamo.passes.effects import storage, writes, written_between
 from te_dynamo.passes.heads import emit_in_place, emit_qkv, kernels_write_gradients, read_heads
 from te_dynamo.passes.layout import choose_layouts, note_layouts, qkv_linears
 from te_dynamo.passes.permutations import use_permutations
@@ -43,8 +43,9 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
     merges = _merges(gm.graph, heads)
     for attention, prepared in heads.items():
         emit_qkv(gm.graph, attention, prepared)
+    written = {storage(w) for n in gm.graph.nodes for w in writes(n)} - {None}
     for group in _groups(gm.graph, where):
-        _group(gm.graph, group, merges)
+        _group(gm.graph, group, merges, written)
     where = regions(gm.graph, grad_enabled)
     use_permutations(gm.graph, where)
     for attention in [n for n in gm.graph.nodes if is_call(n, ops.attention) and n not in heads]:
@@ -100,22 +101,22 @@ def _groups(graph: Graph, where: dict[Node, tuple[int, bool]]) -> list[list[Node
     return list(found.values())
 
 
-def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge]) -> None:
+def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge], written: Container[Any]) -> None:
     """Turns the linears of one input into groups: first the q, k, v of each attention, then what is left.
 
     Linears that share a GEMM share a scale, which TE's do not: they are not merged where they must be like its own. And what
-    they give are views of one buffer, which nobody outside of the graph should get to see.
+    they give are views of one buffer, which nobody outside of the graph should get to see. written: the memory that the graph writes.
     """
     may_merge = not getattr(members[0].meta[RECIPE], "like_te", False) and not any(_is_returned(m) for m in members)
     for trio, merge in merges.items() if may_merge else ():
         if all(n in members for n in trio) and _movable(list(trio)):
-            _emit_group(graph, list(trio), merged=True, interleave=merge.interleave)
+            _emit_group(graph, list(trio), written, merged=True, interleave=merge.interleave)
             members = [n for n in members if n not in trio]
     if len(members) > 1 and not _movable(members):
         for member in members:
-            _emit_group(graph, [member])
+            _emit_group(graph, [member], written)
     elif members:
-        _emit_group(graph, members, merged=len(members) > 1 and may_merge and _learn_alike(members))
+        _emit_group(graph, members, written, merged=len(members) > 1 and may_merge and _learn_alike(members))
 
 
 def _learn_alike(members: list[Node]) -> bool:
@@ -149,7 +150,7 @@ def _can_precede(node: Node, place: Node) -> bool:
     return is_view(node) and all(_can_precede(n, place) for n in node.all_input_nodes)
 
 
-def _emit_group(graph: Graph, members: list[Node], *, merged: bool = False, interleave: int = 0) -> None:
+def _emit_group(graph: Graph, members: list[Node], written: Container[Any], *, merged: bool = False, interleave: int = 0) -> None:
     place = _first_use(members)
     for member in members:
         for dependency in member.all_input_nodes:
@@ -160,6 +161,8 @@ def _emit_group(graph: Graph, members: list[Node], *, merged: bool = False, inte
         kwargs = {"out_dtype": dtype, "merged": merged, "interleave": interleave}
         group = emit(graph, ops.linears, (x, weights, biases), kwargs, like=members[0])
         outputs = [emit(graph, operator.getitem, (group, i), like=m) for i, m in enumerate(members)]
+        # What a site gives may be a view, which autograd does not let be written in place.
+        outputs = [emit(graph, torch.clone, (y,), like=m) if storage(m) in written else y for y, m in zip(outputs, members, strict=True)]
     group.meta[RECIPE] = members[0].meta[RECIPE]
     group.meta[MEMBERS] = [_site_meta(m) for m in members]
     for member, output in zip(members, outputs, strict=True):

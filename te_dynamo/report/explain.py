@@ -264,6 +264,10 @@ class Recorder:
                 total += seen.forward + seen.backward * backward
         return fp8, total
 
+    def uncounted(self) -> list[str]:
+        """The operations with a parameter whose FLOPs are not known, of what ran."""
+        return sorted({name for graph in self.graphs if graph.calls for visit in graph.visits for name in visit.uncounted})
+
 
 def untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
     """Sites for the weight GEMMs that no rule reported, or whose whole graph was left."""
@@ -299,6 +303,8 @@ def _report(recorder: Recorder, backward: bool, notes: Sequence[str]) -> Report:
             "Dynamo gave te_fp8 no graph, so nothing was compiled: it skips what is disabled, and what breaks inside a loop. "
             "TORCH_LOGS=graph_breaks,dynamo shows which of the two."
         ]
+    if uncounted := recorder.uncounted():
+        notes = [*notes, f"not among the FLOPs, as they cannot be counted by themselves: {', '.join(uncounted)}"]
     breaks, sites = graph_breaks(), tuple(recorder.sites())
     mixing = sorted({str(site.recipe) for site in sites if "scale" in site.detail})
     if mixing and any(site.kind == "attention" for site in sites):

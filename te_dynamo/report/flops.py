@@ -7,7 +7,6 @@ products of parameters among themselves and recomputation under activation check
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from te_dynamo.passes.weights import is_owned, source_of
 from te_dynamo.report.isolation import Memory
 from te_dynamo.sites import module_path
 
-log = logging.getLogger(__name__)
 aten = torch.ops.aten
 # Where the two matrices stand among the arguments.
 GEMMS = {
@@ -74,13 +72,15 @@ class Visit:
     """One run through a graph, or through a sub-graph of it.
 
     unit: the graph; places: for the name of each node that a site may tell of, the path that the site has; gemms: what runs
-    in the graph itself, not in its sub-graphs; within: the operator whose sub-graph it is, "" where that is rewritten too.
+    in the graph itself, not in its sub-graphs; within: the operator whose sub-graph it is, "" where that is rewritten too; uncounted:
+    the names of operations with a parameter that cannot run by themselves, as inside a transform of torch.func.
     """
 
     unit: GraphModule
     places: dict[str, str]
     gemms: list[CountedGemm]
     within: str = ""
+    uncounted: tuple[str, ...] = ()
 
 
 class Origin(Enum):
@@ -117,6 +117,7 @@ def _visit(gm: GraphModule, arguments: Sequence[Value], grad_enabled: bool, with
     values: dict[Node, Value] = {}
     places: dict[str, str] = {}
     gemms: list[CountedGemm] = []
+    uncounted: list[str] = []
     for node in gm.graph.nodes:
         grad = where[node][1]
         values[node] = (
@@ -130,8 +131,12 @@ def _visit(gm: GraphModule, arguments: Sequence[Value], grad_enabled: bool, with
             operator = within if node.target in OPERANDS else getattr(node.target, "__name__", str(node.target))
             yield from _visit(body, operands[-count:] if count <= len(operands) else [], grad, operator)
         if not called:
-            gemms += _gemms_at(node, values, grad)
-    yield Visit(gm, places, gemms, within)
+            try:
+                gemms += _gemms_at(node, values, grad)
+            except _CannotRun:
+                if any(values[n].origin is Origin.WEIGHT for n in node.all_input_nodes):
+                    uncounted.append(node.name)
+    yield Visit(gm, places, gemms, within, tuple(uncounted))
 
 
 def _input(placeholder: Node, position: int) -> Value:
@@ -210,6 +215,10 @@ def _first(value: Any) -> Tensor | None:
     return next((t for t in tree_leaves(value) if isinstance(t, Tensor)), None)
 
 
+class _CannotRun(Exception):
+    """An operation cannot run by itself."""
+
+
 def _executed(node: Node, values: dict[Node, Value]) -> list[tuple[bool, int]]:
     """(whether it is a weight's, its FLOPs) of each GEMM in an operation: seen by running it on its fake values."""
     weights = [t for n in node.all_input_nodes if values[n].origin is Origin.WEIGHT and (t := tensor(n)) is not None]
@@ -225,8 +234,8 @@ def _executed(node: Node, values: dict[Node, Value]) -> list[tuple[bool, int]]:
                 getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 node.target(*args, **kwargs)
-    except Exception as error:  # an operation that cannot run by itself
-        log.warning("te_dynamo.explain: %s was not counted: %s", node.name, error)
+    except Exception as error:
+        raise _CannotRun from error
     return [(seen.weight, seen.forward) for seen in observer.seen]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import te_dynamo
 from te_dynamo.backend import te_fp8
 from te_dynamo.lowering.per_tensor import PerTensorLinears
+from te_dynamo.weight_cache import WeightCache
 from tests import te_on_cpu
 from tests.numerics import sqnr
 
@@ -163,6 +165,30 @@ def test_a_kept_weight_does_not_outgrow_its_scale(provider):
     for _ in range(2):
         run(x).sum().backward()
     assert (run(x) - model(x)).norm() < 0.2 * model(x).norm()
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", ["gate", "up"])
+def test_one_element_of_any_weight_of_a_gemm(no_codegen, keep, name):
+    """It is none of those that are looked at: the version tells, of the second weight of a GEMM as of the first."""
+    torch._dynamo.reset()
+    model, (x,) = Model(), batches(1)
+    run = torch.compile(model, backend=te_fp8, options={"provider": "reference", "recipe": "current", "keep_weights": True})
+    for element in (0.0, 3.0):
+        with torch.no_grad():
+            getattr(model, name).weight[0, 5] = element
+        with torch.set_grad_enabled(keep):
+            assert sqnr(model(x), run(x)) > 20
+
+
+def test_each_form_of_a_graph_has_copies_of_its_own():
+    def form(factor: float) -> list[Any]:
+        how = {"key": str(factor), "make": lambda tensors: [tensors[0].detach() * factor], "made_again": lambda *_: []}
+        return [SimpleNamespace(arguments=(0,), trains=False, **how)]
+
+    cache, weight, forms = WeightCache(), nn.Linear(4, 4).weight, {factor: form(factor) for factor in (2.0, 3.0)}
+    for factor in (2.0, 3.0, 2.0):
+        assert torch.equal(cache.inputs(forms[factor], [weight])[0], weight * factor)
 
 
 def test_verify_knows_them(provider):

@@ -219,6 +219,8 @@ def test_weights_that_are_kept(recipe: Recipe, cached: str) -> None:
     needs = [False] * 3 if cached == "inference" else NEEDS
     done = implementation.forward(call, given, scales_of(call, None), needs)
     assert torch.equal(done.outputs[0][:64], expected.outputs[0][:64])
+    if kept[0].amax is not None:
+        assert kept[0].amax == inputs[1].abs().max()
     if cached == "training":
         gradients = implementation.backward(call, inputs, done.saved, [grad], scales_of(call, None), NEEDS).gradients
         assert min(errors(inputs, grad, (done, Backward(gradients, [])))) > 27

@@ -786,3 +786,19 @@ def test_llama_in_layers(llama):
     report = te_dynamo.explain(llama, input_ids=ids, labels=ids, use_cache=False, backward=True)
     assert sorted(paths(report)) == sorted(f"model.layers.{i}.{name}" for i in range(2) for name in LLAMA_LINEARS)
     assert site(report, "lm_head").reason == OUTSIDE
+
+
+def test_what_cannot_be_counted_is_told():
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.beside = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.beside(x) + torch.vmap(lambda row: torch.tanh(self.inside(row)))(x)
+
+    report = te_dynamo.explain(Mapped(), torch.randn(16, 64))
+    assert report.counted_flops == LINEAR_FLOPS
+    (note,) = report.notes
+    (left,) = [site for site in report.sites if site.provider is None]
+    assert note.startswith("not among the FLOPs") and left.node in note and left.path == "inside"

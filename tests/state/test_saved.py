@@ -418,6 +418,15 @@ def test_a_wrong_shape_is_found_when_the_site_appears():
     assert scales(other)["blocks.0.up.input.amax_history"].count_nonzero() == 3  # one of its own, and the two that still fit
 
 
+def test_another_load_replaces_what_waits_and_does_not_fit():
+    model, other = Net(), Net()
+    train(compiled(model))
+    te_dynamo.scale_state(other).load_state_dict(scales(model))
+    te_dynamo.scale_state(other).load_state_dict({}, strict=False)
+    assert not scales(other)
+    torch.compile(other, backend=te_fp8, options={"recipe": "delayed"})(torch.randn(8, SIZE))  # whose history is longer
+
+
 def test_what_waits_for_its_sites_is_saved_and_replaced():
     model, other = Net(), Net()
     train(compiled(model))

@@ -55,12 +55,12 @@ def _blocks(part: Tensor) -> Any:
 def _reference(
     parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, interleave: int, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, for devices without Triton. Only the first amax is set."""
+    """The definition, for devices without Triton. Only the last amax is set: who reads the first alone is found out."""
     whole = torch.cat(list(parts)) if not interleave else torch.stack([p.unflatten(0, (-1, interleave)) for p in parts], 1).flatten(0, 2)
     q, nothing = quantize(whole, scale, dtype), whole.new_empty((0, 0), dtype=dtype)
     amax = whole.new_zeros(sum(_blocks(p) for p in parts), dtype=torch.float32)
     if whole.numel():
-        amax[0] = row_amax(whole).amax()
+        amax[-1] = row_amax(whole).amax()
     across = q.t().clone(memory_format=torch.contiguous_format) if transposed else nothing.clone()
     return q if data else nothing, across, amax
 

@@ -92,15 +92,15 @@ def fill_kept(kept: KeptInputs, parts: Sequence[Tensor]) -> None:
 
 
 def fill_both(both: Both, values: Tensor, quantized: Tensor) -> None:
-    """The definition, for devices without Triton: of `values` [rows, columns] in float32, and what their cast gives. Only the first amax
-    and the first sums are set."""
+    """The definition, for devices without Triton: of `values` [rows, columns] in float32, and what their cast gives. Only the last amax
+    and the last sums are set: who reads the first alone is found out."""
     rows = values.shape[0]
     for target, made in ((both.data, quantized), (both.transposed.t(), quantized)):
         if target.numel():
             target.zero_()
             target[:rows] = made
     both.amaxes.zero_()
-    both.amaxes[:1] = amax(values)
+    both.amaxes[-1:] = amax(values)
     if both.sums.numel():
         both.sums.zero_()
-        both.sums[:1] = values.sum(0)
+        both.sums[-1:] = values.sum(0)
