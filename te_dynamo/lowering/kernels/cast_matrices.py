@@ -58,7 +58,7 @@ def _programs(x: Tensor, scale: Tensor | None) -> Any:
 def _reference(
     x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition, for devices without Triton. Only the last amax is set: who reads the first alone is found out."""
+    """The definition, for devices without Triton. Only the last amax is set, so that tests notice a reader of the first alone."""
     by_row = row_amax(x)
     inverse = x.new_empty((0, 0), dtype=torch.float32)
     scales = scale

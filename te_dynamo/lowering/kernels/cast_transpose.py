@@ -55,7 +55,7 @@ def _blocks(part: Tensor) -> Any:
 def _reference(
     parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, interleave: int, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, for devices without Triton. Only the last amax is set: who reads the first alone is found out."""
+    """The definition, for devices without Triton. Only the last amax is set, so that tests notice a reader of the first alone."""
     whole = torch.cat(list(parts)) if not interleave else torch.stack([p.unflatten(0, (-1, interleave)) for p in parts], 1).flatten(0, 2)
     q, nothing = quantize(whole, scale, dtype), whole.new_empty((0, 0), dtype=dtype)
     amax = whole.new_zeros(sum(_blocks(p) for p in parts), dtype=torch.float32)

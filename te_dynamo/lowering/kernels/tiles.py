@@ -93,7 +93,7 @@ def fill_kept(kept: KeptInputs, parts: Sequence[Tensor]) -> None:
 
 def fill_both(both: Both, values: Tensor, quantized: Tensor) -> None:
     """The definition, for devices without Triton: of `values` [rows, columns] in float32, and what their cast gives. Only the last amax
-    and the last sums are set: who reads the first alone is found out."""
+    and the last sums are set, so that tests notice a reader of the first alone."""
     rows = values.shape[0]
     for target, made in ((both.data, quantized), (both.transposed.t(), quantized)):
         if target.numel():
