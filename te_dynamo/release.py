@@ -69,10 +69,11 @@ class _Copy(NamedTuple):
 def release_high_precision(model: nn.Module) -> Released:
     """Lets the high-precision values of frozen weights go whose FP8 copies a compiled graph keeps, which halves the memory of weights.
 
-    Freeze the parameters (`requires_grad_(False)`), call the compiled model once (in training twice: the first step only measures), then call this with the model that was compiled, or with
-    what `torch.compile` gave. Graphs are compiled once more at the next call. From then on a weight's value is that of its FP8 copy: what
-    else reads it gets that, in the weight's dtype (a call of the model that was not compiled, a graph that quantizes it otherwise). It
-    cannot be written or saved, which raises RuntimeError; the adapters of a LoRA can. `load_state_dict` brings high precision back.
+    Freeze the parameters (`requires_grad_(False)`), call the compiled model once (in training twice: the first step only measures), then
+    call this with the model that was compiled, or with what `torch.compile` gave. Graphs are compiled once more at the next call. From then
+    on a weight's value is that of its FP8 copy: what else reads it gets that, in the weight's dtype (a call of the model that was not
+    compiled, a graph that quantizes it otherwise). It cannot be written or saved, which raises RuntimeError; the adapters of a LoRA can.
+    `load_state_dict` brings high precision back.
 
     Released are weights that one module holds, and that graphs read in FP8 alone, quantized with one scale for the tensor or each row.
     Returns what was released, and for each other parameter why not.
