@@ -575,3 +575,24 @@ def test_results_of_linears_are_written_in_place(provider, trains):
     if trains:
         for exact, found in zip(gradients(model, model, x), gradients(call, model, x), strict=True):
             assert sqnr(exact, found) > 15
+
+
+@pytest.mark.parametrize("provider", ["auto", "reference"])
+def test_a_linear_whose_output_is_detached_has_no_gradient(provider):
+    """Though another of the same input has one: zeros would have an optimizer decay its weight."""
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.learns, self.watches = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.tanh(self.learns(x)), self.watches(x).detach().square()
+
+    model, x = Watched(), torch.randn(32, SIZE)
+    call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"provider": provider})
+    for _ in range(2):
+        y, seen = call(x)
+        (y.sum() + seen.sum()).backward()
+    assert model.watches.weight.grad is None and model.learns.weight.grad is not None
+    assert sqnr(model(x)[1], seen) > 15

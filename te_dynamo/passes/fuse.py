@@ -44,7 +44,7 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
     for attention, prepared in heads.items():
         emit_qkv(gm.graph, attention, prepared)
     written = {storage(w) for n in gm.graph.nodes for w in writes(n)} - {None}
-    for group in _groups(gm.graph, where):
+    for group in _groups(gm.graph, where, _reached_by_gradients(gm.graph, where)):
         _group(gm.graph, group, merges, written)
     where = regions(gm.graph, grad_enabled)
     use_permutations(gm.graph, where)
@@ -91,12 +91,23 @@ def _splits_heads(user: Node, linear: Node, head: Any) -> bool:
     return out.dim() == shape.dim() + 1 and out.shape[-1] == head and tuple(out.shape[:-2]) == tuple(shape.shape[:-1])
 
 
-def _groups(graph: Graph, where: dict[Node, tuple[int, bool]]) -> list[list[Node]]:
-    """The linears of each input, output dtype, recipe and region, in the graph's order."""
+def _reached_by_gradients(graph: Graph, where: dict[Node, tuple[int, bool]]) -> set[Node]:
+    """The nodes from which something that is not detached leads to a result of the graph."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        detached = is_method(node, "detach") or is_call(node, torch.detach) or not where.get(node, (0, True))[1]
+        if node.op == "output" or (node in found and not detached):
+            found.update(node.all_input_nodes)
+    return found
+
+
+def _groups(graph: Graph, where: dict[Node, tuple[int, bool]], reached: Container[Node]) -> list[list[Node]]:
+    """The linears of each input, output dtype, recipe and region, in the graph's order. Apart are those that no gradient reaches: theirs is
+    None, which a group's would not be."""
     found: dict[Any, list[Node]] = {}
     for node in graph.nodes:
         if is_call(node, ops.linear):
-            key = (node.args[0], node.kwargs["out_dtype"], node.meta[RECIPE], where[node])
+            key = (node.args[0], node.kwargs["out_dtype"], node.meta[RECIPE], where[node], not where[node][1] or node in reached)
             found.setdefault(key, []).append(node)
     return list(found.values())
 
