@@ -33,7 +33,7 @@ class Call:
     calibrating: whether an unset scale, which is 0, is taken from the tensor itself.
     records: whether its amaxes are wanted: a site with slots, in training.
     cached: "training" or "inference" where the weights come in quantized already, for both directions or for forward.
-    keeps_fp8: whether what an activation reads of its result is kept for backward in FP8 (see `lowering.activations`); of a producer,
+    keeps_fp8: whether what an activation reads of its result is kept for backward in FP8 (see `lowering.kept_inputs`); of a producer,
         an activation: whether it keeps that itself.
     remakes: what backward makes again instead of keeping it: "weights", the FP8 copies that dgrad reads; "input", the FP8 input.
     producer: the computation that makes the first input, where a kernel of its own writes that quantized.

@@ -9,7 +9,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
-from te_dynamo.lowering.activations import ActivationsInFP8
+from te_dynamo.lowering.kept_inputs import ActivationsInFP8
 
 
 def joint_graph_passes(version: str) -> list[CustomGraphPass]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from te_dynamo.lowering.activations import kept_in_fp8
 from te_dynamo.lowering.call import Call, flattened
 from te_dynamo.lowering.compute import compute_backward, compute_forward, in_full_precision, read_in_backward, scales_of, unflattened
 from te_dynamo.lowering.handed import CARRIERS, carriers
+from te_dynamo.lowering.kept_inputs import kept_in_fp8
 from te_dynamo.lowering.opaque import opaque_backward, opaque_forward
 from te_dynamo.lowering.quantized import MadeGradient, Scale
 from te_dynamo.lowering.registry import implementation_of
