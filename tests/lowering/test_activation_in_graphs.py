@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.sites import Site
+from tests.matrix import thinned
 from tests.numerics import sqnr
 from tests.partitioned import calls, casts, interpreted, saved_for_backward
 
@@ -79,17 +80,7 @@ def compiled(model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, backend=te_fp8, fullgraph=True, options={"strict": True, "memory": "speed", **options})
 
 
-SETTINGS = ("speed", "balanced", "saving")
-
-
-@pytest.mark.parametrize(
-    ("kind", "memory"),
-    [
-        pytest.param(kind, memory, marks=() if kind == "swiglu" or memory == SETTINGS[n % 3] else pytest.mark.slow)
-        for n, kind in enumerate(KINDS)
-        for memory in SETTINGS
-    ],
-)
+@pytest.mark.parametrize(("kind", "memory"), thinned(list(KINDS), ["speed", "balanced", "saving"]))
 def test_it_is_one_kernel_each_way_and_right(kind, memory):
     model, x = model_and_input(kind)
     exact_model, exact_x = KINDS[kind]().double(), x.detach().double().requires_grad_()

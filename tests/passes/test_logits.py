@@ -19,6 +19,7 @@ from te_dynamo.passes.raise_linear import LINEAR_RULES
 from te_dynamo.passes.rules import apply
 from te_dynamo.sites import Sites
 from tests.capture import capture
+from tests.matrix import thinned
 
 VOCABULARY, WIDTH = 96, 32
 TINY = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": VOCABULARY}
@@ -76,8 +77,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
 }
 
 
-@pytest.mark.parametrize("labels", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "labels"), thinned(list(MODELS), [False, True]))
 def test_transformers(name, labels):
     make, path, linears = MODELS[name]
     model = make()

@@ -24,6 +24,7 @@ from te_dynamo.passes.masks import Proof, compute, prove, simplify_masks
 from te_dynamo.passes.masks import proof as proofs
 from te_dynamo.sites import Sites
 from tests.capture import capture
+from tests.matrix import thinned
 
 S = 12
 CAUSAL, ALL = Proof("causal"), Proof("all")
@@ -435,8 +436,7 @@ def softmax_masks(gm: GraphModule) -> list[Node]:
     return [n.args[0].args[1] for n in gm.graph.nodes if is_call(n, F.softmax, torch.softmax) and is_call(n.args[0], torch.add)]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dynamic"), thinned(list(MODELS), [False, True]))
 def test_transformers_sdpa(name: str, dynamic: bool):
     kwargs, expected = MODELS[name]
     gm, proofs = simplified(logits(lm(name, "sdpa", **kwargs)), ids(), dynamic=dynamic)
@@ -445,8 +445,7 @@ def test_transformers_sdpa(name: str, dynamic: bool):
         assert not any(is_call(n, torch.cumsum, torch.diff, torch.le, torch.bitwise_and) for n in gm.graph.nodes)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "dynamic"), thinned([torch.float32, torch.bfloat16, torch.float16], [False, True]))
 def test_transformers_eager(dtype: torch.dtype, dynamic: bool):
     gm = capture(logits(lm("llama", "eager", num_hidden_layers=1).to(dtype)), ids(), dynamic=dynamic)
     canonicalize(gm)

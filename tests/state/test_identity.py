@@ -190,7 +190,7 @@ def test_a_graph_break_changes_nothing():
 
 def test_modules_are_found_that_gc_freeze_hides_before_a_search_and_after_it():
     made: list[nn.Module] = []
-    for _ in range(3):
+    for _ in range(2):
         made.append(nn.Linear(2, 2))
         for hides in (False, True):
             if hides:
