@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.backends.registry import _COMPILER_FNS
 from torch.fx import GraphModule
 
 from te_dynamo import runtime
@@ -56,6 +57,8 @@ def te_fp8(
     Raises ValueError for an option that is unknown or not allowed, RuntimeError for a provider that was asked for by name
     and is not available, or where nothing could be taken and `strict` is set.
     """
+    # Given as a function it is registered too: torch lets go of its weak references to weights, which may then be swapped, for these alone.
+    _COMPILER_FNS.setdefault("te_fp8", te_fp8)
     chosen = Options.from_user(options, mode)
     sites = Sites(strict=chosen.strict)
     grad_enabled = torch.is_grad_enabled() and _wants_gradients(gm)
