@@ -1,6 +1,6 @@
 """Prints the cost of te_dynamo, as ratios to Inductor in the same run.
 
-    python -m benchmarks [--only SECTION ...] [--repeat N] [--output FOLDER [--name NAME]]
+    python -m benchmarks [--only SECTION]... [--repeat N] [--output FOLDER [--name NAME]]
     python -m benchmarks --gpu [...]    # speed on a GPU, see `python -m benchmarks --gpu --help`
 
 compile: CPU time of the first forward and backward of a 32-layer Llama, cold and in a second process (caches warm).
