@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from te_dynamo.passes.effects import storage, writes
+from te_dynamo.passes.effects import storage, written_memory
 
 
 def runs_eagerly(gm: GraphModule, inputs: Sequence[Any]) -> bool:
@@ -20,9 +20,8 @@ def runs_eagerly(gm: GraphModule, inputs: Sequence[Any]) -> bool:
     as checkpoints), and tells autograd of inputs that the graph writes."""
     nodes = gm.graph.nodes
     given = {storage(n) for n in nodes if n.op == "placeholder"}
-    written = any(storage(w) in given for n in nodes for w in writes(n))
     higher_order = any(isinstance(n.target, HigherOrderOperator) for n in nodes)
-    return not (written or higher_order or any(map(is_traceable_wrapper_subclass, inputs)))
+    return given.isdisjoint(written_memory(gm.graph)) and not (higher_order or any(map(is_traceable_wrapper_subclass, inputs)))
 
 
 def eager(gm: GraphModule) -> Callable[..., Any]:
@@ -45,6 +44,8 @@ def eager(gm: GraphModule) -> Callable[..., Any]:
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             pairs = [(r, g) for r, g in zip(ctx.results, grads, strict=True) if g is not None]
             needs = ctx.needs_input_grad
+            if not pairs:  # what reads the results gives no gradient
+                return (None,) * len(needs)
             wanted = [a for a, needed in zip(ctx.given, needs, strict=True) if needed]
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
             results, upstream = zip(*pairs, strict=True)

@@ -79,6 +79,22 @@ def test_a_second_backward_without_retain_graph_is_an_error():
         loss.backward()
 
 
+def test_no_gradient_comes():
+    class Stops(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    model = Net()
+    call = torch.compile(model, backend=te_fp8, options={"provider": "reference"})
+    Stops.apply(call(torch.randn(16, SIZE))[0]).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_no_gradient_is_wanted():
     model = Net().requires_grad_(False)
     call = torch.compile(model, backend=te_fp8, options={"provider": "reference"})

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from te_dynamo.ir.graph import tensor
 
@@ -51,6 +51,11 @@ def writes(node: Node) -> list[Node]:
         if position is not None and (node.kwargs.get("inplace") or (len(node.args) > position and node.args[position])):
             written.append(first)
     return written
+
+
+def written_memory(graph: Graph) -> set[int | None]:
+    """The memory that a graph writes, as `storage` has it."""
+    return {storage(w) for n in graph.nodes for w in writes(n)}
 
 
 def _nodes(argument: Any) -> list[Node]:

@@ -19,7 +19,7 @@ from te_dynamo.ir import op_of, site_of
 from te_dynamo.ir.graph import EXAMPLE, emit, fake, is_call, is_method, tensor
 from te_dynamo.ir.layout import Layout
 from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
-from te_dynamo.passes.effects import storage, writes, written_between
+from te_dynamo.passes.effects import storage, written_between, written_memory
 from te_dynamo.passes.heads import emit_in_place, emit_qkv, kernels_write_gradients, read_heads
 from te_dynamo.passes.layout import choose_layouts, note_layouts, qkv_linears
 from te_dynamo.passes.permutations import use_permutations
@@ -43,7 +43,7 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
     merges = _merges(gm.graph, heads)
     for attention, prepared in heads.items():
         emit_qkv(gm.graph, attention, prepared)
-    written = {storage(w) for n in gm.graph.nodes for w in writes(n)} - {None}
+    written = written_memory(gm.graph) - {None}
     for group in _groups(gm.graph, where, _reached_by_gradients(gm.graph, where)):
         _group(gm.graph, group, merges, written)
     where = regions(gm.graph, grad_enabled)

@@ -30,7 +30,7 @@ from te_dynamo.lowering.partition import asks_about_gemms
 from te_dynamo.lowering.quantized import Quantized
 from te_dynamo.lowering.registry import implementation_of, producer_of
 from te_dynamo.passes.attach import Slots
-from te_dynamo.passes.effects import storage, writes
+from te_dynamo.passes.effects import storage, written_memory
 from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.plan import Plan
 from te_dynamo.passes.weights import METHOD_VIEWS, WeightRef, is_frozen, is_view, weight_of_gemm
@@ -173,7 +173,7 @@ class _Unit:
     @cached_property
     def written(self) -> set[int | None]:
         """The memory that the graph itself writes."""
-        return {storage(w) for n in self.gm.graph.nodes for w in writes(n)}
+        return written_memory(self.gm.graph)
 
     def state_nodes(self, slots: Slots | None) -> tuple[Node | None, Node | None, Node | None]:
         """The packed scales, the gradients' packed scales and the piece of the sink of a site."""
