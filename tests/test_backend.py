@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import warnings
 
@@ -61,8 +62,8 @@ def sites_of(model, *args, **options) -> list[Site]:
     return found
 
 
-# Each two values of two parameters are together once. Each value is compiled by Inductor once; what else there is runs without generated
-# code.
+# Each two values of two parameters are together once. Each value is compiled by Inductor once, the rest of these runs without generated
+# code, and all other combinations are among the slow tests.
 GENERATED = [("native", "delayed", torch.bfloat16), ("native", "current", torch.float32), ("reference", "delayed", torch.float16)]
 INTERPRETED = [("native", "current", torch.float16), ("reference", "current", torch.bfloat16), ("reference", "delayed", torch.float32)]
 
@@ -70,8 +71,12 @@ INTERPRETED = [("native", "current", torch.float16), ("reference", "current", to
 @pytest.mark.parametrize(
     ("provider", "recipe", "dtype"),
     [
-        pytest.param(*how, marks=pytest.mark.inductor if how in GENERATED else (), id="-".join(map(str, how)))
-        for how in GENERATED + INTERPRETED
+        pytest.param(
+            *how,
+            marks=pytest.mark.inductor if how in GENERATED else () if how in INTERPRETED else pytest.mark.slow,
+            id="-".join(map(str, how)),
+        )
+        for how in itertools.product(["native", "reference"], ["delayed", "current"], [torch.float32, torch.bfloat16, torch.float16])
     ],
 )
 def test_trains_as_the_eager_model_to_fp8_error(provider, recipe, dtype):
