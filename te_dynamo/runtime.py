@@ -34,15 +34,13 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
     """Inductor, with the user's mode and settings."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
     # A custom operator is keyed by its name only: what our sources and options are must be part of the caches' key.
     sources = sources_key(modules())
     marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{sources} {options.cache_key()}")
     with ExitStack() as stack:
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
-        passes = [*get_custom_graph_passes(config.joint_custom_pre_pass), *joint_graph_passes(sources)]
-        stack.enter_context(config.patch(joint_custom_pre_pass=passes))
+        stack.enter_context(config.patch(joint_custom_pre_pass=joint_graph_passes(sources, config.joint_custom_pre_pass)))
         return compile_fx(gm, list(inputs), config_patches=options.inductor_config())  # type: ignore[return-value]
 
 

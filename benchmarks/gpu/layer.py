@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from benchmarks.gpu.timing import interleaved
 from benchmarks.gpu.workers import Worker
 
 ROUNDS, CALLS = 5, 10
-AT_ONCE = 4  # processes that compile at the same time: more would want more memory than a device may have
+AT_ONCE = min(6, max(1, (os.cpu_count() or 1) // 2))  # processes that compile at the same time: more would want more of the device's memory
 PREPARE_SECONDS, ALL_SECONDS = 150.0, 360.0  # to compile and warm up: for a case at one shape, and for everyone
 Prepared = dict[tuple[str, Shape], dict[str, Any]]
 Reasons = dict[tuple[str, Shape], str]
@@ -37,6 +38,7 @@ def rows(device: torch.device, tiny: bool, cases: Sequence[Case] = CASES, say: C
             ready = {name: worker for name, worker in workers.items() if (name, shape) in figures}
             _time(ready, shape, 1 if tiny else ROUNDS, figures, reasons)
             say(f"timed at {spelled(shape)}: {len(ready)} cases")
+            _profile(ready, shape, figures, reasons)
     return [_row(case, shape, figures, reasons, size.flops(shape)) for shape in shapes for case in cases]
 
 
@@ -86,6 +88,14 @@ def _time(workers: Mapping[str, Worker], shape: Shape, rounds: int, figures: Pre
         reasons.update({(name, shape): reason for name, reason in failed.items()})
 
 
+def _profile(workers: Mapping[str, Worker], shape: Shape, figures: Prepared, reasons: Reasons) -> None:
+    """Adds the "kernels" of a step, of those that are compared kernel by kernel: bf16 and ours."""
+    for case in CASES:
+        if case.name in workers and (case.name, shape) not in reasons and (case.name == BASELINE or case.family == "ours"):
+            figures[case.name, shape]["kernels"] = workers[case.name].ask("kernels", shape=shape)
+            workers[case.name].ask("rest")
+
+
 def _row(case: Case, shape: Shape, figures: Prepared, reasons: Reasons, flops: int) -> dict[str, Any]:
     row = {"case": case.name, "family": case.family, "shape": spelled(shape)}
     if (case.name, shape) in reasons:
@@ -103,4 +113,5 @@ def _row(case: Case, shape: Shape, figures: Prepared, reasons: Reasons, flops: i
         "peak_mib": None if peak is None else peak / 2**20,
         "extra_mib": None if peak is None or reference is None else (peak - reference) / 2**20,
         "prepare_s": mine["seconds"],
+        "kernels": mine.get("kernels", {}),
     }

@@ -61,7 +61,18 @@ def markdown(found: Mapping[str, Any]) -> str:
     for key, title, columns in SECTIONS:
         if found[key]:
             parts += [title, _table(columns, found[key])]
+    for row in found["layer"]:
+        if row.get("kernels") and row["shape"] == found["layer"][0]["shape"]:
+            parts += [f"## Kernels of a step: {row['case']}, {row['shape']}", _table(KERNELS, _kernels(row["kernels"]))]
     return "\n\n".join(parts) + "\n"
+
+
+def _kernels(found: Mapping[str, Sequence[float]]) -> list[Row]:
+    """The longest, and what is left of the time."""
+    rows = [{"kernel": name[:MOST_OF_A_NAME], "calls": calls, "us": us} for name, (calls, us) in found.items()]
+    rest = rows[MOST_KERNELS:]
+    other = {"kernel": f"{len(rest)} others", "calls": sum(r["calls"] for r in rest), "us": sum(r["us"] for r in rest)}
+    return rows[:MOST_KERNELS] + [other] * bool(rest)
 
 
 def _table(columns: Mapping[str, Cell], rows: Sequence[Row]) -> str:
@@ -97,6 +108,8 @@ def _times(key: str) -> Cell:
 
 
 FIRST_FIGURE = "ms"
+MOST_KERNELS, MOST_OF_A_NAME = 25, 100
+KERNELS: dict[str, Cell] = {"kernel": _get("kernel"), "calls": _get("calls"), "us": _get("us")}
 BARS: dict[str, Cell] = {
     "what": _get("what"),
     "found": _get("value"),

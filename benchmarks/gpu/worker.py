@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import bandwidth, gemm
 from benchmarks.gpu.cases import case_named
@@ -69,6 +70,22 @@ class LayerSteps:
 
     def host(self, shape: list[int], calls: int) -> float:
         return self.clock.host_ms(self.steps[shape[0], shape[1]], calls)
+
+    def kernels(self, shape: list[int], steps: int = 5) -> dict[str, list[float]]:
+        """Every kernel of a step by name: how often it is launched, and its microseconds in all; the longest first."""
+        found: dict[str, list[float]] = {}
+        if self.device.type != "cuda":
+            return found
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(steps):
+                self.steps[shape[0], shape[1]]()
+            self._synchronize()
+        for event in profiled.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                entry = found.setdefault(event.name, [0.0, 0.0])
+                entry[0] += 1 / steps
+                entry[1] += event.device_time / steps
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
     def rest(self) -> None:
         """Gives memory back until this process's next turn."""

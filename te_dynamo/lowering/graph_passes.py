@@ -12,9 +12,27 @@ from torch.fx import Graph, Node
 from te_dynamo.lowering.kept_inputs import ActivationsInFP8
 
 
-def joint_graph_passes(version: str) -> list[CustomGraphPass]:
-    """All of them, in order. version: of our code, which the caches' key must hold."""
-    return [OneMeasurement(version), ActivationsInFP8(version)]
+def joint_graph_passes(version: str, before: Any) -> CustomGraphPass:
+    """All of them, after those that `config.joint_custom_pre_pass` names (`before`). version: of our code, which the caches' key must
+    hold."""
+    given = [] if before is None else before if isinstance(before, (list, tuple)) else [before]
+    return InOrder(*given, OneMeasurement(version), ActivationsInFP8(version))
+
+
+class InOrder(CustomGraphPass):
+    """Several passes as one: torch 2.11's configuration takes no more."""
+
+    def __init__(self, *passes: Any) -> None:
+        self.passes = passes
+
+    def uuid(self) -> Any:
+        """None, which stands for not to be cached, where a pass is a plain function."""
+        known = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
+        return None if None in known else tuple(known)
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self.passes:
+            each(graph)
 
 
 class OneMeasurement(CustomGraphPass):

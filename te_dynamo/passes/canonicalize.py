@@ -61,6 +61,8 @@ SWAPPED: dict[Callable[..., Any], Callable[..., Any]] = {  # `scalar op tensor`,
     operator.ne: torch.ne,
 }
 UNARY: dict[Callable[..., Any], Callable[..., Any]] = {operator.neg: torch.neg, operator.invert: torch.bitwise_not, operator.abs: torch.abs}
+# `x.__eq__(y)`: an operator called by its method, as torch 2.11 traces `==`.
+OPERATORS: dict[str, Callable[..., Any]] = {f"__{op.__name__.strip('_')}__": function for op, function in (BINARY | UNARY).items()}
 # Tensor methods that are spelled as the torch function of the same name.
 METHODS = frozenset({
     "abs", "add", "addmm", "amax", "baddbmm", "bitwise_and", "bitwise_not", "bitwise_or", "bmm", "chunk", "clamp",
@@ -205,9 +207,10 @@ def _named(node: Node) -> Spelling | None:
     """The same arguments to the function that this one is another name of."""
     is_tensor = [tensor(a) is not None for a in node.args]
     if node.op == "call_method":
-        if not is_tensor[0] or node.target not in METHODS:
+        name = str(node.target)
+        if not is_tensor[0] or name not in METHODS | OPERATORS.keys():
             return None
-        function = getattr(torch, str(node.target))
+        function = OPERATORS.get(name) or getattr(torch, name)
         return Spelling(ALIASES.get(function, function), node.args, node.kwargs)
     target, args = ALIASES.get(node.target, node.target), node.args
     if target in BINARY and len(args) == 2 and is_tensor[0]:

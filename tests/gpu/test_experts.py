@@ -60,7 +60,7 @@ class Experts(nn.Module):
 def test_the_three_products(recipe: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_capability(DEVICE)[0] != 9:
         pytest.skip("torch's grouped FP8 GEMM is for Hopper")
-    monkeypatch.setattr("te_dynamo.lowering.native.grouped.not_worth_it", lambda *_, **__: None)
+    monkeypatch.setattr("te_dynamo.lowering.cost.not_worth_it", lambda *_, **__: None)
     model, used = Experts(), sum(sizes)
     x, grad = random(used + 3, K), random(used + 3, N, seed=2)
     x[used:], grad[used:] = torch.nan, torch.nan

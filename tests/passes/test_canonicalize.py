@@ -18,6 +18,7 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Any], tuple[Any, ...]]] = {
     "square": (lambda x: x.square(), (torch.pow, 2)),
     "torch.square": (lambda x: torch.square(input=x), (torch.pow, 2)),
     "**": (lambda x: x**2, (torch.pow, 2)),
+    "x.__mul__": (lambda x: x.__mul__(3), (torch.mul, 3)),
     "1 / x": (lambda x: 1.0 / x, (torch.reciprocal,)),
     "1 + x": (lambda x: 1 + x, (torch.add, 1)),
     "torch.mul, number first": (lambda x: torch.mul(2.5, x), (torch.mul, 2.5)),

@@ -28,7 +28,7 @@ from te_dynamo.lowering.te.library import api, capability, cudnn_version, runnin
 from te_dynamo.lowering.te.linear import quantizer
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling
 
-EXACT = torch.Tag.needs_exact_strides  # a layout is a claim about memory
+EXACT = (torch.Tag.needs_exact_strides,)  # a layout is a claim about memory; one tag alone is a sequence only from torch 2.12 on
 
 
 def _lengths(batch: int, length: int, device: torch.device) -> Tensor:
