@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from te_dynamo.fp8_weight import FP8Weight
 from te_dynamo.ir.linear import GemmRows
+from te_dynamo.lowering.fp8 import FP8_MAX
 from te_dynamo.lowering.registry import implementation_of
 from te_dynamo.passes.lower import View
 from te_dynamo.state import STATE
@@ -62,7 +63,7 @@ class _Copy(NamedTuple):
         if len(gemm) > 1:
             rows, at = GemmRows.of(cached.call.attributes), (gemm.index(self.member), len(gemm))
             data, inverse = rows.rows_in_place(data, *at), rows.rows_in_place(inverse, *at) if inverse.dim() else inverse
-        top = None if how.power_2_scale else (how.top, float(torch.tensor(how.top).to(data.dtype)))
+        top = None if how.power_2_scale else (how.top, float(torch.tensor(min(how.top, FP8_MAX[data.dtype])).to(data.dtype)))
         return FP8Weight(data, inverse, p.shape, p.stride(), p.dtype, across, top)
 
 

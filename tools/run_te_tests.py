@@ -50,6 +50,14 @@ FILES = (
         "of `test_mha_fp8_vs_f16` all but one variant in bf16 (delayed scaling, input layer norm, FP8 backward, bshd): too many for a CPU",
         trusts_pickles=True,
     ),
+    Tests("test_grouped_linear.py"),
+    Tests(
+        "test_grouped_linear.py",
+        "not mxfp8 and not MXFP8 and not nvfp4 and not NVFP4 and not cutlass",
+        "MXFP8 and NVFP4, whose grouped GEMMs have no stand-in, and CUTLASS's",
+        "10.0",
+    ),
+    Tests("test_permutation.py", "index_map", "all but the index map: its kernels are Triton's, for a GPU"),
     Tests(
         "test_fusible_ops.py",
         "not grouped and not dropout",
@@ -61,7 +69,9 @@ FILES = (
 
 # Why a test fails or is skipped: the first pattern that is found in its message.
 REASONS = (
-    (r"tex\.te_general_grouped_gemm", "grouped GEMM has no stand-in"),
+    (r"BackendCompilerFailed", "is compiled by Inductor, for a GPU"),
+    (r"requires CUDA m_splits|dummy base class CUDAGraph", "asks for a tensor that lies on a GPU"),
+    (r"lists of FP8 matrices", "FP8 weights one by one in the grouped GEMM have no stand-in"),
     (r"tex\.(scaled_\w+|situglu|dsituglu)", "activations that fold in the MoE's probabilities, and SiTU-GLU, have no stand-in"),
     (r"tex\.fused_rope", "fused RoPE has no stand-in"),
     (r"tex\.(\w+) has no stand-in", r"`tex.\1` has no stand-in"),

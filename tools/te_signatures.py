@@ -32,6 +32,7 @@ Sources = Mapping[str, str]  # path -> text
 # Functions and classes of transformer_engine.pytorch; for a class, the method whose signature counts.
 PYTHON: Mapping[str, str | None] = {
     "general_gemm": None,
+    "general_grouped_gemm_for_grouped_tensor": None,
     "fused_attn_fwd": None,
     "fused_attn_bwd": None,
     "Float8Quantizer": "__init__",
@@ -41,6 +42,7 @@ PYTHON: Mapping[str, str | None] = {
     "Float8TensorStorage": "__new__",
     "Float8BlockwiseQTensorStorage": "__new__",
     "MXFP8TensorStorage": "__new__",
+    "GroupedTensorStorage": "__new__",
     "is_fp8_available": None,
     "is_mxfp8_available": None,
     "is_nvfp4_available": None,
@@ -52,6 +54,7 @@ EXTENSION = (
     "quantize",
     "bgrad_quantize",
     "generic_gemm",
+    "te_general_grouped_gemm_for_grouped_tensor",
     "layernorm_fwd",
     "layernorm_bwd",
     "rmsnorm_fwd",

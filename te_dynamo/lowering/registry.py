@@ -119,6 +119,10 @@ class Implementation:
         """Why it cannot compute this recipe on this device."""
         return None
 
+    def suits(self, device: torch.device) -> bool:
+        """Whether it is made for this device. With provider="auto" another computes what it is not made for, if one is."""
+        return True
+
     def unsupported(self, case: Case) -> str | None:
         """Why it cannot, or should not, compute this site."""
         return None
@@ -365,13 +369,16 @@ def choose_for(op: SemanticOp, recipe: Recipe, requested: str, chosen: str, devi
     Raises RuntimeError where the provider that was asked for by name does not have the recipe.
     """
     reason = why_not(op, recipe, chosen, device, asked=True)
-    if reason is None:
-        return Choice(chosen, find(op, chosen, recipe, device))
-    if requested != "auto":
+    if reason is not None and requested != "auto":
         message = f"provider={requested!r} does not have the recipe {recipe.name!r}: {reason}"
         raise RuntimeError(f"te_fp8: {message}. Remedy: provider='auto' or 'reference'.")
-    other = next((name for name in fallbacks(device) if why_not(op, recipe, name, device) is None), None)
-    return Choice(chosen, None, reason) if other is None else Choice(other, find(op, other, recipe, device), reason)
+    own = find(op, chosen, recipe, device) if reason is None else None
+    if own is not None and (requested != "auto" or own.suits(device)):
+        return Choice(chosen, own)
+    others = {name: find(op, name, recipe, device) for name in fallbacks(device) if why_not(op, recipe, name, device) is None}
+    suited = next((name for name, found in others.items() if found is not None and found.suits(device)), None)
+    name = suited or (chosen if own is not None else next(iter(others), chosen))
+    return Choice(name, others.get(name, own), reason if own is None else f"{chosen}'s is not made for this device" if suited else None)
 
 
 def fallbacks(device: torch.device) -> tuple[str, ...]:

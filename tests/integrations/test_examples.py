@@ -101,7 +101,7 @@ def test_moe(hf_forks):
 
 def test_vision_digits(hf_forks):
     printed = run(hf_forks, "vision_digits.py", "--epochs", "1")
-    assert all(number(f"{name}: accuracy", printed) > 0.2 for name in ("float32", "te_fp8"))  # chance is a tenth
+    assert all(number(f"{name}: accuracy", printed) > 0.14 for name in ("float32", "te_fp8"))  # chance is a tenth, of 360 images
 
 
 @pytest.mark.slow

@@ -157,6 +157,8 @@ VECTORS = ("x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ()
 def instructions(request: Any, monkeypatch: Any) -> Iterator[None]:
     """Each way to multiply that this processor has, and vectors of other widths than its own."""
     if isinstance(request.param, str):
+        if not hasattr(torch._inductor.config.cpp, "march"):
+            pytest.skip("torch 2.11 compiles for the processor it runs on alone")
         monkeypatch.setattr(codecache, "pick_vec_isa", lambda: invalid_vec_isa)
         with torch._inductor.config.patch({"cpp.march": request.param}):
             other = compiled_kernels()

@@ -16,8 +16,9 @@ from te_dynamo.ir.op import op_named
 from te_dynamo.lowering.call import Call, spec_of
 from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.fine_grained import defined
+from te_dynamo.lowering.group_rows import Groups
 from te_dynamo.lowering.grouped import FineGrainedGroups, PerTensorGroups
-from te_dynamo.lowering.native.grouped import Groups, NativeGroups
+from te_dynamo.lowering.native.grouped import NativeGroups
 from te_dynamo.lowering.per_tensor import defined_mm
 from te_dynamo.lowering.quantized import Scale, Scales
 from te_dynamo.lowering.registry import Backward, Case, Forward, Implementation

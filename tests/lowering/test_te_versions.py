@@ -24,7 +24,7 @@ import te_dynamo.lowering.te as package
 import te_dynamo.lowering.te.provider  # noqa: F401  (registers the operators)
 from te_dynamo.lowering.te import library
 from tests import te_on_cpu
-from tests.lowering import test_te, test_te_blocks
+from tests.lowering import test_te, test_te_blocks, test_te_groups
 from tests.te_on_cpu.extension import FACTS as BUILT
 from tests.te_on_cpu.extension import VERSION as BUILT_VERSION
 from tests.te_on_cpu.extension import parameters
@@ -76,7 +76,13 @@ def attention() -> Samples:
     }
 
 
-SOURCES: tuple[Callable[[], Samples], ...] = (test_te.samples, norm_and_bias, attention, test_te_blocks.samples)
+SOURCES: tuple[Callable[[], Samples], ...] = (
+    test_te.samples,
+    norm_and_bias,
+    attention,
+    test_te_blocks.samples,
+    test_te_groups.samples,
+)
 NAMES = [name for source in SOURCES for name in source()]
 
 # The first version that takes the calls of a sample, where it is not the oldest one that is known.
@@ -89,6 +95,7 @@ SINCE = {
     "te_fp8_attention_bwd": "2.15.0",
     "te_block_gemm, block": "2.14.1",  # Float8BlockwiseQTensorStorage(fake_dtype=)
     "te_block_gemm, mxfp8": "2.14.1",  # MXFP8TensorStorage(fake_dtype=)
+    **{f"te_grouped_gemm, {layout}": "2.14.1" for layout in ("TN", "NN", "NT")},  # general_grouped_gemm_for_grouped_tensor
     **{name: "2.19.0" for name in NAMES if "x 32" in name},  # MXFP8Quantizer(with_2d_quantization=)
 }
 
@@ -158,7 +165,7 @@ def run(name: str) -> None:
     torch.manual_seed(0)
     (found,) = (source()[name] for source in SOURCES if name in source())
     op, args = found
-    with te_on_cpu.pretended((10, 0) if "mxfp8" in name else (9, 0)):
+    with te_on_cpu.pretended((10, 0) if "mxfp8" in name or "grouped" in name else (9, 0)):
         op(*(t.clone() if isinstance(t, Tensor) else t for t in args))  # an operator's arguments are tensors apart
 
 

@@ -463,7 +463,9 @@ def test_transformers_t5():
     assert decoder is not None and "parameter decoder.block.0" in decoder.reason, decoder
     gm = capture(run, t5("eager"), ids())
     canonicalize(gm)
-    assert [prove(m).kind for m in softmax_masks(gm)] == ["unknown", "causal", "all"]
+    first, *others = (prove(m).kind for m in softmax_masks(gm))
+    # With torch 2.11 transformers adds the encoder's mask, which masks nothing, after the learned bias, not to it.
+    assert first in ("unknown", "all") and others == ["causal", "all"]
 
 
 def test_transformers_with_an_attention_mask():

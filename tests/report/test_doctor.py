@@ -45,7 +45,7 @@ def test_this_machine(forks):
     text = forks.run("from te_dynamo.__main__ import main; assert main(['doctor']) == 0", path=[str(ROOT)])
     for title in ("Devices", "Packages", "Who computes what on cpu", "By name on cpu", "Missing", "Tried"):
         assert title in text
-    assert f"{torch.__version__}" in text and "pytorch 188841, triton 11111" in text
+    assert torch.__version__.split("+")[0] in text and "pytorch 188841, triton 11111" in text
     assert "te_dynamo.backend:te_fp8" in text
     if not torch.cuda.is_available():
         assert "not tried: it is about kernels for CUDA devices, not cpu" in text

@@ -21,7 +21,7 @@ TE's own tests passes.
     per_tensor.py, block.py, mx.py   the formats: delayed and current scaling, blocks of 128, MXFP8
     quantize.py      tex.quantize and its kin, over the formats
     scaling.py       delayed scaling's update
-    gemm.py, norm.py, activation.py, rope.py
+    gemm.py, grouped.py, permute.py, norm.py, activation.py, rope.py
     attention.py     fused attention; scores.py, layout.py, attention_support.py: its masks, its memory, where there is one
     softmax.py, sequence.py   what TE's other attention needs
     plugin.py        runs TE's own tests (tools/run_te_tests.py)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 HOPPER = (9, 0)
 CUDNN = 92400  # 9.24.0
-CUBLAS_LT = 130000
+CUBLAS_LT = 130400  # 13.4: the oldest with grouped GEMMs on a Hopper, in 16 bits
 _pretended = [HOPPER]
 _listeners: list[list[tuple[str, Any]]] = []
 _engine_run_backward = torch.autograd._engine_run_backward

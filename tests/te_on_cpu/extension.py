@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.te_on_cpu import activation, device, norm, quantize, rope, sequence, softmax
+from tests.te_on_cpu import activation, device, grouped, norm, permute, quantize, rope, sequence, softmax
 from tests.te_on_cpu.attention import fused_attn_bwd, fused_attn_fwd
 from tests.te_on_cpu.attention_support import get_fused_attn_backend
 from tests.te_on_cpu.gemm import generic_gemm
@@ -33,7 +33,18 @@ STAND_INS: tuple[Callable[..., Any], ...] = (
     quantize.split_quantize,
     swizzle_scales_for_gemm_,
     generic_gemm,
+    grouped.get_grouped_gemm_setup_workspace_size,
+    grouped.te_general_grouped_gemm,
+    grouped.te_general_grouped_gemm_for_discrete_in,
+    grouped.te_general_grouped_gemm_for_discrete_out,
+    grouped.te_general_grouped_gemm_for_grouped_tensor,
     fused_amax_and_scale_update_after_reduction,
+    permute.fused_multi_row_padding,
+    permute.fused_multi_row_unpadding,
+    permute.moe_permute_bwd,
+    permute.moe_permute_fwd,
+    permute.moe_unpermute_bwd,
+    permute.moe_unpermute_fwd,
     norm.layernorm_bwd,
     norm.layernorm_fwd,
     norm.rmsnorm_bwd,

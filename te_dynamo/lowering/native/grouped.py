@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ from te_dynamo.lowering.compute import scales_of
 from te_dynamo.lowering.devices import dotted
 from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, row_amax
 from te_dynamo.lowering.granularity import Blocks
-from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU, unaligned
+from te_dynamo.lowering.group_rows import Groups
+from te_dynamo.lowering.limits import unaligned
 from te_dynamo.lowering.partition import kept_or_remade, recomputed_in_backward
 from te_dynamo.lowering.per_tensor import kept_by_one_scale
 from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
@@ -50,63 +50,19 @@ def multiply(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, offsets: Tenso
     )
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Where the rows of each group are: offsets, int32 [E], where they end; tokens: T, the number of all rows."""
-
-    offsets: Tensor
-    tokens: Any
-
-    @cached_property
-    def count(self) -> int:
-        return self.offsets.shape[0]
-
-    @cached_property
-    def of_row(self) -> Tensor:
-        """int64 [T], the group of each row; the last one's number in those after it."""
-        rows = torch.arange(self.tokens, device=self.offsets.device, dtype=torch.int32)
-        return torch.searchsorted(self.offsets, rows, right=True).clamp(max=self.count - 1)
-
-    @cached_property
-    def inside(self) -> Tensor:
-        """bool [T, 1], whether a row is in a group: those after the last one hold anything."""
-        return (torch.arange(self.tokens, device=self.offsets.device) < self.offsets[-1]).unsqueeze(1)
-
-    def only(self, t: Tensor) -> Tensor:
-        """t [T, any], with zeros in rows of no group."""
-        return torch.where(self.inside, t, torch.zeros((), dtype=t.dtype, device=t.device))
-
-    @cached_property
-    def spread(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The groups with gaps between, such that each begins at a multiple of 16 and none is empty: where they end, int32 [E]; the row at
-        each place, int32 [P], -1 in a gap; and the place's group, int64 [P]."""
-        multiple, zero = ALIGNMENT_ON_GPU, self.offsets.new_zeros(1)
-        sizes = torch.diff(self.offsets, prepend=zero)
-        room = ((sizes + (multiple - 1)) // multiple).clamp(min=1) * multiple
-        ends = room.cumsum(0).to(torch.int32)
-        places = (self.tokens + multiple - 1) // multiple * multiple + multiple * self.count
-        place = torch.arange(places, device=zero.device, dtype=torch.int32)
-        group = torch.searchsorted(ends, place, right=True).clamp(max=self.count - 1)
-        row = place - (ends - room)[group] + (self.offsets - sizes)[group]
-        return ends, torch.where(row < self.offsets[group], row, -1), group
-
-    def largest(self, t: Tensor) -> Tensor:
-        """t: f32 [T], not negative -> [E], the largest element of each group, 0 of an empty one."""
-        if t.numel() == 0:
-            return t.new_zeros(self.count)
-        group = torch.arange(self.count, device=t.device).unsqueeze(1)
-        return torch.where((self.of_row == group) & self.inside.t(), t, 0.0).amax(1)
-
-
 @implements("grouped_linear", provider="native", recipes=(*PER_TENSOR, Float8RowwiseScaling), devices=("cuda",))
 class NativeGroups(Implementation):
     cached = frozenset({"training", "inference"})
+
+    def suits(self, device: torch.device) -> bool:
+        return torch.cuda.get_device_capability(device)[0] == 9
 
     def unsupported(self, case: Case) -> str | None:
         dtypes = {case.attributes["out_dtype"], case.inputs["x"].dtype, case.inputs["weight"].dtype}
         if dtypes != {torch.bfloat16}:
             return "torch's grouped FP8 GEMM is for bfloat16"
-        if (found := torch.cuda.get_device_capability(case.device))[0] != 9:  # better in bfloat16 than by another provider, GEMM by GEMM
+        if not self.suits(case.device):
+            found = torch.cuda.get_device_capability(case.device)
             return f"torch's grouped FP8 GEMM is for Hopper (compute capability 9.0), this device has {dotted(found)}"
         return unaligned(case)
 

@@ -76,12 +76,15 @@ def api() -> Any:
         from transformer_engine.pytorch.constants import TE_DType
         from transformer_engine.pytorch.cpp_extensions import fused_attn_bwd, fused_attn_fwd, general_gemm
         from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend
+        from transformer_engine.pytorch.cpp_extensions.gemm import general_grouped_gemm_for_grouped_tensor
         from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
         from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+        from transformer_engine.pytorch.tensor.storage.grouped_tensor_storage import GroupedTensorStorage
         from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
     return SimpleNamespace(
         tex=tex,
         general_gemm=general_gemm,
+        grouped_gemm=general_grouped_gemm_for_grouped_tensor,
         fused_attn_fwd=fused_attn_fwd,
         fused_attn_bwd=fused_attn_bwd,
         AttnBackend=FusedAttnBackend,
@@ -91,6 +94,7 @@ def api() -> Any:
         Storage=Float8TensorStorage,
         BlockStorage=Float8BlockwiseQTensorStorage,
         MXFP8Storage=MXFP8TensorStorage,
+        GroupedStorage=GroupedTensorStorage,
         dtype=TE_DType,
     )
 

@@ -16,4 +16,4 @@ def unavailable(device: torch.device) -> str | None:
 
 provider("te", unavailable)
 
-from te_dynamo.lowering.te import attention, block_linears, linear, norm  # noqa: E402, F401  (register themselves)
+from te_dynamo.lowering.te import attention, block_linears, grouped, linear, norm  # noqa: E402, F401  (register themselves)
