@@ -21,7 +21,7 @@ from te_dynamo.ir.layout import ORDER, Layout, as_bhsd
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.fp8 import E4M3, amax, dequantize
 from te_dynamo.lowering.quantized import Quantized, Scales
-from te_dynamo.lowering.reference.attention import OPERATIONS, modified, no_gradients, softmax_scale
+from te_dynamo.lowering.reference.attention import modified, no_gradients, softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.lowering.te.library import api, capability, cudnn_version, running
@@ -331,8 +331,7 @@ def _common_attributes(call: Call, q: Tensor, layout: str) -> tuple[str, bool, f
     return layout, call["causal"] or call["window"] >= 0, softmax_scale(call, q)
 
 
-for _op in OPERATIONS:
-    missing(_op, "te", {Float8CurrentScaling: "its kernels have delayed scales for S and dP, and 'current' scaling has none"})
+missing("attention", "te", {Float8CurrentScaling: "in backward its kernels want delayed scales for dP and the gradients (attention='fp8')"})
 
 
 @implements("attention", provider="te", recipes=(HIGH_PRECISION,))
@@ -385,10 +384,14 @@ class TEFP8Attention(Implementation):
     def kernel(self, case: Case) -> str:
         return f"TE's fused attention, {_apart(case.attributes['form'])}"
 
+    def forward_scales(self, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+        """By role; that of k and v is q's."""
+        return {role: scales.at(role).known for role in scales.roles.forward}
+
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         order, casting, dtype = ORDER[call["form"]], scales.casting, call.inputs[0]
         q, k, v = (t.permute(order).contiguous() for t in inputs[:3])
-        known = {role: scales.at(role).known for role in scales.roles.forward}
+        known = self.forward_scales(scales, q, k, v)
         q8, k8, v8 = (casting.saturated(t, known["q"].value, E4M3).to(E4M3) for t in (q, k, v))
         common = (*_common_attributes(call, q, _apart(call["form"])), dtype)
         o8, lse, rng, amaxes = torch.ops.te_dynamo.te_fp8_attention_fwd(
@@ -438,6 +441,18 @@ class TEFP8ForwardAttention(TEFP8Attention):
         common = _common_attributes(call, q, _apart(call["form"]))
         made = torch.ops.te_dynamo.te_attention_bwd(do, q, k, v, o, lse, rng, *common, call["window"])
         return Backward([*(as_bhsd(t, call["form"]) for t in made), *no_gradients(call)], [])
+
+
+@implements("fp8_forward_attention", provider="te", recipes=(Float8CurrentScaling,))
+class TECurrentForwardAttention(TEFP8ForwardAttention):
+    """Scales without state, before S and O are there: a softmax gives one at most, and what it averages is at most the largest of V."""
+
+    calibrates = True
+
+    def forward_scales(self, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+        largest = torch.stack([amax(t) for t in (q, k, v)])
+        of = {"q": largest, "s": largest.new_ones(()), "o": largest[2]}
+        return {role: scales.at(role).of(amaxes) for role, amaxes in of.items()}
 
 
 def _apart(form: str) -> str:
