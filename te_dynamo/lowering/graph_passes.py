@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import groupby
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
+from te_dynamo.lowering import opaque, scalars  # noqa: F401  (register their operators)
 from te_dynamo.lowering.kept_inputs import ActivationsInFP8
+
+SITES = (torch.ops.te_dynamo.site_fwd.default, torch.ops.te_dynamo.site_bwd.default)
 
 
 def joint_graph_passes(version: str, before: Any) -> CustomGraphPass:
@@ -37,7 +41,8 @@ class InOrder(CustomGraphPass):
 
 class OneMeasurement(CustomGraphPass):
     """The last step of a graph's amaxes, a small kernel a site, becomes one for each direction: of
-    `cat([largest(a), largest(b), ...])`, `largest(a + b + ...)`.
+    `cat([largest(a), largest(b), ...])`, `largest(a + b + ...)`; of a `cat` of what operators on a CPU measured, one call. Inductor would
+    generate a loop for each part, as much code as for all else in a model with many layers.
 
     Sites cannot do it themselves: each returns its gradients' amaxes on its own, as autograd asks.
     """
@@ -51,6 +56,7 @@ class OneMeasurement(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
             _measure_once(graph, node)
+            _join_once(node)
         graph.lint()
 
 
@@ -66,6 +72,17 @@ def _measure_once(graph: Graph, cat: Node) -> None:
     for node in inputs:
         if not node.users:
             graph.erase_node(node)
+
+
+def _join_once(cat: Node) -> None:
+    joined = cat.meta["val"]
+    if joined.device.type == "cpu" and joined.dim() == 1 and sum(_is_measured(_source(n)) for n in cat.args[0]) > 1:
+        cat.target, cat.args = torch.ops.te_dynamo.joined.default, cat.args[:1]
+
+
+def _is_measured(node: Node) -> bool:
+    """Whether it is the amaxes of an opaque site: the first of what its operator returns."""
+    return bool(node.target is operator.getitem and node.args[1] == 0 and getattr(node.args[0], "target", None) in SITES)
 
 
 def _join(graph: Graph, cat: Node, nodes: list[Node]) -> Node:

@@ -7,12 +7,14 @@ copy in FP8 behind, and backward computes of that what it reads:
     forward    v ─▶ silu(gate) * up ─▶ FP8, as before        backward    v8 ─▶ v' ─▶ what it read of v, of silu(gate), ...
                └─▶ v8, E4M3 with a scale for each 128
 
-The kernel that computes the activation reads v anyway: v8 costs its writing, and backward reads half as much. It is found on the joint
-graph, so no pattern of an activation need be known. What anything else reads, an attention or a sum with a residual, stays as it is.
+The kernel that computes the activation reads v anyway: v8 costs its writing, and backward reads half as much. On a CPU C++ of our own packs
+and unpacks: what Inductor would generate takes as long to compile as a quarter of the model. The activation is found on the joint graph, so
+no pattern of it need be known. What anything else reads, an attention or a sum with a residual, stays as it is.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from te_dynamo.lowering.cpu.library import DTYPES, library
 from te_dynamo.lowering.fp8 import E4M3, E5M2, FP8_MAX, LEAST_AMAX
 
 BLOCK = 128
@@ -61,13 +64,55 @@ def pack(v: Tensor) -> tuple[Tensor, Tensor]:
     blocks = in_blocks(v)
     magnitude = blocks.abs().float()
     amax = torch.where(magnitude.isnan(), 0.0, magnitude).amax(-1, keepdim=True)
-    scale = torch.where(amax > LEAST_AMAX, FP8_MAX[E4M3] / amax, 1.0)
+    scale = torch.where(amax > LEAST_AMAX, amax.new_full((), FP8_MAX[E4M3]) / amax, 1.0)  # as in `fp8.scale_of`
     return (blocks.float() * scale).to(E4M3), amax / FP8_MAX[E4M3]
 
 
 def unpack(data: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
     """What was packed, [T, N]."""
     return aten.view.default((data.float() * scale_inv).to(dtype), [-1, data.shape[1] * data.shape[2]])
+
+
+# On a CPU, as operators. Not by `custom_op`, as in `lowering.opaque`.
+torch.library.define("te_dynamo::pack_kept", "(Tensor v) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(
+    "te_dynamo::unpack_kept", "(Tensor data, Tensor scale_inv, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.impl("te_dynamo::pack_kept", "default")
+def _pack(v: Tensor) -> tuple[Tensor, Tensor]:
+    if (kernels := library()) is None:
+        return pack(v)
+    v = v if v.stride(1) == 1 else v.contiguous()
+    data, scale_inv = _packed(v)
+    rows, blocks, size = data.shape
+    kernels.te_pack(
+        DTYPES[v.dtype], rows, blocks * size, size, v.data_ptr(), v.stride(0), LEAST_AMAX, data.data_ptr(), scale_inv.data_ptr()
+    )
+    return data, scale_inv
+
+
+@torch.library.register_fake("te_dynamo::pack_kept")
+def _packed(v: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = v.shape
+    size = BLOCK if columns % BLOCK == 0 else columns
+    return v.new_empty((rows, columns // size, size), dtype=E4M3), v.new_empty((rows, columns // size, 1), dtype=torch.float32)
+
+
+@torch.library.impl("te_dynamo::unpack_kept", "default")
+def _unpack(data: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    if (kernels := library()) is None:
+        return unpack(data, scale_inv, dtype)
+    v, (rows, blocks, size) = _unpacked(data, scale_inv, dtype), data.shape
+    given = (data.contiguous(), scale_inv.contiguous(), v)
+    kernels.te_unpack(DTYPES[dtype], rows * blocks, size, *(t.data_ptr() for t in given))
+    return v
+
+
+@torch.library.register_fake("te_dynamo::unpack_kept")
+def _unpacked(data: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    return data.new_empty((data.shape[0], data.shape[1] * data.shape[2]), dtype=dtype)
 
 
 def amax_of_blocks(x: Tensor) -> Tensor:
@@ -96,6 +141,13 @@ def _is_result(node: Node) -> bool:
     if node.target is not aten.view.default or MARK not in node.meta.get("custom", ()) or "recompute" in node.meta:
         return False
     return not _is_backward(node) and node.meta["val"].dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_an_operator_s(node: Node) -> bool:
+    """Whether it is what an opaque site gave, as on a CPU: in another shape, or a part of it."""
+    while node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
+        node = node.all_input_nodes[0]
+    return node.target is torch.ops.te_dynamo.site_fwd.default
 
 
 def _is_backward(node: Node) -> bool:
@@ -196,8 +248,10 @@ class _Rewrite:
 
     def _kept_in_fp8(self, result: Node, before: Node) -> Node:
         t = result.meta["val"]
-        kept = [self._saved(n) for n in self._inline(self._traced(pack, t), [result], result.next)]
-        back = self._traced(unpack, *(n.meta["val"] for n in kept), dtype=t.dtype)
+        ops, by_operator = torch.ops.te_dynamo, t.device.type == "cpu" and _is_an_operator_s(result)
+        to_fp8, back_from = (ops.pack_kept, ops.unpack_kept) if by_operator else (pack, unpack)
+        kept = [self._saved(n) for n in self._inline(self._traced(to_fp8, t), [result], result.next)]
+        back = self._traced(back_from, *(n.meta["val"] for n in kept), dtype=t.dtype)
         return self._inline(back, kept, before, _of_backward)[0]
 
     def _saved(self, node: Node) -> Node:

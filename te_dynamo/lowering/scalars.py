@@ -1,4 +1,4 @@
-"""Two small operators on all scales and all amaxes of a graph: a few kernels, however many its sites."""
+"""Small operators on all scales and all amaxes of a graph: a few kernels, however many its sites."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def largest(parts: list[Tensor], which: list[int]) -> Tensor:
 @largest.register_fake
 def _(parts, which):
     return parts[0].new_empty(len(which))
+
+
+# Not by `custom_op`, as in `lowering.opaque`.
+torch.library.define("te_dynamo::joined", "(Tensor[] parts) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # torch.cat, as a call
+torch.library.impl("te_dynamo::joined", "default", lambda parts: torch.cat(parts))
+
+
+@torch.library.register_fake("te_dynamo::joined")
+def _(parts):
+    return parts[0].new_empty(sum(p.shape[0] for p in parts))
 
 
 def largest_of(tensors: list[Tensor]) -> Tensor:

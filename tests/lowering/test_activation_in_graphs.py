@@ -97,9 +97,9 @@ def test_it_is_one_kernel_each_way_and_right(kind, memory):
         wide = [t for t in saved_for_backward(forward, 1) if t.element_size() == 2 and t.shape[-1] >= INNER]
         assert bool(wide) == (memory == "speed")  # gate and up
         defined = results(compiled(model, provider="reference", memory=memory), model, x, steps=3)
-    for e, f, d in zip(exact, found, defined, strict=True):
-        assert f.shape == e.shape
-        assert sqnr(e, f) > sqnr(e, d) - 0.5, (sqnr(e, f), sqnr(e, d))
+    assert [f.shape for f in found] == [e.shape for e in exact]
+    lost = [sqnr(e, d) - sqnr(e, f) for e, f, d in zip(exact, found, defined, strict=True)]
+    assert max(lost) < 0.75 and sum(lost) < 0.25 * len(lost), lost  # dB
 
 
 def sites_of(model: nn.Module, x: Tensor, **options: Any) -> tuple[list[Site], int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import compile_fx
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
@@ -19,9 +22,10 @@ from te_dynamo.backend import te_fp8
 from te_dynamo.lowering.fp8 import E4M3
 from te_dynamo.lowering.kept_inputs import pack, unpack
 from tests.numerics import sqnr
-from tests.partitioned import interpreted, saved_for_backward
+from tests.partitioned import calls, interpreted, saved_for_backward
 
 TOKENS, WIDTH, INNER = 48, 32, 256
+aten = torch.ops.aten
 
 
 class MLP(nn.Module):
@@ -66,6 +70,59 @@ def gradients(model: nn.Module, x: Tensor, steps: int = 2, **options: object) ->
         made = [x.grad, *(p.grad for p in model.parameters())]
         x.grad, _ = None, model.zero_grad()
     return made
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rows(count: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Of several magnitudes, side by side with others; with zeros, a NaN, an infinity and what is next to nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(count, columns + 3, generator=generator) * 10 ** torch.empty(count, 1).uniform_(-6, 3, generator=generator)
+    whole[::5], whole[1::7, 0], whole[2::7, columns // 2] = 0, torch.nan, torch.inf
+    whole[3::7] *= 2.0**-110
+    return whole.to(dtype)[:, :columns]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """To the bit, but for those of a NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    nan, bits = b.float().isnan(), {1: torch.uint8, 2: torch.int16, 4: torch.int32}[b.itemsize]
+    return torch.equal(a.float().isnan(), nan) and torch.equal(a[~nan].view(bits), b[~nan].view(bits))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 20), st.sampled_from([1, 5, 16, 96, 128, 130, 384]), st.sampled_from(DTYPES), st.integers(0, 99))
+def test_the_operators_of_a_cpu_are_the_definition(count, columns, dtype, seed):
+    v = rows(count, columns, dtype, seed)
+    found, expected = torch.ops.te_dynamo.pack_kept(v), pack(v)
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    assert same(torch.ops.te_dynamo.unpack_kept(*found, dtype), unpack(*expected, dtype))
+
+
+def test_opcheck(monkeypatch):
+    allclose = torch.allclose  # which cannot compare FP8
+    monkeypatch.setattr(torch, "allclose", lambda *ts, **k: allclose(*(t.view(torch.uint8) if t.dtype == E4M3 else t for t in ts), **k))
+    v = torch.randn(6, 256).bfloat16()
+    torch.library.opcheck(torch.ops.te_dynamo.pack_kept.default, (v,))
+    torch.library.opcheck(torch.ops.te_dynamo.unpack_kept.default, (*pack(v), torch.bfloat16))
+
+
+@pytest.mark.parametrize("memory", ["balanced", "speed"])
+def test_on_a_cpu_operators_pack_and_join(memory, monkeypatch):
+    """What would be generated otherwise, for each layer and for each site, is most of what is compiled."""
+    ops, forms = torch.ops.te_dynamo, list[GraphModule]()
+
+    def interpret(gm, example_inputs, **_):
+        forms.append(gm)
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=interpret))
+    gradients(MLP(ACTIVATIONS["swiglu"]), torch.randn(TOKENS, WIDTH), memory=memory, recipe="delayed")
+    forward, backward = forms[-2:]
+    counts = [[len(calls(gm, op.default)) for op in (ops.pack_kept, ops.unpack_kept, ops.joined, aten.cat)] for gm in (forward, backward)]
+    assert counts == ([[2, 0, 1, 0], [0, 2, 1, 1]] if memory == "balanced" else [[0, 0, 1, 0], [0, 0, 1, 1]])
 
 
 def kept(graphs: list[GraphModule]) -> tuple[int, int]:

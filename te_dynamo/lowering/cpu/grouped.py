@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.cpu.library import library
-from te_dynamo.lowering.cpu.linears import DTYPES, Plan, addresses, plan_of
+from te_dynamo.lowering.cpu.library import DTYPES, library
+from te_dynamo.lowering.cpu.linears import Plan, addresses, plan_of
 from te_dynamo.lowering.fp8 import E4M3, row_amax
 from te_dynamo.lowering.grouped import PerTensorGroups, groups
 from te_dynamo.lowering.per_tensor import scaled_mm

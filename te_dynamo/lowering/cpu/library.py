@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("fp8.h", "image.h", "gemm.h", "gemv.h", "linears.cpp")
+SOURCES = ("fp8.h", "image.h", "gemm.h", "gemv.h", "linears.cpp", "kept.cpp")
 ANY, DOT_PRODUCTS, TILES = range(3)  # which instructions multiply
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C++ numbers them
 
 
 class LinearsStruct(Structure):
@@ -43,6 +46,9 @@ def compiled() -> CDLL:
     pointer, number = c_void_p, c_int64
     found.te_quantize.argtypes = [pointer, number, *[pointer] * 3]
     found.te_quantize.restype = None
+    found.te_pack.argtypes = [*[number] * 4, pointer, number, c_float, *[pointer] * 2]
+    found.te_unpack.argtypes = [*[number] * 3, *[pointer] * 3]
+    found.te_pack.restype = found.te_unpack.restype = None
     found.te_forward.argtypes = [pointer, number, pointer, number, *[pointer] * 8]
     found.te_backward.argtypes = [pointer, number, *[pointer] * 10]
     found.te_use_instructions.argtypes = [number]

@@ -18,14 +18,12 @@ from torch import Tensor
 from te_dynamo.ir.linear import GemmRows
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.compute import WIDTH
-from te_dynamo.lowering.cpu.library import LinearsStruct, library
+from te_dynamo.lowering.cpu.library import DTYPES, LinearsStruct, library
 from te_dynamo.lowering.fp8 import E4M3, E5M2, FP8_MAX, casting_of
 from te_dynamo.lowering.per_tensor import Kernels, PerTensorLinears, matrix, scaled_mm
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.registry import Backward, Forward, Needs, Packed
 from te_dynamo.recipe import margin_of
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C++ numbers them
 
 
 @dataclass(frozen=True)

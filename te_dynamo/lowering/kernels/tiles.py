@@ -86,7 +86,7 @@ def fill_kept(kept: KeptInputs, parts: Sequence[Tensor]) -> None:
         columns = part.shape[1]
         tiles = torch.nn.functional.pad(part.float(), (0, -columns % BLOCK_COLUMNS)).unflatten(1, (-1, BLOCK_COLUMNS))
         largest = torch.where(tiles.isnan(), 0.0, tiles.abs()).amax(2, keepdim=True)
-        scale = torch.where(largest > LEAST_AMAX, FP8_MAX[E4M3] / largest, 1.0)
+        scale = torch.where(largest > LEAST_AMAX, torch.full_like(largest, FP8_MAX[E4M3]) / largest, 1.0)  # as in `fp8.scale_of`
         data.copy_((tiles * scale).to(E4M3).flatten(1)[:, :columns])
         scale_inv.copy_((torch.where(largest > LEAST_AMAX, largest / FP8_MAX[E4M3], 1.0)).squeeze(2))
 
