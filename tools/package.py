@@ -70,10 +70,10 @@ def files_of(made: Path) -> set[str]:
     """The package's files in an sdist or a wheel, by their paths from the root."""
     if made.suffix == ".whl":
         with zipfile.ZipFile(made) as wheel:
-            names = wheel.namelist()
+            names = [info.filename for info in wheel.infolist() if not info.is_dir()]
     else:
         with tarfile.open(made) as sdist:
-            names = [name.partition("/")[2] for name in sdist.getnames()]
+            names = [member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()]
     return {name for name in names if name.startswith(f"{PACKAGE}/")}
 
 
