@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 import te_dynamo.lowering.kernels.cast_matrices  # noqa: F401  (registers its operator)
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.compute import scales_of
-from te_dynamo.lowering.devices import BLACKWELL, BLACKWELL_RTX, Capability, dotted
+from te_dynamo.lowering.devices import BLACKWELL, BLACKWELL_RTX, HOPPER, Capability, dotted
 from te_dynamo.lowering.fp8 import row_amax
 from te_dynamo.lowering.group_rows import Groups
 from te_dynamo.lowering.limits import unaligned, unsupported_dtype
@@ -105,7 +105,8 @@ def why_not(device: torch.device) -> str | None:
 @cache
 def _why_not(device: torch.device, found: Capability) -> str | None:
     if not BLACKWELL <= found < BLACKWELL_RTX:
-        return f"Transformer Engine's grouped FP8 GEMM is used on Blackwell (compute capability 10.0), this device has {dotted(found)}"
+        reason = f"Transformer Engine's grouped FP8 GEMM is used on Blackwell (compute capability 10.0), this device has {dotted(found)}"
+        return reason + (" (provider='auto' or 'native' has torch's)" if found == HOPPER else "")
     with running():
         version = int(api().tex.get_cublasLt_version())
     if version < OLDEST_CUBLAS:
