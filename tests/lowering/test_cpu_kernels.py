@@ -16,7 +16,7 @@ from torch._inductor.cpu_vec_isa import invalid_vec_isa
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from te_dynamo.lowering import fp8, kept_inputs
+from te_dynamo.lowering import fp8, packed
 from te_dynamo.lowering.cpu import linears as cpu
 from te_dynamo.lowering.cpu.library import ANY, DOT_PRODUCTS, TILES, library
 from te_dynamo.lowering.cpu.library import compiled as compiled_kernels
@@ -162,7 +162,7 @@ def instructions(request: Any, monkeypatch: Any) -> Iterator[None]:
         monkeypatch.setattr(codecache, "pick_vec_isa", lambda: invalid_vec_isa)
         with torch._inductor.config.patch({"cpp.march": request.param}):
             other = compiled_kernels()
-        for module in (cpu, kept_inputs):
+        for module in (cpu, packed):
             monkeypatch.setattr(module, "library", lambda: other)
         assert other.te_use_instructions(TILES) == ANY
         yield
@@ -187,9 +187,9 @@ def test_what_is_kept_of_an_activation_s_inputs(instructions, dtype):
     """By vectors of any width, to the bit."""
     torch.manual_seed(0)
     for v in (torch.randn(9, 131, dtype=dtype)[:, :130], torch.randn(3, 256, dtype=dtype)):
-        found, expected = torch.ops.te_dynamo.pack_kept(v), kept_inputs.pack(v)
+        found, expected = torch.ops.te_dynamo.pack_kept(v), packed.pack(v)
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, expected, strict=True))
-        assert torch.equal(torch.ops.te_dynamo.unpack_kept(*found, dtype), kept_inputs.unpack(*expected, dtype))
+        assert torch.equal(torch.ops.te_dynamo.unpack_kept(*found, dtype), packed.unpack(*expected, dtype))
 
 
 @pytest.mark.parametrize("out", DTYPES)

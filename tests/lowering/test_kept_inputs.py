@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.measure import live_after
 from te_dynamo.backend import te_fp8
 from te_dynamo.lowering.fp8 import E4M3
-from te_dynamo.lowering.kept_inputs import pack, unpack
+from te_dynamo.lowering.packed import pack, unpack
 from tests.numerics import sqnr
 from tests.partitioned import calls, interpreted, saved_for_backward
 

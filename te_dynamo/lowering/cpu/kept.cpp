@@ -1,5 +1,5 @@
 
-// -- what backward reads of an activation's inputs: E4M3 with a scale for each block of a row (see `kept_inputs.py`)
+// -- what backward reads of an activation's inputs: E4M3 with a scale for each block of a row (see `packed.py`)
 
 extern "C" {
 
