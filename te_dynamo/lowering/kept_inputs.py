@@ -100,9 +100,13 @@ def _is_elementwise(node: Node) -> bool:
 
 def _ends(node: Node) -> bool:
     """Whether its result is in FP8, small, or no value of its inputs: nothing that backward could read of it is in high precision."""
-    if node.target is torch.ops.te_dynamo.site_fwd.default or _is_fp8(node):
+    if _ends_in_fp8(node):
         return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in REDUCTIONS | OF_THE_SHAPE
+
+
+def _ends_in_fp8(node: Node) -> bool:
+    return node.target is torch.ops.te_dynamo.site_fwd.default or _is_fp8(node)
 
 
 def _wants_the_largest(node: Node) -> bool:
@@ -123,6 +127,9 @@ class _Rewrite:
         closed = self._closed()
         self.results = {r for r in results if closed[r]}
         self.inside = self._inside()
+        while inconsistent := self._inconsistent():
+            self.results -= inconsistent
+            self.inside = self._inside()
         self.remade: dict[Node, Node] = {}  # by what is inside: what backward reads in its place
         self.traced: dict[Any, GraphModule] = {}
 
@@ -168,6 +175,31 @@ class _Rewrite:
             if not kept and _is_elementwise(node) and not _is_backward(node) and not inside.isdisjoint(node.all_input_nodes):
                 inside.add(node)
         return inside
+
+    def _inconsistent(self) -> set[Node]:
+        """Results that backward would read in FP8 beside a statistic of theirs, or of what forward makes of them, which is exact: a norm's
+        mean, a softmax's sum, a maximum that is looked for. Their difference would be the rounding's."""
+        statistics, remade = set[Node](), set[Node]()
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            if node in self.inside or _ends_in_fp8(node) or any(map(_is_fp8, inputs)):
+                continue
+            of_forward = [n for n in inputs if n in statistics or (n in self.inside and not _is_backward(node))]
+            if of_forward and (not _is_backward(node) or len(of_forward) == len(inputs)):  # in backward another view of it
+                statistics.add(node)
+        bad = set[Node]()
+        for node in reversed(self.nodes):
+            read = [n for n in node.all_input_nodes if n in self.inside]
+            if _is_backward(node) or node in remade:
+                remade |= {n for n in read if n not in self.results}
+                if read and not statistics.isdisjoint(node.all_input_nodes):
+                    bad |= {node, *read}
+        found = set[Node]()
+        for node in reversed(self.nodes):
+            if node in bad:
+                found |= {node} & self.results
+                bad |= {n for n in node.all_input_nodes if n in self.inside}
+        return found
 
     def _remake(self, value: Node, before: Node) -> Node:
         """`value`, made for backward of what is kept in FP8."""
