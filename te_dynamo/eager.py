@@ -11,17 +11,23 @@ from torch._ops import HigherOrderOperator
 from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
+from te_dynamo.ir.graph import tensor
 from te_dynamo.passes.effects import storage, written_memory
 
 
 def runs_eagerly(gm: GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether eager mode gives what AOTAutograd gives. It takes apart tensors of subclasses, and operators with graphs of their own (such
-    as checkpoints), and tells autograd of inputs that the graph writes."""
+    as checkpoints), tells autograd of inputs that the graph writes, and makes results that share memory, with an input or among
+    themselves, views of one another again."""
     nodes = gm.graph.nodes
     given = {storage(n) for n in nodes if n.op == "placeholder"}
+    results = [storage(n) for n in tree_leaves(gm.graph.output_node().args[0]) if tensor(n) is not None]
+    apart = len({*results}) == len(results) and given.isdisjoint(results)
     higher_order = any(isinstance(n.target, HigherOrderOperator) for n in nodes)
-    return given.isdisjoint(written_memory(gm.graph)) and not (higher_order or any(map(is_traceable_wrapper_subclass, inputs)))
+    simple = not (higher_order or any(map(is_traceable_wrapper_subclass, inputs)))
+    return simple and apart and given.isdisjoint(written_memory(gm.graph))
 
 
 def eager(gm: GraphModule) -> Callable[..., Any]:
@@ -35,7 +41,8 @@ def eager(gm: GraphModule) -> Callable[..., Any]:
                 ctx.given = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
                 ctx.results = list(gm(*ctx.given))
             ctx.set_materialize_grads(False)
-            outputs = [r.detach() if isinstance(r, Tensor) else r for r in ctx.results]
+            # Copies: what a caller writes into them is not written into what backward reads.
+            outputs = [r.detach().clone() if isinstance(r, Tensor) else r for r in ctx.results]
             ctx.mark_non_differentiable(*[o for o, r in zip(outputs, ctx.results, strict=True) if _is_constant(r)])
             return tuple(outputs)
 

@@ -17,6 +17,7 @@ INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "ilshift", "irshift")
 )
+INPLACE_METHODS = frozenset(f"__{function.__name__.strip('_')}__" for function in INPLACE_OPERATORS)  # `x.__iadd__(y)`
 
 
 @cache
@@ -34,7 +35,7 @@ def writes(node: Node) -> list[Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     written = _nodes(node.kwargs.get("out"))
-    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    first = _nodes(node.args[0]) if node.args else []  # a list of tensors in torch._foreach_mul_
     target = node.target
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         overload = target if isinstance(target, torch._ops.OpOverload) else getattr(target, target.overloads()[0])
@@ -44,12 +45,12 @@ def writes(node: Node) -> list[Node]:
         return written
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not target  # operator.and_
-    if first is not None and (by_name or target in INPLACE_OPERATORS or target is operator.setitem):
-        written.append(first)
-    elif first is not None and node.op == "call_function":
+    if by_name or name in INPLACE_METHODS or target in INPLACE_OPERATORS or target is operator.setitem:
+        written += first
+    elif first and node.op == "call_function":
         position = _inplace_position(target)
         if position is not None and (node.kwargs.get("inplace") or (len(node.args) > position and node.args[position])):
-            written.append(first)
+            written += first
     return written
 
 
