@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
@@ -158,7 +157,7 @@ class TEGroups(Implementation):
         return why_not(case.device) or unsupported_dtype(case.attributes["out_dtype"]) or unaligned(case)
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
-        return (*(["x"] if needs[1] and _wgrad_in_16_bits(call) else []), *(["weight"] if _remakes(call) else []), "offsets")
+        return (*(["weight"] if _remakes(call) else []), "offsets")
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         made = _weight(weights[0].detach(), scales_of(call, None).at("weight"))
@@ -176,15 +175,14 @@ class TEGroups(Implementation):
         w8 = (kept[0] if kept else weight)[0] if call.cached else _weight(weight, scales.at("weight"))
         y = _multiply(x8, w8, groups, FORWARD, call["out_dtype"], fast=True)
         amaxes = [t.amax for t in (x8, w8) if t.amax is not None]  # a kept weight has none, and is not recorded
-        wgrad_reads = needs[1] and not _wgrad_in_16_bits(call)
-        kept_of_x = x8.for_backward("data", "scale_inv") if wgrad_reads else Quantized()
+        kept_of_x = x8.for_backward("data", "scale_inv") if needs[1] else Quantized()
         fields = ("scale", "scale_inv") if _remakes(call) else ("data", "scale_inv")
         return Forward([y], [kept_of_x, w8.for_backward(*fields) if needs[0] else Quantized()], amaxes)
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
-        (x, weight, offsets), (x8, w8), grad = inputs, saved, grads[0]
+        (_, weight, offsets), (x8, w8), grad = inputs, saved, grads[0]
         groups = Groups(offsets, grad.shape[0])
         g8 = _rows(call, grad, groups, scales.at("grad_output"), keeps=False)
         assert g8.amax is not None
@@ -194,9 +192,7 @@ class TEGroups(Implementation):
                 with recomputed_in_backward():
                     w8 = w8._replace(data=_cast(weight, w8.scale, scales.casting.forward)[0])
             dx = _multiply(g8, w8, groups, DGRAD, call.inputs[0])
-        if needs[1] and _wgrad_in_16_bits(call):
-            dw = F.grouped_mm(grad.t(), x, offs=offsets)
-        elif needs[1]:
+        if needs[1]:
             dw = _multiply(g8, x8, groups, WGRAD, call.inputs[1])
             dw = dw.transpose(1, 2).contiguous().transpose(1, 2) if call["inputs_first"] else dw
         return Backward([dx, dw, None], [g8.amax])
@@ -204,10 +200,6 @@ class TEGroups(Implementation):
 
 def _remakes(call: Call) -> bool:
     return "weights" in call.remakes and not call.cached
-
-
-def _wgrad_in_16_bits(call: Call) -> bool:
-    return getattr(call.scaling, "high_precision_wgrad", False)
 
 
 def _multiply(a: Quantized, b: Quantized, groups: Groups, layout: str, dtype: torch.dtype, fast: bool = False) -> Tensor:
