@@ -97,10 +97,8 @@ def fused(size: LayerSize, tokens: int, device: torch.device) -> Contenders:
     tables = [angles.cos(), angles.sin()]
     attributes = {"form": "bshd", "packing": "h2d", "rotary": "halves", "width": size.head_size, "out_dtype": torch.bfloat16} | NO_NORM
     turn = Call("qkv", "native", "cuda", spec_of((q, k, v, angles, angles)), attributes=attributes)
-    grads, starts = (
-        [random(*t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)],
-        [0, q[0, :, 0].numel(), q[0, :, 0].numel() + k[0, :, 0].numel()],
-    )
+    grads = [random(*t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)]
+    starts = [0, size.heads * size.head_size, (size.heads + size.kv_heads) * size.head_size]
     values, features = grad.numel(), q.numel() + k.numel() + v.numel()
     gradient = (swiglu.key, grad)
     into = (scale, E5M2, True, 16, [0, width], True, True, False)

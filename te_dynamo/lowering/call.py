@@ -91,6 +91,11 @@ class Call:
         """The recipe, as far as kernels need it. Raises where there is none."""
         return from_key(self.recipe)
 
+    @property
+    def remakes_weights(self) -> bool:
+        """Whether backward makes the FP8 copies of weights again: those that are cached are there anyway."""
+        return "weights" in self.remakes and not self.cached
+
     def but(self, **changes: Any) -> Call:
         """The same with other fields."""
         return replace(self, **changes)

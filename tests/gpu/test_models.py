@@ -18,7 +18,7 @@ from tests.numerics import sqnr
 from tests.test_models import check_sites, weights_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("small_sites_too")]
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
 MOE = {"mixtral": ("MixtralForCausalLM", "MixtralConfig"), "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig")}
 
 
@@ -72,7 +72,7 @@ def test_mixtures_of_experts(name, recipe):
     """Every token goes to every expert: what FP8 changes in a router's input would else send some elsewhere."""
     model_name, config = MOE[name]
     torch.manual_seed(0)
-    sizes = DECODER | EXPERTS | {"num_experts_per_tok": 4, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
+    sizes = DECODER | EXPERTS | {"hidden_size": 128, "intermediate_size": 256}
     model = getattr(hf, model_name)(getattr(hf, config)(**sizes, num_hidden_layers=2)).to(DEVICE, torch.bfloat16)
     model.set_experts_implementation("grouped_mm")
     sites = compare(model, on_device(CASES["llama"].inputs(length=64)), 5, recipe=recipe)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -112,46 +114,19 @@ def te_general_grouped_gemm_for_grouped_tensor(
     return D
 
 
-def te_general_grouped_gemm_for_discrete_in(
-    A: Any,
-    transa: bool,
-    B: Any,
-    transb: bool,
-    D: Any,
-    bias: Any,
-    bias_scale: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    workspace_setup: Tensor,
-    workspace_cublas: Tensor,
-    use_split_accumulator: bool,
-    sm_count: int,
-) -> Any:
-    """With A a list of matrices, as weights are."""
-    return te_general_grouped_gemm_for_grouped_tensor(
-        A, transa, B, transb, D, bias, bias_scale, alpha, beta, workspace_setup, workspace_cublas, use_split_accumulator, sm_count
-    )
+def _also(name: str) -> Callable[..., Any]:
+    """The same by another name, of the same signature: `_members` takes a list of matrices where the other wants a grouped tensor."""
+
+    @functools.wraps(te_general_grouped_gemm_for_grouped_tensor)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return te_general_grouped_gemm_for_grouped_tensor(*args, **kwargs)
+
+    stand_in.__name__ = name
+    return stand_in
 
 
-def te_general_grouped_gemm_for_discrete_out(
-    A: Any,
-    transa: bool,
-    B: Any,
-    transb: bool,
-    D: Any,
-    bias: Any,
-    bias_scale: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    workspace_setup: Tensor,
-    workspace_cublas: Tensor,
-    use_split_accumulator: bool,
-    sm_count: int,
-) -> Any:
-    """With D a list of matrices, as the gradients of weights are."""
-    return te_general_grouped_gemm_for_grouped_tensor(
-        A, transa, B, transb, D, bias, bias_scale, alpha, beta, workspace_setup, workspace_cublas, use_split_accumulator, sm_count
-    )
+te_general_grouped_gemm_for_discrete_in = _also("te_general_grouped_gemm_for_discrete_in")  # A: weights
+te_general_grouped_gemm_for_discrete_out = _also("te_general_grouped_gemm_for_discrete_out")  # D: their gradients
 
 
 def _format(t: Any) -> torch.dtype | None:

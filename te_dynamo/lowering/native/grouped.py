@@ -72,7 +72,7 @@ class NativeGroups(Implementation):
         return cost.not_worth_it(x, weight, training=case.trains, products=products, overhead=read_once)
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
-        weight = ["weight"] if needs[0] and _remakes_weight(call) else []
+        weight = ["weight"] if needs[0] and call.remakes_weights else []
         return (*(["x"] if needs[1] and _wgrad_in_bf16(call) else []), *weight, "offsets")
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
@@ -98,7 +98,7 @@ class NativeGroups(Implementation):
         if call.cached:
             (w8,) = kept[0] if kept else weight
         else:
-            w8 = _weight(call, weight, scales.at("weight"), both_ways=needs[0] and not _remakes_weight(call))
+            w8 = _weight(call, weight, scales.at("weight"), both_ways=needs[0] and not call.remakes_weights)
         assert w8.data is not None and w8.scale_inv is not None
         y = multiply(x8.data, w8.data, _of_rows(x8, groups.tokens), w8.scale_inv.expand(w8.data.shape[:2]), offsets, fast=True)
         amaxes = [t.amax for t in (x8, w8) if t.amax is not None]
@@ -116,7 +116,7 @@ class NativeGroups(Implementation):
         for_both = GRADIENT.quantize(grad) if by_tensor else None  # else each has scales of the other operand in it
         dx = dw = None
         if needs[0]:
-            if _remakes_weight(call):
+            if call.remakes_weights:
                 with recomputed_in_backward():
                     w8 = w8._replace(transposed=_cast(call, weight, w8.scale, both_ways=True)[1])
             assert w8.transposed is not None and w8.scale_inv is not None
@@ -130,10 +130,6 @@ class NativeGroups(Implementation):
             g8 = for_both or GRADIENT.quantize(grad.float() * x8.scale_inv.unsqueeze(1))
             dw = _wgrad(g8, x8, groups, x8.scale_inv if by_tensor else one, like_inputs=call["inputs_first"])
         return Backward([dx, dw, None], [row_amax(groups.only(grad))] if by_tensor else [])
-
-
-def _remakes_weight(call: Call) -> bool:
-    return "weights" in call.remakes and not call.cached
 
 
 def _wgrad_in_bf16(call: Call) -> bool:

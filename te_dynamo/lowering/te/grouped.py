@@ -157,7 +157,7 @@ class TEGroups(Implementation):
         return why_not(case.device) or unsupported_dtype(case.attributes["out_dtype"]) or unaligned(case)
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
-        return (*(["weight"] if _remakes(call) else []), "offsets")
+        return (*(["weight"] if call.remakes_weights else []), "offsets")
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
         made = _weight(weights[0].detach(), scales_of(call, None).at("weight"))
@@ -176,7 +176,7 @@ class TEGroups(Implementation):
         y = _multiply(x8, w8, groups, FORWARD, call["out_dtype"], fast=True)
         amaxes = [t.amax for t in (x8, w8) if t.amax is not None]  # a kept weight has none, and is not recorded
         kept_of_x = x8.for_backward("data", "scale_inv") if needs[1] else Quantized()
-        fields = ("scale", "scale_inv") if _remakes(call) else ("data", "scale_inv")
+        fields = ("scale", "scale_inv") if call.remakes_weights else ("data", "scale_inv")
         return Forward([y], [kept_of_x, w8.for_backward(*fields) if needs[0] else Quantized()], amaxes)
 
     def backward(
@@ -188,7 +188,7 @@ class TEGroups(Implementation):
         assert g8.amax is not None
         dx = dw = None
         if needs[0]:
-            if _remakes(call):
+            if call.remakes_weights:
                 with recomputed_in_backward():
                     w8 = w8._replace(data=_cast(weight, w8.scale, scales.casting.forward)[0])
             dx = _multiply(g8, w8, groups, DGRAD, call.inputs[0])
@@ -196,10 +196,6 @@ class TEGroups(Implementation):
             dw = _multiply(g8, x8, groups, WGRAD, call.inputs[1])
             dw = dw.transpose(1, 2).contiguous().transpose(1, 2) if call["inputs_first"] else dw
         return Backward([dx, dw, None], [g8.amax])
-
-
-def _remakes(call: Call) -> bool:
-    return "weights" in call.remakes and not call.cached
 
 
 def _multiply(a: Quantized, b: Quantized, groups: Groups, layout: str, dtype: torch.dtype, fast: bool = False) -> Tensor:
