@@ -187,8 +187,11 @@ class _Rewrite:
             of_forward = [n for n in inputs if n in statistics or (n in self.inside and not _is_backward(node))]
             if of_forward and (not _is_backward(node) or len(of_forward) == len(inputs)):  # in backward another view of it
                 statistics.add(node)
+        casts = self._casts(statistics)
         bad = set[Node]()
         for node in reversed(self.nodes):
+            if node in casts:
+                continue
             read = [n for n in node.all_input_nodes if n in self.inside]
             if _is_backward(node) or node in remade:
                 remade |= {n for n in read if n not in self.results}
@@ -200,6 +203,20 @@ class _Rewrite:
                 found |= {node} & self.results
                 bad |= {n for n in node.all_input_nodes if n in self.inside}
         return found
+
+    def _casts(self, statistics: set[Node]) -> set[Node]:
+        """What backward makes of these values and of statistics alone, to cast it to FP8: an operand of wgrad by its scale, which is right
+        for what rounding makes of the values too."""
+        pure = set[Node]()
+        for node in self.nodes:
+            known = all(n in self.inside or n in statistics or n in pure for n in node.all_input_nodes)
+            if _is_backward(node) and _is_elementwise(node) and node.all_input_nodes and known:
+                pure.add(node)
+        casts = set[Node]()
+        for node in reversed(self.nodes):
+            if node in pure and (_is_fp8(node) or all(u in casts for u in node.users)):
+                casts.add(node)
+        return casts
 
     def _remake(self, value: Node, before: Node) -> Node:
         """`value`, made for backward of what is kept in FP8."""
