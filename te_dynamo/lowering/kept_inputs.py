@@ -33,6 +33,7 @@ MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracin
 aten = torch.ops.aten
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.mean, aten.var, aten.var_mean, aten.any, aten.all}
 OF_THE_SHAPE = {aten.rand_like, aten.randn_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
+SCALING = {aten.mul, aten.div, aten.clamp, aten.clamp_min, aten.clamp_max, aten.clone, torch.ops.prims.convert_element_type}
 COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, which their tags do not tell
 
 
@@ -107,6 +108,10 @@ def _ends(node: Node) -> bool:
 
 def _ends_in_fp8(node: Node) -> bool:
     return node.target is torch.ops.te_dynamo.site_fwd.default or _is_fp8(node)
+
+
+def _scales(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.target.overloadpacket in SCALING | COPIES)
 
 
 def _wants_the_largest(node: Node) -> bool:
@@ -187,15 +192,13 @@ class _Rewrite:
             of_forward = [n for n in inputs if n in statistics or (n in self.inside and not _is_backward(node))]
             if of_forward and (not _is_backward(node) or len(of_forward) == len(inputs)):  # in backward another view of it
                 statistics.add(node)
-        casts = self._casts(statistics)
+        scaled = self._scaled_to_fp8()
         bad = set[Node]()
         for node in reversed(self.nodes):
-            if node in casts:
-                continue
             read = [n for n in node.all_input_nodes if n in self.inside]
             if _is_backward(node) or node in remade:
                 remade |= {n for n in read if n not in self.results}
-                if read and not statistics.isdisjoint(node.all_input_nodes):
+                if read and node not in scaled and not statistics.isdisjoint(node.all_input_nodes):
                     bad |= {node, *read}
         found = set[Node]()
         for node in reversed(self.nodes):
@@ -204,19 +207,13 @@ class _Rewrite:
                 bad |= {n for n in node.all_input_nodes if n in self.inside}
         return found
 
-    def _casts(self, statistics: set[Node]) -> set[Node]:
-        """What backward makes of these values and of statistics alone, to cast it to FP8: an operand of wgrad by its scale, which is right
-        for what rounding makes of the values too."""
-        pure = set[Node]()
-        for node in self.nodes:
-            known = all(n in self.inside or n in statistics or n in pure for n in node.all_input_nodes)
-            if _is_backward(node) and _is_elementwise(node) and node.all_input_nodes and known:
-                pure.add(node)
-        casts = set[Node]()
+    def _scaled_to_fp8(self) -> set[Node]:
+        """What is cast to FP8 by a scale, which is a statistic too: a product keeps the relative error that its factors have."""
+        scaled = set[Node]()
         for node in reversed(self.nodes):
-            if node in pure and (_is_fp8(node) or all(u in casts for u in node.users)):
-                casts.add(node)
-        return casts
+            if _is_fp8(node) or (_scales(node) and node.users and all(u in scaled for u in node.users)):
+                scaled.add(node)
+        return scaled
 
     def _remake(self, value: Node, before: Node) -> Node:
         """`value`, made for backward of what is kept in FP8."""

@@ -93,12 +93,12 @@ class Between(nn.Module):
         return self.second(self.function(self.first(x)))
 
 
-@pytest.mark.parametrize("provider", ["native", "reference"])
+@pytest.mark.parametrize(("recipe", "provider"), [("current", "native"), ("current", "reference"), ("rowwise", "native")])
 @pytest.mark.parametrize("name", STATISTICS)
-def test_what_is_compared_with_a_statistic_of_its_own_stays_as_it_is(name, provider, no_codegen):
+def test_what_is_compared_with_a_statistic_of_its_own_stays_as_it_is(name, recipe, provider, no_codegen):
     """A mean that is exact beside values that are rounded: their difference would be the rounding's, and no value the largest."""
     model, x = Between(STATISTICS[name]), torch.randn(TOKENS, WIDTH)
-    balanced, speed = (gradients(model, x, memory=memory, provider=provider) for memory in ("balanced", "speed"))
+    balanced, speed = (gradients(model, x, memory=memory, provider=provider, recipe=recipe) for memory in ("balanced", "speed"))
     assert all(torch.equal(a, b) for a, b in zip(balanced, speed, strict=True))
 
 
@@ -173,6 +173,16 @@ def test_what_an_activation_reads_is_kept_in_fp8(graphs, act):
     of_down, others = found[-2:], found[:-2]
     assert all(torch.equal(a, b) for a, b in zip(of_down, exact[-2:], strict=True))
     assert all(22 < sqnr(e, f) < 60 for e, f in zip(exact, others, strict=False))
+
+
+def test_scales_of_its_own_are_no_such_statistic(graphs):
+    """wgrad's operand is cast by scales of its columns, which forward took of the exact values."""
+    model, x = MLP(ACTIVATIONS["swiglu"]).bfloat16(), torch.randn(2, TOKENS // 2, WIDTH).bfloat16()
+    found = gradients(model, x, recipe="rowwise")
+    assert kept(graphs) == (2 * TOKENS * INNER, 2 * INNER * WIDTH)  # the latter: gate's and up's weights
+    exact = gradients(model, x, recipe="rowwise", memory="speed")
+    assert kept(graphs)[0] == 0
+    assert all(20 < sqnr(e, f) for e, f in zip(exact, found, strict=True))
 
 
 def test_dropout_is_drawn_once(graphs):
