@@ -30,6 +30,7 @@ from te_dynamo.ir.meta import PLAN, SLOTS
 from te_dynamo.lowering.registry import choose
 from te_dynamo.passes.attach import attach
 from te_dynamo.passes.canonicalize import canonicalize
+from te_dynamo.passes.effects import draws
 from te_dynamo.passes.fuse import fuse
 from te_dynamo.passes.higher_order import mark_parameters, rewritable_units
 from te_dynamo.passes.lower import ANY_UNSET, NONE_UNSET, Unset, lower
@@ -89,15 +90,15 @@ def te_fp8(
     calibration = None
     if calibrates:
         stays = not grad_enabled or not any(is_owned(n) and fake(n).requires_grad for n in fused.graph.nodes)  # nothing sets scales
+        symbolic = any(isinstance(i, torch.SymInt) for i in example_inputs)  # a form made later would add guards too late
+        random = any(draws(unit.graph) for unit in rewritable_units(fused))
         with beside():
-            first = variant("lower_calibrating", ANY_UNSET, runtime.compile_inductor if stays else eagerly)
-        # The guards of symbolic lengths would come too late.
-        symbolic = any(isinstance(i, torch.SymInt) for i in example_inputs)
+            first = variant("lower_calibrating", ANY_UNSET, runtime.compile_inductor if stays or (symbolic and random) else eagerly)
 
         def partly(unset: Unset) -> Variant:
             return variant("lower_partly_calibrating", unset, runtime.compile_inductor)
 
-        calibration = Calibration(first, None if stays or symbolic else partly)
+        calibration = Calibration(first, None if stays or symbolic else partly, random=random)
     _warn_about_patterns(chosen, sites)
     _warn_about_attention(chosen, sites)
     for observer in observers:

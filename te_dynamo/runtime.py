@@ -22,7 +22,7 @@ from te_dynamo.lowering.graph_passes import joint_graph_passes
 from te_dynamo.lowering.registry import functions_in_graphs, modules
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, Unset
-from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, is_fake
+from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, hooks_saved_tensors, is_fake
 from te_dynamo.state.homes import Holders
 from te_dynamo.state.reduce import ranks
 from te_dynamo.weight_cache import WeightCache
@@ -85,22 +85,43 @@ class Calibration:
     nothing sets them; the gradient of a layer that the loss does not reach never comes), a form is compiled in which the sites that have
     these calibrate, and no other.
 
-    `partly` makes that form; None where the first one stays.
+    `partly` makes that form; None where the first one stays. random: whether the graph draws random numbers.
+
+    What a checkpoint recomputes in backward is what forward computed, so it has forward's form: under the hooks that a checkpoint sets, and
+    inside a backward, a form is kept until the step has ended.
     """
 
     FIRST_CALLS = 3
     LOOKED_AT = 32  # every so many calls, since on a GPU it waits for the device
 
-    def __init__(self, first: Variant, partly: Callable[[Unset], Variant] | None) -> None:
-        self.first, self.partly = first, partly
+    def __init__(self, first: Variant, partly: Callable[[Unset], Variant] | None, *, random: bool = False) -> None:
+        self.first, self.partly, self.random = first, partly, random
         self.forms: dict[Unset, Variant] = {}
         self.calls: weakref.WeakKeyDictionary[Group, int] = weakref.WeakKeyDictionary()
         self.chosen: weakref.WeakKeyDictionary[Group, tuple[int, Variant]] = weakref.WeakKeyDictionary()  # with the arena's version
+        self.held: weakref.WeakKeyDictionary[Group, tuple[int, Variant | None]] = weakref.WeakKeyDictionary()  # with the step
 
     def of(self, group: Group | None, gradients: bool) -> Variant | None:
         """The form for a call with this group; None where all scales are set."""
         if group is None:
             return self.first
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward and not hooks_saved_tensors():
+            return self._choose(group, gradients)
+        step, form = self.held.get(group, (-1, None))
+        if step != STATE.steps:
+            form = self._of_a_reentrant_checkpoint(group, gradients) if in_backward else self._choose(group, gradients)
+            self.held[group] = STATE.steps, form
+        return form
+
+    def _of_a_reentrant_checkpoint(self, group: Group, gradients: bool) -> Variant | None:
+        """Its forward ran without gradients, in code that Inductor had generated, which draws other random numbers than PyTorch's
+        operators."""
+        if self.partly is None or not self.random or group.complete(gradients):
+            return self._choose(group, gradients)
+        return self._some_unset(group, gradients, self.partly)
+
+    def _choose(self, group: Group, gradients: bool) -> Variant | None:
         version, chosen = self.chosen.get(group, (-1, None))
         if chosen is None and group.complete(gradients):
             return None
@@ -112,10 +133,14 @@ class Calibration:
             return None
         if self.partly is None or calls <= self.FIRST_CALLS:
             return self.first
+        form = self._some_unset(group, gradients, self.partly)
+        self.chosen[group] = group.arena.version, form
+        return form
+
+    def _some_unset(self, group: Group, gradients: bool, partly: Callable[[Unset], Variant]) -> Variant:
         unset = Unset(*(frozenset(places) for places in group.unset(gradients)))
         if unset not in self.forms:
-            self.forms[unset] = self.partly(unset)
-        self.chosen[group] = group.arena.version, self.forms[unset]
+            self.forms[unset] = partly(unset)
         return self.forms[unset]
 
 

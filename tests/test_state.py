@@ -15,7 +15,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.recipe import DelayedScaling
@@ -459,6 +459,47 @@ def test_a_reentrant_checkpoint_records_in_its_recomputation(way):
     for name, (_, history) in state_of(plain).items():
         assert state_of(model)[name][1] == pytest.approx(history, rel=0.15), name
     assert amaxes(model.blocks[0].up.weight, "input") == [x.abs().max().item() for x, _ in steps]
+
+
+@pytest.mark.parametrize("calls", [1, 5])
+@pytest.mark.parametrize("provider", ["native", "reference"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_what_a_checkpoint_recomputes_is_what_forward_computed(mode, provider, calls):
+    """To the bit, in the steps that calibrate too, however often a block is called in a step."""
+    block = getattr(Block(), mode)()
+    run = torch.compile(block, backend=te_fp8, fullgraph=True, options={"recipe": "delayed", "provider": provider})
+    made: list[Tensor] = []
+
+    def remembered(x: Tensor) -> Tensor:
+        y = run(x)
+        made.append(y.detach().clone())
+        return y
+
+    for step in range(3):
+        x = torch.randn(calls, SIZE, SIZE, requires_grad=True)
+        with set_checkpoint_early_stop(False):
+            y = [checkpoint(remembered, (1 + i) * x[i], use_reentrant=False) for i in range(calls)]
+        sum(y).square().sum().backward()
+        forward, recomputed = made[:calls], made[calls:]
+        assert len(recomputed) == calls
+        found = [any(torch.equal(a, b) for b in recomputed) for a in forward]
+        assert all(found), (step, found)
+        made.clear()
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("provider", ["native", "reference"])
+def test_dropout_in_a_checkpoint_is_drawn_again_alike(provider, reentrant, dynamic):
+    """In the step that calibrates too, whose graph is not the one that Inductor generates."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.Dropout(0.5))
+    run = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=dynamic, options={"recipe": "delayed", "provider": provider})
+    for _ in range(3):
+        model.zero_grad()
+        y = checkpoint(run, torch.randn(64, 32, requires_grad=True), use_reentrant=reentrant)
+        y.sum().backward()
+        torch.testing.assert_close(model[0].bias.grad, 2.0 * (y != 0).sum(0).float())
 
 
 def test_one_graph_serves_every_layer_with_state_of_its_own():

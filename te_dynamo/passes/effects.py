@@ -1,4 +1,4 @@
-"""What a node writes, and whether a write lies between the nodes of a pattern."""
+"""What a node writes, whether a write lies between the nodes of a pattern, and whether a graph draws random numbers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ INPLACE_OPERATORS = frozenset(
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "ilshift", "irshift")
 )
 INPLACE_METHODS = frozenset(f"__{function.__name__.strip('_')}__" for function in INPLACE_OPERATORS)  # `x.__iadd__(y)`
+
+
+@cache
+def _is_random(name: str) -> bool:
+    """Whether a function or method of this name draws random numbers whatever its arguments are."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, o) for o in packet.overloads()] if isinstance(packet, torch._ops.OpOverloadPacket) else []
+    return "dropout" in name or any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
+
+
+def draws(graph: Graph) -> bool:
+    """Whether a graph draws random numbers. Dropout that is inactive is no more in it."""
+    return any(
+        node.kwargs.get("dropout_p") or _is_random(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+        for node in graph.nodes
+        if node.op in ("call_function", "call_method")
+    )
 
 
 @cache

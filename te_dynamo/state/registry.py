@@ -3,7 +3,8 @@
 The contract is Transformer Engine's delayed scaling: the scale used at step n comes from the amaxes before n; a roll moves
 the recorded amaxes into the histories and makes new scales. All slots of a device roll at once: when a backward of a call
 that recorded has ended, or, for a forward whose backward never came, when one of its slots is visited again. A recomputed
-forward runs inside a backward, reads the scales that the first one read and records the same amaxes: nothing moves.
+forward runs inside a backward, reads the scales that the first one read and records the same amaxes: nothing moves, nor between
+the calls of a block that are checkpointed.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ class ScaleState:
         self.pending_loads: list[Any] = []  # scale states that were loaded before their slots existed
         self.reduction = Reduction()
         self.version = 0  # changes whenever a lookup may have become stale
+        self.steps = 0  # of training: the rolls after a backward
         self.visited: set[tuple[torch.device, int, int]] = set()
         self.backward_seen = False
+        self.will_recompute = False  # a checkpoint in backward what forward computed, by the scales that it read
         self.backward_task = -1  # the backward at whose end a roll will happen
 
     @contextmanager
@@ -177,9 +180,10 @@ class ScaleState:
         if torch._C._current_graph_task_id() != -1:
             return
         slots = frozenset() if group is None else group.slots
-        if self.backward_seen or not self.visited.isdisjoint(slots):
+        if self.backward_seen or not (self.will_recompute or self.visited.isdisjoint(slots)):
             self.roll(within_step=not self.backward_seen)
         self.visited |= slots
+        self.will_recompute |= bool(slots) and hooks_saved_tensors()
 
     def roll(self, *, within_step: bool = False) -> None:
         """Moves all recorded amaxes into the histories.
@@ -190,7 +194,8 @@ class ScaleState:
         for arena in self.arenas.values():
             arena.roll(self.reduction.of(arena), first_stays_unset=within_step)
         self.visited.clear()
-        self.backward_seen = False
+        self.backward_seen = self.will_recompute = False
+        self.steps += not within_step
 
     def watch_backward(self, outputs: Sequence[Any], group: Group) -> None:
         """Takes the gradients' amaxes out of every backward of these outputs, and rolls at its end.
@@ -247,6 +252,11 @@ def _after_backward(state: ScaleState, recomputed: bool, group: Group, place: in
 def _indices(slots: tuple[list[_Wanted], list[_Wanted]]) -> tuple[list[int], list[int]]:
     forward, gradient = slots
     return [slot.position() for slot in forward], [slot.position() for slot in gradient]
+
+
+def hooks_saved_tensors() -> bool:
+    """Whether something decides what is saved for backward, as a checkpoint that is not reentrant does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def is_fake(tensor: Any) -> bool:
