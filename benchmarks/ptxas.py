@@ -22,6 +22,7 @@ from te_dynamo.lowering.kernels import (
     activation,
     cast_both,
     cast_matrices,
+    cast_rotated,
     cast_transpose,
     qkv,
     qkv_gradient,
@@ -52,7 +53,7 @@ def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def launches() -> Launches:
     """By name, what launches."""
-    return {**_casts(), **_matrices(), **_transposes(), **_rolls(), **_qkv(), **_both_ways(), **_refresh()}
+    return {**_casts(), **_matrices(), **_transposes(), **_rolls(), **_qkv(), **_both_ways(), **_refresh(), **_rotations()}
 
 
 def _casts() -> Launches:
@@ -146,6 +147,19 @@ def _qkv() -> Launches:
         ("", "rms", "", 128, F32),
     ]
     return {"qkv " + " ".join(map(str, form)): write(*form) for form in forms}
+
+
+def _rotations() -> Launches:
+    def cast(width: int, centered: bool, dtype: torch.dtype) -> Callable[[], None]:
+        def launch() -> None:
+            x = tensor(2, 4096, 8, width, dtype=dtype)
+            center = tensor(2, 1, 8, width, dtype=dtype) if centered else None
+            cast_rotated.launch(x, center, tensor(dtype=F32), *cast_rotated._empty(x, E4M3))
+
+        return launch
+
+    forms = [(128, False, BF16), (128, True, BF16), (64, True, BF16), (96, False, torch.float16)]
+    return {f"cast_rotated {w} {c} {d}": cast(w, c, d) for w, c, d in forms}
 
 
 def _both_ways() -> Launches:

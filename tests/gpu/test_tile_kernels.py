@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import te_dynamo.lowering.kernels.activation
 import te_dynamo.lowering.kernels.cast_both
+import te_dynamo.lowering.kernels.cast_rotated
 import te_dynamo.lowering.kernels.qkv
 import te_dynamo.lowering.kernels.qkv_gradient  # noqa: F401
 from te_dynamo import ops
@@ -60,6 +61,18 @@ def check_both(found: Any, expected: Any) -> None:
 def test_cast_both(rows, columns, multiple, dtype):
     (x,) = tensors(1, rows, columns, dtype)
     check_both(*on_both(torch.ops.te_dynamo.cast_both, x, torch.tensor(20.0), E5M2, True, multiple, True, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("size", [24, 64, 96, 128, 192])
+def test_cast_rotated(size, centered, dtype):
+    (x,) = tensors(1, 2 * 70 * 3, 2 * size, dtype)
+    x = x.view(2, 70, 3, 2 * size)[..., size:]
+    center = x.float().mean(1, keepdim=True).to(dtype) if centered else None
+    (data, peaks), (expected, wanted) = on_both(torch.ops.te_dynamo.cast_rotated, x, center, torch.tensor(20.0), E4M3)
+    check_fp8(data, expected)
+    torch.testing.assert_close(peaks.max(), wanted.max(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("saturate", [False, True])

@@ -20,7 +20,7 @@ from te_dynamo.lowering.opaque import forward_results
 from te_dynamo.lowering.quantized import Scale
 from te_dynamo.lowering.reference import attention as definition
 from te_dynamo.lowering.registry import Case
-from te_dynamo.recipe import DelayedScaling
+from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling
 from tests.calls import attention, attention_call
 
 OPS = torch.ops.te_dynamo
@@ -323,13 +323,55 @@ def test_saves_fp8_for_backward(quantize_output):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_backward_in_high_precision(causal):
-    """Forward to the bit as with both; gradients several dB nearer to the exact ones, and far from those of another scale."""
+    """Forward to the bit as with both, for a recipe that is like TE; gradients several dB nearer to the exact ones, and far from those of
+    another scale."""
     tensors, do = qkv(s=128, h_kv=2), gaussian(B, H, 128, D, seed=5)
     _, exact = high_precision(tensors, do, is_causal=causal, enable_gqa=True)
-    both, noisy = gradients(lambda *t: attention(*t, causal=causal)[0], tensors, do)
-    alone, ours = gradients(lambda *t: attention(*t, causal=causal, op="fp8_forward_attention")[0], tensors, do)
+    how = {"causal": causal, "recipe": DelayedScaling(like_te=True).key}
+    both, noisy = gradients(lambda *t: attention(*t, **how)[0], tensors, do)
+    alone, ours = gradients(lambda *t: attention(*t, **how, op="fp8_forward_attention")[0], tensors, do)
     assert torch.equal(both, alone)
     assert all(sqnr(e, a) > max(25, sqnr(e, b) + 3) for e, a, b in zip(exact, ours, noisy, strict=True))
+
+
+def large_alike(q: torch.Tensor, k: torch.Tensor) -> None:
+    """A channel is large in q and in k."""
+    q[..., 3] *= 6
+    k[..., 3] *= 6
+
+
+def large_in_all_keys(q: torch.Tensor, k: torch.Tensor) -> None:
+    """A channel of k is large, on one side of zero."""
+    k[..., 3] += 30
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("recipe", "channel", "gain"),
+    [(DelayedScaling, large_alike, 3), (Float8CurrentScaling, large_alike, 3), (Float8CurrentScaling, large_in_all_keys, 5)],
+)
+def test_large_channels_as_trained_models_have_them(recipe, channel, gain, causal):
+    """A rotation spreads them over the head, and what all keys have in common no score needs. Gradients are of q and k as they are."""
+    (q, k, v), do = qkv(s=128, h_kv=2), gaussian(B, H, 128, D, seed=5)
+    channel(q, k)
+    expected, exact = high_precision([q, k, v], do, is_causal=causal, enable_gqa=True)
+
+    def attended(recipe):
+        return gradients(lambda *t: attention(*t, causal=causal, op="fp8_forward_attention", recipe=recipe.key)[0], [q, k, v], do)
+
+    (plain, _), (ours, made) = attended(recipe(like_te=True)), attended(recipe())
+    assert sqnr(expected, ours) > sqnr(expected, plain) + gain
+    assert all(sqnr(e, m) > 60 for e, m in zip(exact, made, strict=True))
+
+
+def test_what_no_score_needs_may_be_anything():
+    """A key that is masked, and NaN or infinite, is in no mean."""
+    q, k, v = qkv(s=16)
+    mask = torch.arange(16) < 12
+    clean = attention(q, k, v, mask.expand(1, 1, 16, 16), op="fp8_forward_attention", recipe=Float8CurrentScaling().key)[0]
+    k[:, :, 12:] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])[:, None]
+    found = attention(q, k, v, mask.expand(1, 1, 16, 16), op="fp8_forward_attention", recipe=Float8CurrentScaling().key)[0]
+    assert sqnr(clean, found) > 24  # the mean is another, and so is what rounding makes of it
 
 
 # --- the operations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.site import site
 from te_dynamo.lowering.te import attention as kernels
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
+from te_dynamo.recipe import Float8CurrentScaling
 from te_dynamo.sites import Site
 from tests import te_on_cpu
 from tests.calls import attention_call
@@ -379,7 +381,8 @@ def test_in_fp8_under_current_scaling(scale, no_codegen):
     exact, _ = trained(module, x, provider="te", attention="high_precision", recipe="current")
     definition, _ = trained(module, x, provider="reference", attention="fp8", recipe="current")
     errors = [(sqnr(a, b), sqnr(a, c)) for a, b, c in zip(exact, ours, definition, strict=True)]
-    assert errors[0][0] > errors[0][1] - 1 and 18 < errors[0][0] < 30, errors
+    rounds_o = -10 * math.log10(10 ** (-errors[0][1] / 10) + 10**-3.15)  # TE's kernel gives O in FP8, 31.5 dB, the definition does not
+    assert rounds_o - 0.5 < errors[0][0] and 18 < errors[0][0] < 30, errors
     assert sum(theirs - mine for mine, theirs in errors) < 2 * len(errors), errors  # a linear's casts make more of what differs
 
 
@@ -422,3 +425,30 @@ def test_auto_takes_te_for_fp8_attention_alone(monkeypatch, no_codegen):
     assert site.provider == "te" and site.detail["kernel"].startswith("TE's fused attention")
     _, site = trained(module, x)
     assert site.provider == "native" and "kernel" not in site.detail
+
+
+@pytest.mark.parametrize("form", ["bshd", "sbhd"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_in_fp8_keys_that_have_much_in_common(causal, form):
+    """It is taken off, and forward's statistics of the scores, which backward reads, are of what is left."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 64, 128) for _ in range(3))
+    k[..., 5] += 30
+    exact, ours = [], []
+    for found, dtype, run in (
+        (exact, torch.float64, lambda *t: scaled_dot_product_attention(*t, is_causal=causal)),
+        (ours, torch.bfloat16, lambda *t: current_scaling(*t, causal=causal, form=form)),
+    ):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out = run(*leaves)
+        found += [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+    assert all(sqnr(a, b) > least for a, b, least in zip(exact, ours, (23, 18, 18, 20), strict=True)), [
+        sqnr(a, b) for a, b in zip(exact, ours, strict=True)
+    ]
+
+
+def current_scaling(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, form: str) -> Tensor:
+    how = {"recipe": Float8CurrentScaling().key, "calibrating": False, "records": False}
+    call = attention_call(q, k, v, provider="te", op="fp8_forward_attention", causal=causal, form=form, **how)
+    (out, *_) = site(call.key, [q, k, v, None, None, []], None, None, None)
+    return out

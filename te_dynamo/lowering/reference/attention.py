@@ -34,6 +34,7 @@ from te_dynamo.lowering.fp8 import E4M3, Casting
 from te_dynamo.lowering.limits import DTYPES
 from te_dynamo.lowering.quantized import Quantized, Scale, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements, missing
+from te_dynamo.lowering.rotation import prepared
 from te_dynamo.recipe import CLASSES
 
 BLOCK = 1 << 20  # scores in one block: 4 MB in float32
@@ -90,6 +91,11 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.float().repeat_interleave(heads // x.shape[1], 1) if x.shape[1] != heads else x.float()
 
 
+def _of_shared_heads(gradient: Tensor, heads: int) -> Tensor:
+    """The gradient of what `_per_head` repeated."""
+    return gradient.unflatten(1, (heads, -1)).sum(2) if gradient.shape[1] != heads else gradient
+
+
 def _empty(like: Tensor, shape: Any, form: Form, dtype: torch.dtype) -> Tensor:
     """An empty [B, H, S, D] tensor that lies in memory as `form` says."""
     return as_bhsd(like.new_empty([shape[i] for i in ORDER[form]], dtype=dtype), form)
@@ -117,6 +123,10 @@ class FP8Attention(Implementation):
 
     opaque = True
 
+    def operands(self, call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k as they are rounded."""
+        return q, k
+
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         return ("mask",) if call["quantize_output"] else ("mask", "outputs")
 
@@ -140,6 +150,7 @@ class FP8Attention(Implementation):
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         """Saved: q, k and v, the scale of S, o where it is quantized, and lse [B, H, S], the log of the sum of exp(scores)."""
         q, k, v, mask = inputs[:4]
+        dtype, (q, k) = q.dtype, self.operands(call, q, k)
         form, causal, casting = call["form"], call["causal"], scales.casting
         b, h, s, _ = q.shape
         peaks = [fp8.amax(x) for x in (q, k, v)]
@@ -166,7 +177,7 @@ class FP8Attention(Implementation):
             out[block.queries] = (s8.float() @ vf[block.keys]) * (scale_s.inverse * v8.scale_inv)
 
         peak_o = fp8.amax(out)
-        o, o8 = _empty(q, out.shape, form, q.dtype), Quantized()
+        o, o8 = _empty(q, out.shape, form, dtype), Quantized()
         if call["quantize_output"]:
             o8 = _quantized(out, scales.at("o").of(peak_o), casting, form)
             o.copy_(fp8.dequantize(o8.data, o8.scale_inv))
@@ -218,7 +229,7 @@ class FP8Attention(Implementation):
         dq *= scale_dp.inverse * k8.scale_inv * times
         dk *= scale_dp.inverse * q8.scale_inv * times
         dv *= s8.scale_inv * inv_do
-        gradients = [dq, *(x.unflatten(1, (h_kv, h // h_kv)).sum(2) for x in (dk, dv))]
+        gradients = [dq, *(_of_shared_heads(x, h_kv) for x in (dk, dv))]
 
         peak_dqkv = torch.stack([fp8.amax(x) for x in gradients]).amax()
         if call["quantize_gradients"]:
@@ -259,7 +270,11 @@ class FP8Attention(Implementation):
 @implements("fp8_forward_attention", provider="reference", recipes=PER_TENSOR)
 class FP8ForwardAttention(FP8Attention):
     """The same forward; its backward is that of attention in high precision, of the same q, k and v. (TE's kernels take the
-    softmax's statistics from the forward in FP8 instead, which costs accuracy where scores are large.)"""
+    softmax's statistics from the forward in FP8 instead, which costs accuracy where scores are large.) q and k are rotated before they are
+    rounded, and k's mean is taken off (see `lowering.rotation`)."""
+
+    def operands(self, call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return prepared(call, q, k, keys=2)
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         return ("q", "k", "v", "mask")
@@ -283,7 +298,7 @@ class FP8ForwardAttention(FP8Attention):
             dq[block.queries] = dp @ kf[block.keys]
             dk[block.keys] += dp.mT @ qf[block.queries]
             dv[block.keys] += probabilities.mT @ dof[block.queries]
-        gradients = [dq, *(x.unflatten(1, (h_kv, heads // h_kv)).sum(2) for x in (dk, dv))]
+        gradients = [dq, *(_of_shared_heads(x, h_kv) for x in (dk, dv))]
         return Backward([*(_empty(do, x.shape, form, do.dtype).copy_(x) for x in gradients), *no_gradients(call)], [])
 
     def fake_forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:

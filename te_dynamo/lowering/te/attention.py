@@ -20,9 +20,11 @@ from torch.utils.flop_counter import register_flop_formula
 from te_dynamo.ir.layout import ORDER, Layout, as_bhsd
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.fp8 import E4M3, amax, dequantize
+from te_dynamo.lowering.kernels import cast_rotated  # noqa: F401  its operator
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.reference.attention import modified, no_gradients, softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
+from te_dynamo.lowering.rotation import center_of, centered, like_te, rotated_amax
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.lowering.te.library import api, capability, cudnn_version, running
 from te_dynamo.lowering.te.linear import quantizer
@@ -384,24 +386,29 @@ class TEFP8Attention(Implementation):
     def kernel(self, case: Case) -> str:
         return f"TE's fused attention, {_apart(case.attributes['form'])}"
 
-    def forward_scales(self, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-        """By role; that of k and v is q's."""
+    def forward_scales(self, scales: Scales, largest: Sequence[Tensor]) -> dict[str, Any]:
+        """By role; that of k and v is q's. largest: bounds of q, k and v, 0-d."""
         return {role: scales.at(role).known for role in scales.roles.forward}
 
+    def operands(
+        self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[dict[str, Any], Sequence[Tensor], Sequence[Tensor]]:
+        """The scales, the three in FP8 and contiguous, and their amaxes."""
+        three = [t.contiguous() for t in (q, k, v)]
+        peaks = [amax(t) for t in three]
+        known = self.forward_scales(scales, peaks)
+        return known, [scales.casting.saturated(t, known["q"].value, E4M3).to(E4M3) for t in three], peaks
+
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
-        order, casting, dtype = ORDER[call["form"]], scales.casting, call.inputs[0]
-        q, k, v = (t.permute(order).contiguous() for t in inputs[:3])
-        known = self.forward_scales(scales, q, k, v)
-        q8, k8, v8 = (casting.saturated(t, known["q"].value, E4M3).to(E4M3) for t in (q, k, v))
-        common = (*_common_attributes(call, q, _apart(call["form"])), dtype)
+        order, dtype = ORDER[call["form"]], call.inputs[0]
+        known, (q8, k8, v8), peaks = self.operands(call, scales, *(t.permute(order) for t in inputs[:3]))
+        common = (*_common_attributes(call, q8, _apart(call["form"])), dtype)
         o8, lse, rng, amaxes = torch.ops.te_dynamo.te_fp8_attention_fwd(
             q8, k8, v8, known["q"].inverse, known["s"].value, known["o"].value, *common, any(needs[:3])
         )
         saved = [Quantized(q8, known["q"].inverse), Quantized(k8), Quantized(v8), Quantized(o8, known["o"].inverse)]
         saved += [Quantized(lse), Quantized(rng), Quantized(scale=known["s"].value)]
-        return Forward(
-            [as_bhsd(dequantize(o8, known["o"].inverse, dtype), call["form"])], saved, [*map(amax, (q, k, v)), amaxes[:1], amaxes[1:]]
-        )
+        return Forward([as_bhsd(dequantize(o8, known["o"].inverse, dtype), call["form"])], saved, [*peaks, amaxes[:1], amaxes[1:]])
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
@@ -423,7 +430,18 @@ class TEFP8Attention(Implementation):
 @implements("fp8_forward_attention", provider="te", recipes=(DelayedScaling,))
 class TEFP8ForwardAttention(TEFP8Attention):
     """The forward in FP8; the backward in 16 bits, of q, k, v and o as they are, with the forward's statistics: what TE does with
-    NVTE_FP8_DPA_BWD=0."""
+    NVTE_FP8_DPA_BWD=0. q and k are rotated before they are rounded, and k's mean is taken off (see `lowering.rotation`)."""
+
+    def operands(
+        self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[dict[str, Any], Sequence[Tensor], Sequence[Tensor]]:
+        if like_te(call):
+            return super().operands(call, scales, q, k, v)
+        v, center = v.contiguous(), center_of(call, k, _keys(call))
+        known = self.forward_scales(scales, [rotated_amax(q, None), rotated_amax(k, center), amax(v)])
+        v8 = scales.casting.saturated(v, known["q"].value, E4M3).to(E4M3)
+        (q8, peak_q), (k8, peak_k) = (torch.ops.te_dynamo.cast_rotated(t, c, known["q"].value, E4M3) for t, c in ((q, None), (k, center)))
+        return known, [q8, k8, v8], [peak_q, peak_k, amax(v)]
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         return ("q", "k", "v", "outputs")
@@ -437,6 +455,7 @@ class TEFP8ForwardAttention(TEFP8Attention):
     ) -> Backward:
         order = ORDER[call["form"]]
         do, q, k, v, o = (t.permute(order).contiguous() for t in (grads[0], *inputs[:3], *inputs[-1]))
+        k = centered(call, k, _keys(call))  # whose scores' statistics forward took
         lse, rng = (t.data for t in saved)
         common = _common_attributes(call, q, _apart(call["form"]))
         made = torch.ops.te_dynamo.te_attention_bwd(do, q, k, v, o, lse, rng, *common, call["window"])
@@ -449,10 +468,14 @@ class TECurrentForwardAttention(TEFP8ForwardAttention):
 
     calibrates = True
 
-    def forward_scales(self, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-        largest = torch.stack([amax(t) for t in (q, k, v)])
-        of = {"q": largest, "s": largest.new_ones(()), "o": largest[2]}
+    def forward_scales(self, scales: Scales, largest: Sequence[Tensor]) -> dict[str, Any]:
+        of = {"q": torch.stack(list(largest)), "s": largest[2].new_ones(()), "o": largest[2]}
         return {role: scales.at(role).of(amaxes) for role, amaxes in of.items()}
+
+
+def _keys(call: Call) -> int:
+    """The dimension of k that counts the keys, as it lies in memory."""
+    return ORDER[call["form"]].index(2)
 
 
 def _apart(form: str) -> str:
