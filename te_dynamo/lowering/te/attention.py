@@ -11,7 +11,7 @@ generates; what comes out is dequantized by the kernels that read it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -373,6 +373,14 @@ class TEAttention(Implementation):
         return Backward([*(as_bhsd(t, call["form"]) for t in parts(buffers, layout)), *no_gradients(call)], [])
 
 
+class Operands(NamedTuple):
+    """scales: by role; tensors: q, k and v in FP8, contiguous; peaks: f32, of each amaxes of which the largest is the tensor's."""
+
+    scales: dict[str, Any]
+    tensors: Sequence[Tensor]
+    peaks: Sequence[Tensor]
+
+
 @implements("attention", provider="te", recipes=(DelayedScaling,))
 class TEFP8Attention(Implementation):
     """The same in FP8: q, k and v share a scale; S and O have one each, and so have dO, dP and the three gradients together."""
@@ -390,14 +398,11 @@ class TEFP8Attention(Implementation):
         """By role; that of k and v is q's. largest: bounds of q, k and v, 0-d."""
         return {role: scales.at(role).known for role in scales.roles.forward}
 
-    def operands(
-        self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[dict[str, Any], Sequence[Tensor], Sequence[Tensor]]:
-        """The scales, the three in FP8 and contiguous, and their amaxes."""
+    def operands(self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         three = [t.contiguous() for t in (q, k, v)]
         peaks = [amax(t) for t in three]
         known = self.forward_scales(scales, peaks)
-        return known, [scales.casting.saturated(t, known["q"].value, E4M3).to(E4M3) for t in three], peaks
+        return Operands(known, [scales.casting.saturated(t, known["q"].value, E4M3).to(E4M3) for t in three], peaks)
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         order, dtype = ORDER[call["form"]], call.inputs[0]
@@ -432,16 +437,14 @@ class TEFP8ForwardAttention(TEFP8Attention):
     """The forward in FP8; the backward in 16 bits, of q, k, v and o as they are, with the forward's statistics: what TE does with
     NVTE_FP8_DPA_BWD=0. q and k are rotated before they are rounded, and k's mean is taken off (see `lowering.rotation`)."""
 
-    def operands(
-        self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[dict[str, Any], Sequence[Tensor], Sequence[Tensor]]:
+    def operands(self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         if like_te(call):
             return super().operands(call, scales, q, k, v)
         v, center = v.contiguous(), center_of(call, k, _keys(call))
         known = self.forward_scales(scales, [rotated_amax(q, None), rotated_amax(k, center), amax(v)])
         v8 = scales.casting.saturated(v, known["q"].value, E4M3).to(E4M3)
         (q8, peak_q), (k8, peak_k) = (torch.ops.te_dynamo.cast_rotated(t, c, known["q"].value, E4M3) for t, c in ((q, None), (k, center)))
-        return known, [q8, k8, v8], [peak_q, peak_k, amax(v)]
+        return Operands(known, [q8, k8, v8], [peak_q, peak_k, amax(v)])
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         return ("q", "k", "v", "outputs")
