@@ -47,7 +47,7 @@ from te_dynamo.sites import Sites
 from te_dynamo.state.reduce import ranks
 
 Callback = Callable[[GraphModule, Sites, Options], None]
-observers: list[Callback] = []  # told of each compiled graph: (the graph as planned, or as it was left, its sites, the options)
+observers: list[Callback] = []  # called for each compiled graph with (the graph as planned, or as it was left, its sites, the options)
 
 
 def te_fp8(
@@ -58,7 +58,8 @@ def te_fp8(
     Raises ValueError for an option that is unknown or not allowed, RuntimeError for a provider that was asked for by name
     and is not available, or where nothing could be taken and `strict` is set.
     """
-    # Given as a function it is registered too: torch lets go of its weak references to weights, which may then be swapped, for these alone.
+    # Registered even if it is passed as a function: only for registered backends does torch drop its weak references to weights, which can
+    # then be swapped.
     _COMPILER_FNS.setdefault("te_fp8", te_fp8)
     chosen = Options.from_user(options, mode)
     sites = Sites(strict=chosen.strict)
@@ -107,7 +108,7 @@ def te_fp8(
 
 
 def planned(gm: GraphModule, options: Options, device: torch.device, *, grad_enabled: bool = True) -> Sites:
-    """What stages 1 to 4 decide for a graph, as if its tensors were on `device`. Nothing is lowered or compiled; raises as `te_fp8`."""
+    """What stages 1 to 4 decide for a graph, as if its tensors were on `device`. Nothing is lowered or compiled; raises like `te_fp8`."""
     sites = Sites(strict=options.strict)
     provider, reason = choose(options.provider, device)
     if provider is None:
@@ -152,7 +153,7 @@ def _raise_and_fuse(
 
 
 def _needs_calibration(gm: GraphModule) -> bool:
-    """Whether a site cannot tell by itself that a scale was never set, so that a graph of its own calibrates. Opaque ones can."""
+    """Whether some site cannot detect by itself that a scale was never set, so that a separate graph calibrates. Opaque sites can."""
     nodes = (node for unit in rewritable_units(gm) for node in unit.graph.nodes)
     return any(SLOTS in node.meta and node.meta[PLAN].needs_calibration for node in nodes)
 
@@ -163,7 +164,7 @@ def _wants_gradients(gm: GraphModule) -> bool:
 
 
 def _device(gm: GraphModule) -> torch.device:
-    """Where the graph's parameters are: the commonest device of its floating-point inputs."""
+    """Where the graph's parameters are: the most common device of its floating-point inputs."""
     values = [n.meta.get(EXAMPLE) for n in gm.graph.nodes if n.op == "placeholder"]
     devices = Counter(v.device for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
     return devices.most_common(1)[0][0] if devices else torch.device("cpu")
@@ -208,7 +209,7 @@ def _warn_about_patterns(options: Options, sites: Sites) -> None:
 
 @contextlib.contextmanager
 def observing(callback: Callback) -> Iterator[None]:
-    """While it is open, `callback` is told of each graph that te_fp8 compiles."""
+    """While open, `callback` is called for each graph that te_fp8 compiles."""
     observers.append(callback)
     try:
         yield

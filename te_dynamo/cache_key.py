@@ -22,7 +22,7 @@ SOURCES_HASH = hash_sources(Path(__file__).parent)
 
 
 def sources_key(modules: Iterable[str]) -> str:
-    """The hash of this package, and of those of `modules` that are not in it: operations and implementations of others."""
+    """The hash of this package, and of those `modules` that are outside of it: third-party operations and implementations."""
     foreign = sorted(m for m in modules if not m.startswith("te_dynamo."))
     files = [getattr(sys.modules[m], "__file__", None) for m in foreign]
     digests = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if f is not None and Path(f).exists()]

@@ -46,14 +46,14 @@ class Options:
             "auto": what the recipe's `fp8_dpa` says: "fp8_both", or "high_precision", as by default.
         short_sequence: Self-attention up to this many tokens gets a packed layout (bs3hd), longer an interleaved one (bsh3d).
         include_logits: Compute the logits in FP8 too, instead of high precision.
-        include_routers: Compute the routers of mixtures of experts in FP8 too: what chooses an expert, by a top-k.
+        include_routers: Compute the routers of mixtures of experts in FP8 too: the linears that choose experts, by a top-k.
         like_te: Match Transformer Engine bit for bit, at every site with delayed or current scaling (see
             `te_dynamo.recipe.DelayedScaling`; set it on a recipe for some sites only).
         memory: What is kept from forward to backward (see docs/memory.md for bytes and time). "speed": whatever saves time, FP8
-            copies of weights among it. "balanced": of a layer whose MLP is in FP8 fewer bytes than in high precision; what an
+            copies of weights included. "balanced": fewer bytes than in high precision, for a layer with its MLP in FP8; what an
             activation between two FP8 linears reads is kept in FP8, except with `like_te`. "saving": FP8 inputs of linears and
-            copies of weights are made again in backward too.
-        keep_weights: Keep the FP8 copies of weights that learn across training steps until the weights change: across the
+            copies of weights are recomputed in backward too.
+        keep_weights: Keep the FP8 copies of trained weights across training steps until the weights change: across the
             microbatches of gradient accumulation. Costs two bytes per element; scale state is unaffected. On a GPU, or with the
             provider "reference". Those of frozen weights are kept there anyway, except with `like_te`.
         amax_group: The process group whose ranks share amaxes and therefore have equal scales; None: the world, if

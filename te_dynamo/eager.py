@@ -1,4 +1,4 @@
-"""A lowered graph that is run as it stands, operator by operator: the one that calibrates, which is run once or twice."""
+"""Runs a lowered graph as it is, operator by operator: the calibrating graph, which runs once or twice."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from te_dynamo.passes.effects import storage, written_memory
 
 
 def runs_eagerly(gm: GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether eager mode gives what AOTAutograd gives. It takes apart tensors of subclasses, and operators with graphs of their own (such
-    as checkpoints), tells autograd of inputs that the graph writes, and makes results that share memory, with an input or among
+    """Whether eager mode gives the same as AOTAutograd, which takes apart tensors of subclasses, and operators with graphs of their own
+    (such as checkpoints), tells autograd of inputs that the graph writes, and makes results that share memory, with an input or among
     themselves, views of one another again."""
     nodes = gm.graph.nodes
     given = {storage(n) for n in nodes if n.op == "placeholder"}
@@ -31,8 +31,8 @@ def runs_eagerly(gm: GraphModule, inputs: Sequence[Any]) -> bool:
 
 
 def eager(gm: GraphModule) -> Callable[..., Any]:
-    """`gm`, whose backward is one node of autograd, as a compiled graph's is: the state takes the gradient of its sink from this node, even
-    where a backward was asked for no more than the gradients of some inputs."""
+    """`gm` with a backward that is one autograd node, as a compiled graph's is: the state takes the gradient of its sink from this node,
+    even if a backward is asked only for the gradients of some inputs."""
 
     class Graph(torch.autograd.Function):  # a class of its own, as each compiled graph has: the sink has one place among its inputs
         @staticmethod
@@ -41,7 +41,7 @@ def eager(gm: GraphModule) -> Callable[..., Any]:
                 ctx.given = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
                 ctx.results = list(gm(*ctx.given))
             ctx.set_materialize_grads(False)
-            # Copies: what a caller writes into them is not written into what backward reads.
+            # Copies, so that a caller's writes to them do not reach what backward reads.
             outputs = [r.detach().clone() if isinstance(r, Tensor) else r for r in ctx.results]
             ctx.mark_non_differentiable(*[o for o, r in zip(outputs, ctx.results, strict=True) if _is_constant(r)])
             return tuple(outputs)

@@ -1,4 +1,4 @@
-"""A weight of which only the FP8 copy is left (see `te_dynamo.release_high_precision`)."""
+"""A weight whose only copy is in FP8 (see `te_dynamo.release_high_precision`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNSAVED = RELEASED.format(what="be saved as the weight") + ", or save `.dequanti
 
 
 class _NoMemory:
-    """A storage whose memory nobody may look at: libraries that save a model begin with its address."""
+    """A storage whose memory may not be read: libraries that save a model first ask for its address."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage = storage
@@ -29,11 +29,11 @@ class _NoMemory:
 
 
 class FP8Weight(Tensor):
-    """Shape, dtype and device of the weight that it stands for; whatever reads it gets the values of the FP8 copy, in that dtype.
+    """Has the shape, dtype and device of the weight that it stands for; whatever reads it gets the values of the FP8 copy, in that dtype.
 
-    fp8: the copy: the elements of the weight in their order, or (across) in that with its last two dimensions exchanged.
-    scale_inv: f32, 0-d or one for each row of the copy, what elements are multiplied by.
-    top: what the amax was scaled to, and that rounded to FP8; None where the scale is a power of two.
+    fp8: the copy: the weight's elements in their order or, if `across`, in the order with its last two dimensions exchanged.
+    scale_inv: f32, 0-d or one for each row of the copy, multiplies the elements.
+    top: what the amax was scaled to, and that number rounded to FP8; None if the scale is a power of two.
     kept: what must live as long as this does.
     """
 
@@ -54,7 +54,7 @@ class FP8Weight(Tensor):
         return made
 
     def values(self) -> Tensor:
-        """float32. Quantized again by its own amax, this gives the same FP8 values: the largest elements are the amax itself."""
+        """float32. Quantized again by their own amax, they give the same FP8 values: the largest elements are exactly the amax."""
         data = self.fp8.float()
         values = data * self.scale_inv
         if self.top is not None:
@@ -85,7 +85,7 @@ class FP8Weight(Tensor):
         return func(*args, **kwargs)
 
     def _stable_hash_for_caching(self) -> str:
-        """Of what a compiled graph depends on."""
+        """Covers what a compiled graph depends on."""
         return repr([(t.shape, t.stride(), t.dtype, t.device) for t in (self, self.fp8, self.scale_inv)] + [self.across, self.top])
 
     def _with(self, fp8: Tensor, scale_inv: Tensor) -> FP8Weight:
@@ -99,7 +99,7 @@ class FP8Weight(Tensor):
 
     @data.setter
     def data(self, given: Tensor) -> None:
-        """A cast, as `module.bfloat16()` sets it, changes the dtype alone: the values stay in FP8. Other values cannot be set."""
+        """A cast, as `module.bfloat16()` sets it, changes only the dtype: the values stay in FP8. Other values cannot be set."""
         if given.shape != self.shape or given.device != self.device or not torch.equal(given, self.dequantize().to(given.dtype)):
             raise RuntimeError(RELEASED.format(what="be written") + ".")
         cast = FP8Weight(self.fp8, self.scale_inv, self.shape, self.stride(), given.dtype, self.across, self.top)

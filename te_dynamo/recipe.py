@@ -3,7 +3,7 @@
     options={"recipe": DelayedScaling(amax_history_len=16)}                        # for all sites
     options={"recipe": {"*.mlp.*": "rowwise", "*.q_proj": None, "*": "delayed"}}   # by pattern; None: high precision
 
-A recipe is a frozen value. What the kernels need of it is its `key`, a text that graphs and operators carry across
+A recipe is a frozen value. What the kernels need to know is its `key`, a text that graphs and operators carry across
 processes; `from_key` reads it.
 
 Sources: TE's `transformer_engine.common.recipe` (2.20); for row-wise scaling torchao's `Float8LinearConfig.from_recipe_name`;
@@ -84,8 +84,8 @@ class Recipe:
 
     @property
     def mixes_tokens(self) -> bool:
-        """Whether the scale of an activation is made of more than one of a call's tokens: what a token gives then depends, within FP8's
-        rounding, on those that follow it."""
+        """Whether the scale of an activation depends on more than one of a call's tokens: the result for a token then depends, within FP8's
+        rounding, on the tokens that follow it."""
         return False
 
     def _check(self, field: str, valid: bool, allowed: str) -> None:
@@ -107,7 +107,7 @@ FORWARD_MARGIN, GRADIENT_MARGIN = 2.0, 3.0
 
 
 def margin_of(margin: float | None, role: str, *, gradient: bool) -> float:
-    """A recipe's margin for a role. None: what `MARGINS` says, else what its direction has."""
+    """A recipe's margin for a role. None: the role's in `MARGINS`, else its direction's default."""
     if margin is not None:
         return margin
     return MARGINS.get(role.rpartition(".")[2], GRADIENT_MARGIN if gradient else FORWARD_MARGIN)
@@ -117,7 +117,7 @@ def margin_of(margin: float | None, role: str, *, gradient: bool) -> float:
 class DelayedScaling(Recipe):
     """One scale per tensor, from the amaxes of earlier steps: fp8_max / amax / 2**margin.
 
-    A step whose amax saturates tells of growth: the next scale expects as much growth once more, up to 16 times.
+    A step whose amax saturates is a sign of growth: the next scale allows for as much growth again, up to 16 times.
 
     Attributes:
         margin: Headroom between the largest magnitude and the format's, in powers of two. None: 1 for weights, 2 for activations, 3
@@ -161,7 +161,7 @@ class DelayedScaling(Recipe):
 
     @property
     def extrapolates(self) -> bool:
-        """Whether growth is expected to go on: not where the scale is made as the user, or TE, says."""
+        """Whether growth is expected to continue: not if the user's functions, or TE's rules, make the scale."""
         return not (self.like_te or callable(self.amax_compute_algo) or self.scaling_factor_compute_algo is not None)
 
 

@@ -1,4 +1,4 @@
-"""Lets the high-precision values of frozen weights go, of which FP8 copies are kept."""
+"""Releases the high-precision values of frozen weights whose FP8 copies are kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from te_dynamo.weight_cache import SHARED, SharedCopies, WeightCache, key_of, sa
 
 @dataclass
 class Released:
-    """What `release_high_precision` did. names: of the parameters that were let go; left: why each other one was not, by name; freed:
+    """What `release_high_precision` did. names: of the released parameters; left: why each other one was not released, by name; freed:
     bytes."""
 
     names: list[str] = field(default_factory=list)
@@ -34,20 +34,20 @@ class Released:
 
 
 class _Copy(NamedTuple):
-    """A weight among those of some kept copies. identities: of all of them."""
+    """One of the weights that some kept copies were made from. identities: the ids of all of them."""
 
     kept: SharedCopies
     identities: tuple[int, ...]
     member: int
 
     def is_current(self, parameters: Mapping[int, Tensor]) -> bool:
-        """Whether the weights are what the copies were made of."""
+        """Whether the weights are what the copies were made from."""
         weights = [parameters[i] for i in self.identities if i in parameters]
         seen = torch.cat([sample_of(w) for w in weights]) if weights else torch.empty(0)
         return len(weights) == len(self.identities) and self.kept.made_of([state_of(w) for w in weights], seen)
 
     def of(self, p: Tensor) -> FP8Weight | str:
-        """What stands for the weight from now on; or why nothing can."""
+        """What replaces the weight from now on; or why nothing can."""
         cached = self.kept.weights
         how, across = implementation_of(cached.call).kept_as(cached.call), _across(cached.views[self.member], p)
         if how is None:
@@ -68,15 +68,15 @@ class _Copy(NamedTuple):
 
 
 def release_high_precision(model: nn.Module) -> Released:
-    """Lets the high-precision values of frozen weights go whose FP8 copies a compiled graph keeps, which halves the memory of weights.
+    """Releases the high-precision values of frozen weights whose FP8 copies a compiled graph keeps, which halves the memory of weights.
 
     Freeze the parameters (`requires_grad_(False)`), call the compiled model once (in training twice: the first step only measures), then
-    call this with the model that was compiled, or with what `torch.compile` gave. Graphs are compiled once more at the next call. From then
-    on a weight's value is that of its FP8 copy: what else reads it gets that, in the weight's dtype (a call of the model that was not
-    compiled, a graph that quantizes it otherwise). It cannot be written or saved, which raises RuntimeError; the adapters of a LoRA can.
-    `load_state_dict` brings high precision back.
+    call this with the model that was compiled, or with the result of `torch.compile`. Graphs are compiled once more at the next call. From
+    then on a weight's value is that of its FP8 copy: anything else that reads the weight (a call of the uncompiled model, a graph that
+    quantizes it differently) gets that, in the weight's dtype. Writing or saving it raises RuntimeError; the adapters of a LoRA can be
+    written and saved. `load_state_dict` restores high precision.
 
-    Released are weights that one module holds, and that graphs read in FP8 alone, quantized with one scale for the tensor or each row.
+    A weight is released if one module holds it, and if graphs read it only in FP8, with one scale for the tensor or for each row.
     Returns what was released, and for each other parameter why not.
     """
     result, found = Released(), dict[int, list[_Copy]]()
@@ -91,7 +91,7 @@ def release_high_precision(model: nn.Module) -> Released:
     made = {i: _reason(p, found.get(i, []), changed=i in changed) or found[i][0].of(p) for i, p in parameters.items()}
 
     def alone(identity: int) -> bool:
-        """Whether a weight would be released that shares a GEMM, and so a copy, with one that is not."""
+        """Whether a weight that would be released shares a GEMM, and so a copy, with one that would not."""
         others = {other for copy in found.get(identity, ()) for other in copy.identities}
         return isinstance(made[identity], FP8Weight) and not all(isinstance(made.get(other), FP8Weight) for other in others)
 
@@ -118,7 +118,7 @@ def release_high_precision(model: nn.Module) -> Released:
 
 
 def _copies() -> Iterator[_Copy]:
-    """Of every compiled graph, where the weights are still those that it was called with."""
+    """The copies of every compiled graph whose weights are still those that it was called with."""
     for weight_cache in list(WeightCache.everyone):
         for key, copies in weight_cache.entries.items():
             if not copies.held(key):
@@ -130,7 +130,7 @@ def _copies() -> Iterator[_Copy]:
 
 
 def _reason(p: nn.Parameter, copies: Sequence[_Copy], *, changed: bool) -> str | None:
-    """Why a parameter cannot be released, as far as that does not depend on the copy; None where it can."""
+    """Why a parameter cannot be released, for reasons other than the copy's form; None if it can."""
     if isinstance(p, FP8Weight):
         return "it was released before"
     if p.requires_grad:
@@ -149,7 +149,7 @@ def _reason(p: nn.Parameter, copies: Sequence[_Copy], *, changed: bool) -> str |
 
 
 def _across(view: View, p: Tensor) -> bool | None:
-    """Whether a view of a parameter is it with its last two dimensions exchanged (True), or itself (False); None where it is neither."""
+    """Whether a view of a parameter is the parameter with its last two dimensions exchanged (True), or itself (False); None if neither."""
     whole = torch.empty_strided(p.shape, p.stride(), device="meta")
     seen = view.without_casts()(whole)
     for across, same in ((False, whole), (True, whole.mT)):
@@ -172,7 +172,7 @@ _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _make_room(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Before a module loads: a parameter of high precision for each released weight that comes."""
+    """Before a module loads: makes a high-precision parameter for each released weight that is loaded."""
     for name, p in list[tuple[str, Any]](module._parameters.items()):
         if isinstance(p, FP8Weight) and prefix + name in state_dict:
             room = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)

@@ -1,4 +1,4 @@
-"""What runs at every call: the scale state of the weights that are passed in goes into the compiled graph, and back."""
+"""What runs at every call: the scale state of the given weights is passed to the compiled graph, and the recorded amaxes are taken back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    # A custom operator is keyed by its name only: what our sources and options are must be part of the caches' key.
+    # Torch's caches know a custom operator only by its name, so our sources and options must be part of their key.
     sources = sources_key(modules())
     marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{sources} {options.cache_key()}")
     with ExitStack() as stack:
@@ -46,8 +46,8 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
 
 @contextmanager
 def beside() -> Iterator[None]:
-    """Around the compilation of a second form of one graph. DDPOptimizer calls what it compiles once on shapes, counts on one form of each
-    bucket, and has AOTAutograd answer that first call with fake tensors: the second form would give them to its first real call."""
+    """The context for compiling a second form of a graph. DDPOptimizer calls what it compiles once on shapes, expects one form of each
+    bucket, and has AOTAutograd answer that first call with fake tensors: the second form would return them from its first real call."""
     context = TracingContext.try_get()
     if context is None or not context.fakify_first_call:
         yield
@@ -67,7 +67,7 @@ def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Opt
 
 
 def eagerly(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """For the graph that calibrates: not traced where it need not be."""
+    """For the calibrating graph: not traced unless it has to be."""
     return eager(gm) if runs_eagerly(gm, inputs) else compile_without_codegen(gm, inputs, options)
 
 
@@ -80,19 +80,19 @@ class Variant:
 
 
 class Calibration:
-    """The forms of a graph for calls that meet a scale that was never set. At first all sites calibrate, in a graph that is run as
-    AOTAutograd leaves it: it is worth no generated code if all scales are set by then. Where some stay unset (in eval with gradients
-    nothing sets them; the gradient of a layer that the loss does not reach never comes), a form is compiled in which the sites that have
-    these calibrate, and no other.
+    """The forms of a graph for calls that meet a scale that was never set. At first all sites calibrate, in a graph that runs as
+    AOTAutograd leaves it: generating code does not pay if all scales are set after that. If some stay unset (in eval with gradients
+    nothing sets them; a layer that the loss does not reach gets no gradient), a form is compiled in which only the sites with unset
+    scales calibrate.
 
-    `partly` makes that form; None where the first one stays. random: whether the graph draws random numbers.
+    `partly` makes that form; None if the first one stays. random: whether the graph draws random numbers.
 
-    What a checkpoint recomputes in backward is what forward computed, so it has forward's form: under the hooks that a checkpoint sets, and
+    A checkpoint recomputes in backward what forward computed, so it needs forward's form: under the hooks that a checkpoint sets, and
     inside a backward, a form is kept until the step has ended.
     """
 
     FIRST_CALLS = 3
-    LOOKED_AT = 32  # every so many calls, since on a GPU it waits for the device
+    LOOKED_AT = 32  # unset scales are looked up every so many calls, since on a GPU that waits for the device
 
     def __init__(self, first: Variant, partly: Callable[[Unset], Variant] | None, *, random: bool = False) -> None:
         self.first, self.partly, self.random = first, partly, random
@@ -102,7 +102,7 @@ class Calibration:
         self.held: weakref.WeakKeyDictionary[Group, tuple[int, Variant | None]] = weakref.WeakKeyDictionary()  # with the step
 
     def of(self, group: Group | None, gradients: bool) -> Variant | None:
-        """The form for a call with this group; None where all scales are set."""
+        """The form for a call with this group; None if all scales are set."""
         if group is None:
             return self.first
         in_backward = torch._C._current_graph_task_id() != -1
@@ -115,8 +115,8 @@ class Calibration:
         return form
 
     def _of_a_reentrant_checkpoint(self, group: Group, gradients: bool) -> Variant | None:
-        """Its forward ran without gradients, in code that Inductor had generated, which draws other random numbers than PyTorch's
-        operators."""
+        """Its forward ran without gradients, in code generated by Inductor, which draws other random numbers than PyTorch's operators
+        do."""
         if self.partly is None or not self.random or group.complete(gradients):
             return self._choose(group, gradients)
         return self._some_unset(group, gradients, self.partly)
@@ -153,10 +153,10 @@ class _Found(NamedTuple):
 
 
 class CompiledGraph:
-    """The callable that Dynamo gets: takes the graph's inputs, adds the state's, and takes the recorded amaxes off.
+    """The callable that Dynamo gets: takes the graph's inputs, adds the state's, and takes the recorded amaxes off the outputs.
 
-    `calibration` has the forms for calls that meet a scale which was never set; None where `steady` serves those too. `check` is told
-    of the inputs of each call before it runs (the option `verify`).
+    `calibration` has the forms for calls that meet a scale that was never set; None if `steady` handles those too. `check` gets the
+    inputs of each call before it runs (the option `verify`).
     """
 
     def __init__(

@@ -40,7 +40,7 @@ def clean_path(name: str) -> str:
 
 
 def module_path(node: Node) -> str:
-    """The path of the module in whose forward the node stands, inside the compiled module."""
+    """The path of the module whose forward contains the node, inside the compiled module."""
     stack = node.meta.get("nn_module_stack")
     return clean_path(list(stack.values())[-1][0]) if stack else ""
 
@@ -94,7 +94,7 @@ class Sites:
         self._declined.clear()
 
     def whole_graph_left(self, reason: str) -> None:
-        """Records that nothing was looked at."""
+        """Records that the graph was left without a look at its sites."""
         self.add(Site(kind="graph", path="", node="", reason=reason))
 
     def commonest_reasons(self, most: int = 3) -> str:

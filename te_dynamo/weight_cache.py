@@ -17,23 +17,24 @@ from te_dynamo.passes.lower import CachedWeights
 from te_dynamo.state import STATE, is_fake
 from te_dynamo.state.sharded import gathered
 
-SAMPLED = 64  # elements of each weight that are looked at
-# What CUDA graphs were captured with: they hold addresses alone, and nothing tells when they are gone.
+SAMPLED = 64  # elements of each weight that are compared
+# What CUDA graphs were captured with: they hold only addresses, and nothing tells when they are gone.
 _IN_CUDA_GRAPHS: list[tuple[list[SharedCopies], list[Refresh]]] = []
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size: NaN is equal to itself
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size; as integers, NaN equals itself
 
 
 class WeightCache:
-    """FP8 copies of weights that did not change: by version counter, by address and by some of their elements, which on a CPU are read
-    here (`SAMPLED`), and on a GPU by a kernel that has those that changed quantized again (`lowering.kernels.refresh`).
+    """FP8 copies of weights, kept until the weights change. Changes are detected by version counter, by address and by some of the
+    elements: on a CPU these are read here (`SAMPLED`), on a GPU by a kernel that also requantizes what changed
+    (`lowering.kernels.refresh`).
 
-    So every write that autograd sees is seen, and every change of a whole tensor, however it comes about: a collective, `.data`, numpy,
-    memory that a weight is a view of. An optimizer's step tells by itself, since fused ones leave no trace in a version.
-    `te_dynamo.weights_changed(model)` tells of the rest: a few elements written past autograd, and on a GPU any such write to a weight
-    whose copy that kernel cannot make (`Implementation.kept_as`), or that the model casts first. A tensor without a version counter
-    (made in inference mode), or that FSDP gathers, is quantized at every call.
+    So every write that autograd sees is detected, and every change of a whole tensor, however it is made: a collective, `.data`, numpy,
+    memory that a weight is a view of. An optimizer's step is detected by a hook, since fused ones leave no trace in a version.
+    `te_dynamo.weights_changed(model)` reports the rest: a few elements written without autograd, and on a GPU any such write to a weight
+    whose copy that kernel cannot make (`Implementation.kept_as`), or that the model casts first. A tensor without a version counter (made
+    in inference mode), or that FSDP gathers, is quantized at every call.
 
-    Graphs that quantize the same weights in the same way share the copies: those of a prompt and of a token, of several lengths.
+    Graphs that quantize the same weights in the same way share the copies: those for a prompt and for a token, or for several lengths.
     """
 
     everyone: weakref.WeakSet[WeightCache] = weakref.WeakSet()
@@ -52,7 +53,7 @@ class WeightCache:
             return [t for copies in _made(wanted, tensors) for t in copies]  # kept across a replay, those of training would be stale
         key = tuple(map(id, tensors))
         copies = self.entries.get(key)
-        if copies is None or copies.wanted is not wanted:  # another form of the graph may want them otherwise
+        if copies is None or copies.wanted is not wanted:  # another form of the graph may need other copies
             for replaced in [k for k, c in self.entries.items() if not c.held(k)]:
                 del self.entries[replaced]
             copies = self.entries[key] = _Copies(wanted, tensors)
@@ -61,19 +62,19 @@ class WeightCache:
         return copies.current(tensors)
 
     def forget(self, tensors: set[int]) -> None:
-        """What was made of any of these tensors, by id, is made anew when it is wanted."""
+        """Copies of any of these tensors, given by id, are made again when they are next needed."""
         for key, copies in self.entries.items():
             if not tensors.isdisjoint(key):
                 copies.states = [None] * len(key)
 
     def drop(self, tensors: set[int]) -> None:
-        """Nothing refers to any of these tensors, by id, any more."""
+        """Drops everything that refers to any of these tensors, given by id."""
         for key in [key for key in self.entries if not tensors.isdisjoint(key)]:
             del self.entries[key]
 
 
 class SharedCopies:
-    """The copies of one site's weights. All graphs that want them so have the same."""
+    """The copies of one site's weights, shared by all graphs that need the same ones."""
 
     def __init__(self, weights: CachedWeights, tensors: Sequence[Tensor], states: list[Any], seen: Tensor) -> None:
         self.weights, self.states, self.seen = weights, states, seen
@@ -108,7 +109,7 @@ class _Copies:
     def current(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The copies of the weights as they are now."""
         states = [None if self.gathered else state_of(t) for t in tensors]
-        # In this order: what is sampled is read at the address that the state tells.
+        # In this order: samples are read at the address that is part of the state.
         current = None not in states and states == self.states and torch.equal(torch.cat(self.samples), self.seen)
         if _capturing(tensors):
             if not current:  # quantized at each replay
@@ -124,7 +125,7 @@ class _Copies:
         return [t for kept in self.kept for t in kept.copies]
 
     def _make(self, tensors: Sequence[Tensor], states: list[Any]) -> None:
-        """Makes the copies of those that changed, where no other graph has them."""
+        """Makes the copies that no other graph has."""
         start, kept = 0, list[SharedCopies]()
         self.samples = [sample_of(t) for t in tensors]
         for weights in self.wanted:
@@ -139,7 +140,7 @@ class _Copies:
 
 
 def key_of(weights: CachedWeights, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Of what is shared: how it is made, and of which tensors."""
+    """The key of shared copies: how they are made, and from which tensors."""
     return weights.key, *map(id, tensors)
 
 
@@ -150,7 +151,7 @@ def _made(wanted: Sequence[CachedWeights], tensors: Sequence[Tensor]) -> list[li
 
 
 def state_of(t: Tensor) -> tuple[int, int] | None:
-    """Changes whenever a tensor is written in the ways that autograd sees; None where that cannot be told."""
+    """A value that changes whenever a tensor is written in a way that autograd sees; None if that cannot be told."""
     if isinstance(t, FP8Weight):
         return 0, t.fp8.data_ptr()
     try:
@@ -160,7 +161,7 @@ def state_of(t: Tensor) -> tuple[int, int] | None:
 
 
 def sample_of(t: Tensor) -> Tensor:
-    """Elements spread over a tensor on a CPU, as integers: a view that owns nothing, to be read while `t` has this address."""
+    """Elements spread over a tensor on a CPU, as integers: a view that owns no memory, to be read only while `t` has this address."""
     if t.device.type != "cpu" or type(t) not in (Tensor, nn.Parameter) or not t.numel() or t.element_size() not in _BITS:
         return torch.empty(0, dtype=torch.uint8)
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -170,13 +171,13 @@ def sample_of(t: Tensor) -> Tensor:
 
 
 def _capturing(tensors: Sequence[Tensor]) -> bool:
-    """Whether a CUDA graph is captured that these are part of."""
+    """Whether a CUDA graph that uses these tensors is being captured."""
     return tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @cache
 def _watch_optimizers() -> None:
-    """From now on, whatever an optimizer of torch's kind has stepped is forgotten."""
+    """From now on, the copies of whatever a torch optimizer steps are forgotten."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     @torch.compiler.disable
@@ -195,6 +196,6 @@ def _forget(tensors: Any) -> None:
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Tells te_dynamo that parameters of `model` were written in a way that leaves no trace (see `WeightCache`): their FP8 copies are
-    made again at the next call."""
+    """Tells te_dynamo that parameters of `model` were written in a way that leaves no trace (see `WeightCache`): their FP8 copies are made
+    again at the next call."""
     _forget(id(p) for p in model.parameters())

@@ -17,12 +17,12 @@ TANH = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(u)) / 2 is sigmoid(2 u)
 
 
 def value(call: Call, x: Tensor, up: Tensor | None) -> Tensor:
-    """The activation of x (and up) [..., N], by definition, in float32 and rounded nowhere. call: of an `ops.activation`."""
+    """The activation of x (and up) [..., N], by definition, in float32 without rounding. call: of an `ops.activation`."""
     return ops.activation(x.float(), None if up is None else up.float(), **{**call.attributes, "out_dtype": torch.float32})
 
 
 def gradients(call: Call, grad: Tensor, x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and up in float32, of that of the result; all [..., N]."""
+    """The gradients of x and up in float32, from the gradient of the result; all [..., N]."""
     function, grad, x = SPELLINGS[call["spelling"]].function, grad.float(), x.float()
     factor = None if up is None else up.float()
     if function == "clamped_swiglu":

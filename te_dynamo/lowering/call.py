@@ -1,4 +1,4 @@
-"""`Call`: all that an implementation is told beside tensors."""
+"""`Call`: everything that an implementation is told besides tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from te_dynamo.ir.op import SemanticOp, op_named
 from te_dynamo.recipe import Recipe, from_key
 
-# Inductor's C++ wrapper writes a text argument as it stands between quotation marks: a key has neither these nor backslashes.
+# Inductor's C++ wrapper puts a string argument between quotation marks without escaping it, so a key contains no quotation marks or
+# backslashes.
 _PLAIN, _JSON = str.maketrans('"\\', "'~"), str.maketrans("'~", '"\\')
-# What an operation is given, by position: a dtype, None for an input that is not there, or a tuple of these for a list.
+# An operation's inputs, by position: a dtype, None for an absent input, or a tuple of these for a list.
 Spec = Any
 
 
@@ -24,23 +25,23 @@ Spec = Any
 class Call:
     """One computation of an operation by a provider. Hashable; `key` is its text, `Call.parse` reads it.
 
-    A graph holds the text, so what is compiled from it can be cached, and printed.
+    A graph holds the text, so that what is compiled from it can be cached and printed.
 
     op: the operation's name; provider: "te", "native", "reference"; device: its type.
     inputs: the dtypes of the operation's tensor inputs (see `Spec`).
     recipe: the recipe's key, "" for high precision.
     amax_group: the name of the process group whose ranks share first scales, "" for none.
-    calibrating: whether an unset scale, which is 0, is taken from the tensor itself.
+    calibrating: whether an unset scale, which is 0, is computed from the tensor itself.
     records: whether its amaxes are wanted: a site with slots, in training.
-    cached: "training" or "inference" where the weights come in quantized already, for both directions or for forward.
-    keeps_fp8: whether what an activation reads of its result is kept for backward in FP8 (see `lowering.kept_inputs`); of a producer,
-        an activation: whether it keeps that itself.
-    remakes: what backward makes again instead of keeping it: "weights", the FP8 copies that dgrad reads; "input", the FP8 input.
-    producer: the computation that makes the first input, where a kernel of its own writes that quantized.
-    in_memory: roles ("input", "grad_output") whose tensor lies in memory already: no kernel makes it that could write it in FP8.
-    takes_gradient: of linears whose output's gradient comes quantized, from the site that reads it (see `lowering.handed`), {} elsewhere;
-    hands_gradient: the same of that site.
-    attributes: the operation's, and what it tells of a node beside them (`SemanticOp.attributes_of`).
+    cached: "training" or "inference" if the weights are passed in quantized, for both directions or for forward only.
+    keeps_fp8: whether its result, which an activation reads, is kept for backward in FP8 (see `lowering.kept_inputs`); for a producer, an
+        activation: whether it keeps its own inputs that way.
+    remakes: what backward recomputes instead of keeping: "weights", the FP8 copies that dgrad reads; "input", the FP8 input.
+    producer: the computation of the first input, if a kernel of its own writes that quantized.
+    in_memory: roles ("input", "grad_output") whose tensor is already in memory: no kernel computes it that could also write it in FP8.
+    takes_gradient: how the gradient of a linear's output comes quantized from the site that reads it (see `lowering.handed`), or {};
+    hands_gradient: the same for that site.
+    attributes: the operation's, plus those of `SemanticOp.attributes_of`.
     """
 
     op: str
@@ -88,27 +89,27 @@ class Call:
 
     @property
     def scaling(self) -> Recipe:
-        """The recipe, as far as kernels need it. Raises where there is none."""
+        """The recipe, as far as kernels need it. Raises if there is none."""
         return from_key(self.recipe)
 
     @property
     def remakes_weights(self) -> bool:
-        """Whether backward makes the FP8 copies of weights again: those that are cached are there anyway."""
+        """Whether backward recomputes the FP8 copies of weights: cached ones are there anyway."""
         return "weights" in self.remakes and not self.cached
 
     def but(self, **changes: Any) -> Call:
-        """The same with other fields."""
+        """A copy with these fields changed."""
         return replace(self, **changes)
 
     # -- the inputs as one flat list, as autograd and operators take them
 
     @property
     def spec(self) -> Spec:
-        """`inputs`, with a producer's in place of the operand that it makes."""
+        """`inputs`, with the producer's inputs in place of the operand that it makes."""
         return self.inputs if self.producer is None else (self.producer.spec, *self.inputs[1:])
 
     def nested(self, flat: Sequence[Any]) -> Any:
-        """One value for each tensor of `spec`, arranged as that is."""
+        """One value for each tensor of `spec`, nested the same way."""
         values = iter(flat)
         return _arranged(self.spec, values)
 

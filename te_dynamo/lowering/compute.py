@@ -1,4 +1,4 @@
-"""A site computed: its producer, where it has one, then its implementation; in backward the other way round."""
+"""Computes a site: its producer, if it has one, then its implementation; in backward, the other way round."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WIDTH = len(Quantized._fields)
 
 
 def scales_of(call: Call, slots: Sequence[Scale] | None) -> Scales:
-    """The scales of a site in one direction, out of its slots'."""
+    """The scales of a site in one direction, from its slots' scales."""
     casting = casting_of(call.recipe, call.amax_group) if call.recipe else Casting()
     return Scales(slots, call.operation.roles, casting, call.calibrating)
 
 
 def in_full_precision(device: str) -> AbstractContextManager[Any]:
-    """Whatever the user's autocast says, a site computes as it is told."""
+    """Turns off the user's autocast: a site computes in the dtypes that its call says."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
@@ -59,8 +59,8 @@ def compute_backward(
     ahead: Tensor | None = None,
     fake: bool = False,
 ) -> Backward:
-    """read: the inputs, those that backward does not read being None; then the outputs, where it reads them. ahead: the scale of the
-    gradient that it hands over."""
+    """read: the inputs, None for those that backward does not read; then the outputs, if it reads them. ahead: the scale of the gradient
+    that the site hands over."""
     implementation = implementation_of(call)
     run = implementation.fake_backward if fake else implementation.backward
     inputs, wanted = call.nested(read[: call.count]), call.nested(needs)
@@ -100,7 +100,7 @@ def unflattened(fields: Sequence[Tensor | None]) -> list[Quantized]:
 
 @cache
 def read_in_backward(call: Call, needs: tuple[bool, ...]) -> tuple[bool, ...]:
-    """For each of a call's flat inputs, whether backward reads it; for the outputs at the end."""
+    """For each of a call's flat inputs, whether backward reads it; the last element says whether it reads the outputs."""
     reads = implementation_of(call).backward_reads(call, call.nested(needs))
     read = _leaves_among(call, reads)
     if call.producer is not None:
@@ -109,6 +109,6 @@ def read_in_backward(call: Call, needs: tuple[bool, ...]) -> tuple[bool, ...]:
 
 
 def _leaves_among(call: Call, names: Collection[str]) -> list[Any]:
-    """For each of an operation's inputs, whether it is one of `names`, once for each tensor that it consists of."""
+    """For each of an operation's inputs, whether its name is in `names`, repeated for each of its tensors."""
     parameters = call.operation.parameters[0]
     return [[name in names] * len(flattened(spec)) for name, spec in zip(parameters, call.inputs, strict=False)]

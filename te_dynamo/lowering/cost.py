@@ -9,15 +9,15 @@ from torch import Tensor
 from te_dynamo.ir.sizes import number, product
 from te_dynamo.lowering.devices import Peak, peak_of
 
-# The fraction of the datasheet's peak that kernels reach, and what each kernel takes beside, in us: its first and last blocks.
+# The fraction of the datasheet's peak that kernels reach, and a kernel's fixed time in us: its first and last blocks.
 BF16_REACHED, FP8_REACHED, MEMORY_REACHED = 0.75, 0.70, 0.85
 KERNEL_US = 1.5
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """What FP8 adds to a linear: bytes that are moved beyond what bf16 moves, for each element, and kernels, of which linears of one input
-    share some."""
+    """What FP8 adds to a linear: bytes moved per element beyond what bf16 moves, and kernels, some of which the linears of one input
+    share."""
 
     weight: int
     activation: int
@@ -25,21 +25,21 @@ class Overhead:
     kernels: int
 
 
-# An activation is usually quantized by the kernel that makes it: only the writes are counted, and in training a transposed copy made
-# again in backward. A weight is read in bf16 and written in FP8, its transposed copy too; in inference that is done once.
+# An activation is usually quantized by the kernel that computes it: only the writes count and, in training, the transposed copy made in
+# backward. A weight is read in bf16 and written in FP8, with its transposed copy; in inference that is done once.
 TRAINING = Overhead(weight=6, activation=3, gradient=3, kernels=2)
 INFERENCE = Overhead(weight=0, activation=1, gradient=0, kernels=1)
-# Each copy has scales of its own: an amax along the other dimension is another pass.
+# Each copy has its own scales: an amax along the other dimension is another pass.
 ROWWISE_TRAINING = Overhead(weight=8, activation=6, gradient=6, kernels=10)
 
 
 def not_worth_it(
     x: Tensor, weight: Tensor, *, training: bool, device: Peak | None = None, products: int = 3, overhead: Overhead | None = None
 ) -> str | None:
-    """The reason why `x [..., K] @ weight [N, K].T` would be slower in FP8, or None; weight may be [E, N, K], a matrix for each group of
-    rows. On a CPU nothing is refused: there FP8 is for its numerics.
+    """Why `x [..., K] @ weight [N, K].T` would be slower in FP8, or None; weight may be [E, N, K], one matrix for each group of rows. On a
+    CPU nothing is refused: there FP8 is used for its numerics.
 
-    device: None is the tensors' own. products: how many of a training step's three GEMMs are in FP8; overhead: of training.
+    device: None for the tensors' own. products: how many of a training step's three GEMMs are in FP8; overhead: in training.
     """
     if x.device.type != "cuda":
         return None

@@ -92,7 +92,7 @@ H100 = GPUS[0].peak
 
 @cache
 def peak_of(device: torch.device) -> Peak:
-    """The peaks of a CUDA device; the H100's for one that is not in the table, or not there: what is planned may run elsewhere."""
+    """The peaks of a CUDA device; the H100's if the device is not in the table or not present: a plan may run elsewhere."""
     try:
         return PEAKS.get(torch.cuda.get_device_name(device), H100)
     except (AssertionError, RuntimeError):
@@ -100,7 +100,7 @@ def peak_of(device: torch.device) -> Peak:
 
 
 def gpu_named(short: str) -> GPU:
-    """The GPU of a name on a command line, in any case. Raises ValueError with the names that there are."""
+    """The GPU with this short name, in any case. Raises ValueError listing the known names."""
     found = next((gpu for gpu in GPUS if gpu.short == short.lower()), None)
     if found is None:
         raise ValueError(f"te_dynamo knows no device {short!r}; it knows {', '.join(gpu.short for gpu in GPUS)}")

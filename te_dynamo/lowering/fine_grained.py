@@ -1,8 +1,7 @@
-"""Linears by the recipes that scale finer than a tensor, and have no state: forward, dgrad and wgrad.
+"""Linears for the recipes that scale more finely than per tensor and have no state: forward, dgrad and wgrad.
 
-Forward sums over K, dgrad over N, wgrad over the tokens. Each operand is quantized from high precision along the dimension
-that its GEMM sums over, as a recipe's `Operands` say. Saved for backward: the input as wgrad reads it, and nothing else; the
-weights are quantized again.
+Forward sums over K, dgrad over N, wgrad over the tokens. Each operand is quantized from high precision along the dimension that its GEMM
+sums over, as the recipe's `Operands` say. Only the input, as wgrad reads it, is saved for backward; the weights are quantized again.
 """
 
 from __future__ import annotations
@@ -92,13 +91,13 @@ OPERANDS: Mapping[type[Recipe], Callable[[Any], Operands]] = {
 
 
 def operands_of(recipe: Recipe) -> Operands:
-    """Raises KeyError for a recipe that scales a tensor at a time: `per_tensor` has those."""
+    """Raises KeyError for a per-tensor recipe: those are in `per_tensor`."""
     return OPERANDS[type(recipe)](recipe)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A matrix [R, columns] that a GEMM sums over `columns` of: quantized, or (how: None) itself, as `quantized.data`."""
+    """An operand [R, columns] of a GEMM that sums over `columns`: quantized, or in high precision (how: None) as `quantized.data`."""
 
     how: Granularity | None
     quantized: Quantized
@@ -140,13 +139,13 @@ def native(a: Factor, b: Factor, out_dtype: torch.dtype, bias: Tensor | None, fa
     absent = -a.columns % ALIGNMENT_ON_GPU
     if absent and a8.device.type == "cuda":
         a8, b8 = (pad(t.view(torch.uint8), (0, absent)).view(t.dtype) for t in (a8, b8))
-    # Row-wise on both sides or on none: a tensor's scale is that of each row.
+    # Scales are row-wise on both sides or on neither: a per-tensor scale is repeated for each row.
     a_rows, b_rows = (f.quantized.scale_inv.expand(f.data.shape[0], 1).contiguous() for f in (a, b))
     return scaled_mm(a8, b8, a_rows, b_rows.t().contiguous(), out_dtype, bias, fast)
 
 
 class FineGrainedLinears(Implementation):
-    """`linears` by one of these recipes, with operands that are quantized by definition. A site has neither scales nor amaxes."""
+    """`linears` for these recipes, with operands quantized by definition. A site has neither scales nor amaxes."""
 
     opaque = True
     cached = frozenset({"inference"})
@@ -198,7 +197,7 @@ class FineGrainedLinears(Implementation):
         dws: list[Tensor | None] = [None] * len(weights)
         dbs: list[Tensor | None] = [None] * len(weights)
         parts: list[Tensor] = []
-        part_dtype = call.inputs[0] if len(grads) == 1 else torch.float32  # several are summed before the rounding
+        part_dtype = call.inputs[0] if len(grads) == 1 else torch.float32  # several are summed before rounding
         flat_grads = [matrix(g) for g in grads]
         x_t = self._saved_input(operands, x, saved[0], flat_grads[0].shape[0]) if any(needs_w) else None
         for gemm, grad in zip(rows.gemms(), flat_grads, strict=True):

@@ -1,4 +1,4 @@
-"""The first use of a slot: its scale comes from that very batch, in data parallel from the batches of all ranks."""
+"""The first use of a slot: its scale comes from the current batch (in data parallel, from the batches of all ranks)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 @torch.library.custom_op("te_dynamo::agreed", mutates_args=())
 def _agreed(amax: Tensor, slot: Tensor, amax_group: str) -> Tensor:
-    """amax: f32, 0-d, of this rank; slot: the scale, f32, 0-d; amax_group: the name of a process group -> the largest amax of its
-    ranks where the slot is unset (0), which all of them must agree on; else `amax`. An unset slot of a rank that runs alone is
-    -0 (see `Group.scales`)."""
+    """amax: f32, 0-d, of this rank; slot: the scale, f32, 0-d; amax_group: the name of a process group -> if the slot is unset (0), on
+    which all ranks must agree, the largest amax of the group's ranks; else `amax`. For a rank that runs alone, an unset slot is -0 (see
+    `Group.scales`)."""
     result = amax.clone()
     if slot == 0 and not torch.signbit(slot):
         dist.all_reduce(result, op=dist.ReduceOp.MAX, group=_resolve_process_group(amax_group))
@@ -25,5 +25,5 @@ def _(amax: Tensor, slot: Tensor, amax_group: str) -> Tensor:
 
 
 def agreed(amax: Tensor, slot: Tensor, amax_group: str) -> Tensor:
-    """The amax by which an unset slot is first scaled: that of all ranks of the group `amax_group`, or this one's where it is ""."""
+    """The amax that first scales an unset slot: the largest over the ranks of `amax_group`, or this rank's own if that is ""."""
     return torch.ops.te_dynamo.agreed(amax, slot, amax_group) if amax_group else amax

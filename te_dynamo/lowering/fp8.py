@@ -19,14 +19,14 @@ E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 EXPONENT = 0x7F800000  # the bits of a float32's exponent
-LEAST_AMAX = 2.0**-100  # that a block is scaled by: what FP8's largest number is over it is a float32
+LEAST_AMAX = 2.0**-100  # the smallest amax that scales a block: fp8_max / LEAST_AMAX still fits in float32
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def row_amax(x: Tensor) -> Tensor:
-    """The largest magnitude in each row of `x` [..., N], NaN elements apart: float32 [...], 0 for an empty row.
+    """The largest magnitude in each row of `x` [..., N], ignoring NaN: float32 [...], 0 for an empty row.
 
-    By rows it fuses, on a GPU, into the kernel that makes and casts `x`.
+    On a GPU, a row reduction fuses into the kernel that computes and casts `x`.
     """
     if x.shape[-1] == 0:
         return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -35,7 +35,7 @@ def row_amax(x: Tensor) -> Tensor:
 
 
 def amax(x: Tensor) -> Tensor:
-    """The largest magnitude in `x` of any shape, NaN elements apart: float32, 0-d, 0 for an empty tensor."""
+    """The largest magnitude in `x` of any shape, ignoring NaN: float32, 0-d, 0 for an empty tensor."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=x.device)
     return row_amax(x if x.dim() else x.unsqueeze(0)).amax()
@@ -43,9 +43,9 @@ def amax(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Casting:
-    """How a recipe with one scale a tensor casts: the dtypes of forward tensors and of gradients, and how an amax gives a scale.
+    """How a per-tensor recipe casts: the dtypes of forward tensors and of gradients, and how an amax becomes a scale.
 
-    margin: powers of two left unused, None for those of each role; power_2_scale: scales are rounded down to a power of two;
+    margin: powers of two left unused, None for each role's default; power_2_scale: scales are rounded down to a power of two;
     amax_epsilon: the least amax; amax_group: the name of the process group whose ranks share the first scale of a slot, "" for
     none; saturates_infinite: as TE's casts do.
     """
@@ -59,8 +59,8 @@ class Casting:
     saturates_infinite: bool = False
 
     def saturated(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x * scale` in float32, ready for the cast. Finite values saturate; infinite ones become NaN, so that a GradScaler
-        finds the overflow, unless the recipe is like TE, whose casts saturate these too."""
+        """`x * scale` in float32, ready for the cast. Finite values saturate; infinities become NaN, so that a GradScaler finds the
+        overflow, unless the recipe is `like_te`: TE's casts saturate them too."""
         values = saturated(x, scale, dtype)
         return values if self.saturates_infinite else torch.where(torch.isinf(x), torch.nan, values)
 
@@ -74,7 +74,7 @@ class Casting:
 
 @lru_cache
 def casting_of(recipe: str, amax_group: str = "") -> Casting:
-    """The Casting of a recipe's key. `amax_group` matters to recipes with state only: the others use their own rank's amax."""
+    """The Casting of a recipe's key. `amax_group` matters only to recipes with state: the others use their own rank's amax."""
     values = from_key(recipe)
     options = {name: getattr(values, name) for name in ("margin", "power_2_scale", "amax_epsilon") if hasattr(values, name)}
     options |= {"amax_group": amax_group if values.stateful else "", "saturates_infinite": getattr(values, "like_te", False)}
@@ -102,7 +102,7 @@ def saturated(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     top = FP8_MAX[dtype]
     scaled = x.float() * scale
     if x.device.type == "cuda":
-        # No min and max there: beside them Triton has been seen to corrupt transposed stores of FP8 (its issue 11111).
+        # No min or max here: next to one, Triton has been seen to corrupt transposed FP8 stores (its issue 11111).
         return scaled.masked_fill(scaled > top, top).masked_fill(scaled < -top, -top)
     return scaled.clamp(-top, top)
 

@@ -7,8 +7,8 @@ An operand is a matrix [R, C], and the GEMM sums over C. A granularity turns it 
     NVFP4    E2M1, an E4M3 scale for each 1 x 16 or 16 x 16, and a float32 scale for the tensor
 
 The last blocks of a matrix may be smaller than the others. In all of them a NaN element does not count towards an amax, and
-stays NaN; casts saturate. Of a block with an infinite element no value is finite but zeros, so that a GradScaler finds the
-overflow: its scale_inv is NaN, or, in MX, the largest.
+stays NaN; casts saturate. An infinite element does not become finite, so that a GradScaler finds the overflow: the scale_inv of
+its block is NaN, or, in MX, the largest.
 
 Sources: for blocks arXiv 2412.19437 (DeepSeek-V3, section 3.3); for MX the OCP Microscaling specification 1.0, with the scale
 rounded up (arXiv 2506.08027), so that no element saturates; for NVFP4 arXiv 2509.25149. What these leave open is done as in
@@ -48,7 +48,7 @@ class Granularity(Protocol):
 
 @dataclass(frozen=True)
 class _FP8:
-    """FP8 with a scale for each `rows` x `columns`; None: all of them."""
+    """FP8 with a scale for each block of `rows` x `columns`; None: the whole dimension."""
 
     scale_dtype: ClassVar[torch.dtype]
 
@@ -63,12 +63,12 @@ class _FP8:
 
 @dataclass(frozen=True)
 class Blocks(_FP8):
-    """FP8 with a scale for each `rows` x `columns`: fp8_max / amax, float32; None: all of them.
+    """FP8 with a float32 scale, fp8_max / amax, for each block of `rows` x `columns`; None: the whole dimension.
 
     data [R, C] in `dtype`; scale_inv float32 [blocks down, blocks across].
 
-    power_of_2: the scale's mantissa is cut off. epsilon: the least amax. An amax of 0, or an infinite one, has scale 1; that of
-    an infinite one has scale_inv NaN.
+    power_of_2: the scale is truncated to a power of two. epsilon: the least amax. The scale is 1 where the amax is 0 or infinite; where
+    it is infinite, scale_inv is NaN.
     """
 
     scale_dtype = torch.float32
@@ -88,7 +88,7 @@ class Blocks(_FP8):
 
 @dataclass(frozen=True)
 class MX(_FP8):
-    """FP8 with a power of two for each `rows` x 32: amax / fp8_max, rounded up.
+    """FP8 with a power-of-two scale_inv for each `rows` x 32: amax / fp8_max, rounded up.
 
     data [R, C] in `dtype`; scale_inv float8_e8m0fnu [blocks down, blocks across]. An amax of 0 has the smallest scale_inv,
     2**-127; an infinite one the largest, 2**127.
@@ -113,9 +113,9 @@ class NVFP4:
     data: uint8 [R, 8 for each block across], two codes a byte, the first of each pair in the low half. scale_inv: float32
     [blocks down, blocks across], the product of the two levels. E2M1 has no NaN: a block with a NaN or an infinity has scale_inv NaN.
 
-    hadamard: each 16 columns are multiplied by a randomly signed Hadamard matrix before they are quantized, which spreads
-    outliers; `dequantize` multiplies by its inverse. stochastic: rounds up or down at random, so that the expected value is
-    exact, with torch's generator of the device: two calls differ, and `torch.manual_seed` makes them repeatable.
+    hadamard: each 16 columns are multiplied by a randomly signed Hadamard matrix before quantization, which spreads
+    outliers; `dequantize` multiplies by the inverse. stochastic: rounds up or down at random, so that the expected value is
+    exact, using torch's generator for the device: two calls differ, and `torch.manual_seed` makes them reproducible.
     """
 
     columns: ClassVar[int] = 16
@@ -170,12 +170,12 @@ def _matrix(blocks: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _spread(scale: Tensor) -> Tensor:
-    """[blocks down, blocks across] -> what broadcasts with blocks."""
+    """[blocks down, blocks across] -> a shape that broadcasts with blocks."""
     return scale[:, None, :, None]
 
 
 def _amax(blocks: Tensor) -> Tensor:
-    """The largest magnitude of each block, NaN elements apart: float32 [blocks down, blocks across]."""
+    """The largest magnitude of each block, ignoring NaN: float32 [blocks down, blocks across]."""
     if blocks.numel() == 0:
         return blocks.new_zeros(blocks.shape[0], blocks.shape[2])
     magnitude = blocks.abs()
@@ -183,7 +183,7 @@ def _amax(blocks: Tensor) -> Tensor:
 
 
 def _exponent_above(x: Tensor) -> Tensor:
-    """The exponent of the least power of two that is not below x >= 0, within E8M0's range: int32 in [-127, 127]."""
+    """The exponent of the least power of two >= x (x >= 0), clamped to E8M0's range: int32 in [-127, 127]."""
     mantissa, exponent = torch.frexp(x)  # x = mantissa * 2**exponent, mantissa in [0.5, 1)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     exponent = torch.where(x == 0, -127, torch.where(x.isinf(), 127, exponent))

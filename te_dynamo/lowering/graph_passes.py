@@ -17,20 +17,19 @@ SITES = (torch.ops.te_dynamo.site_fwd.default, torch.ops.te_dynamo.site_bwd.defa
 
 
 def joint_graph_passes(version: str, before: Any) -> CustomGraphPass:
-    """All of them, after those that `config.joint_custom_pre_pass` names (`before`). version: of our code, which the caches' key must
-    hold."""
+    """All of them, after those in `config.joint_custom_pre_pass` (`before`). version: of our code, which the caches' key must include."""
     given = [] if before is None else before if isinstance(before, (list, tuple)) else [before]
     return InOrder(*given, OneMeasurement(version), ActivationsInFP8(version))
 
 
 class InOrder(CustomGraphPass):
-    """Several passes as one: torch 2.11's configuration takes no more."""
+    """Several passes as one: torch 2.11's configuration takes only one."""
 
     def __init__(self, *passes: Any) -> None:
         self.passes = passes
 
     def uuid(self) -> Any:
-        """None, which stands for not to be cached, where a pass is a plain function."""
+        """None, which means "do not cache", if a pass is a plain function."""
         known = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
         return None if None in known else tuple(known)
 
@@ -40,11 +39,11 @@ class InOrder(CustomGraphPass):
 
 
 class OneMeasurement(CustomGraphPass):
-    """The last step of a graph's amaxes, a small kernel a site, becomes one for each direction: of
-    `cat([largest(a), largest(b), ...])`, `largest(a + b + ...)`; of a `cat` of what operators on a CPU measured, one call. Inductor would
-    generate a loop for each part, as much code as for all else in a model with many layers.
+    """Merges the last step of computing a graph's amaxes, a small kernel for each site, into one for each direction:
+    `cat([largest(a), largest(b), ...])` becomes `largest(a + b + ...)`, and a `cat` of amaxes that operators on a CPU computed becomes one
+    call. Otherwise Inductor would generate a loop for each part, as much code as for the rest of a model with many layers.
 
-    Sites cannot do it themselves: each returns its gradients' amaxes on its own, as autograd asks.
+    Sites cannot do it themselves: autograd requires each to return its own gradients' amaxes.
     """
 
     def __init__(self, version: str) -> None:
@@ -81,7 +80,7 @@ def _join_once(cat: Node) -> None:
 
 
 def _is_measured(node: Node) -> bool:
-    """Whether it is the amaxes of an opaque site: the first of what its operator returns."""
+    """Whether it is the amaxes of an opaque site: the first result of its operator."""
     return bool(node.target is operator.getitem and node.args[1] == 0 and getattr(node.args[0], "target", None) in SITES)
 
 

@@ -1,6 +1,6 @@
-"""Linears of groups of rows (`ops.grouped_linear`), one GEMM after the other: where the device's memory is the host's, or by definition.
+"""Linears over groups of rows (`ops.grouped_linear`), one GEMM per group: for devices that share the host's memory, or by definition.
 
-Only rows that are in a group are read: those after the last one enter no amax, and give zeros.
+Only rows that are in a group are read: those after the last group enter no amax, and give zeros.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def groups(offsets: Tensor) -> Iterator[slice]:
 
 
 def by_group(offsets: Tensor, like: Tensor, columns: int, dtype: torch.dtype, product_of: Callable[[int, slice], Tensor]) -> Tensor:
-    """[T, columns], the rows of each group given by `product_of`, the others zero. like: [T, any]."""
+    """[T, columns]: `product_of` gives the rows of each group, the others are zero. like: [T, any]."""
     y = like.new_zeros((like.shape[0], columns), dtype=dtype)
     for e, rows in enumerate(groups(offsets)):
         if rows.stop > rows.start:
@@ -44,7 +44,8 @@ class _Grouped(Implementation):
     cached = frozenset({"inference"})
 
     def suits(self, device: torch.device) -> bool:
-        """Where offsets are read at no cost. On a GPU a mixture of experts is faster in high precision than GEMM by GEMM."""
+        """Devices on which reading the offsets is free. On a GPU, one FP8 GEMM after another is slower than a mixture of experts in high
+        precision."""
         return device.type == "cpu"
 
     def unsupported(self, case: Case) -> str | None:
@@ -76,7 +77,7 @@ class _Grouped(Implementation):
 
 
 class PerTensorGroups(_Grouped):
-    """One scale for each tensor: the weights of all experts have one."""
+    """One scale for each tensor: the weights of all experts share one."""
 
     def __init__(self, gemm: GemmFunction) -> None:
         self.gemm = gemm
@@ -134,7 +135,7 @@ class PerTensorGroups(_Grouped):
 
 
 class FineGrainedGroups(_Grouped):
-    """A scale for each row or block, of each expert's operands. A site has neither scales nor amaxes."""
+    """A scale for each row or block of each expert's operands. A site has neither scales nor amaxes."""
 
     def __init__(self, multiply: Multiply) -> None:
         self.multiply = multiply
@@ -181,13 +182,13 @@ class FineGrainedGroups(_Grouped):
 
 
 def _rows_in_groups(x: Tensor, offsets: Tensor) -> Tensor:
-    """x with zeros in the rows after the last group, which hold anything."""
+    """x with zeros in the rows after the last group, whose contents are undefined."""
     used = int(offsets[-1])
     return x if used == x.shape[0] else torch.cat([x[:used], x.new_zeros(x.shape[0] - used, x.shape[1])])
 
 
 def by_tensor(t: Tensor, scale_of: ScaleOf) -> Quantized:
-    """With one scale; the amaxes are those of its rows."""
+    """Quantizes with one scale; the amaxes are those of the rows."""
     amax = row_amax(t)
     scale = scale_of.of(amax)
     data = scale_of.casting.saturated(t, scale.value, scale_of.dtype).to(scale_of.dtype)

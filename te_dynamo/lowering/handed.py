@@ -1,8 +1,8 @@
-"""A gradient that is handed over quantized: from the site that reads a GEMM's output to the GEMM's own.
+"""A gradient that is handed over already quantized, from the site that reads a GEMM's output to the GEMM's own site.
 
-Autograd hands on a gradient in the dtype of what it is the gradient of. Where one kernel could write the gradient of a GEMM's
-output in FP8, both ways, with its amax and the sums of a bias's gradient, that will not do. So the GEMM's site gives *carriers* beside
-its outputs: empty tensors, used for nothing, of which these four are the "gradients"; as the sink's is what backward measured.
+Autograd passes on a gradient in the dtype of the tensor that it belongs to. That rules out a gradient that one kernel could write in FP8
+along with its transposed copy, its amax and the sums for a bias gradient. So the GEMM's site returns *carriers* besides its outputs: empty
+tensors, used for nothing, whose "gradients" are these four; just as the sink's "gradient" is the amaxes measured in backward.
 
 Both calls hold the same description of it, made by `described`.
 """
@@ -31,9 +31,9 @@ def described(
     transposed: bool,
     sums: bool,
 ) -> dict[str, Any]:
-    """starts: at which column of the GEMM's output each input of the reader lies; widths: how many it has.
+    """starts: the column of the GEMM's output at which each input of the reader begins; widths: how many columns each input has.
 
-    dtype: of the gradient; saturate: whether infinities are cast to the largest number; multiple: of the rows.
+    dtype: of the gradient; saturate: whether infinities are cast to the largest number; multiple: what the rows are padded to.
     data, transposed, sums: which are wanted: for dgrad, wgrad and a bias.
     """
     given = {"starts": tuple(starts), "widths": tuple(widths), "dtype": dtype, "saturate": saturate, "multiple": multiple}
@@ -41,7 +41,7 @@ def described(
 
 
 def carriers(output: Tensor, wanted: Mapping[str, Any]) -> Sequence[Tensor]:
-    """Of a GEMM's output [..., N]."""
+    """The carriers of a GEMM's output [..., N]."""
     tokens: Any = 1
     for size in output.shape[:-1]:
         tokens = tokens * size

@@ -1,15 +1,15 @@
-"""What backward reads of the result of an FP8 linear, kept in FP8: a pass over the joint graph.
+"""A pass over the joint graph that keeps in FP8 what backward reads of an FP8 linear's result.
 
-An activation (SwiGLU, GELU, ..., with biases and dropout) stands between two linears. Its backward reads what the first of them gave,
-the largest tensors of a layer. Where all that forward makes of it ends in FP8 casts, by element-wise operations alone, forward leaves a
-copy in FP8 behind, and backward computes of that what it reads:
+An activation (SwiGLU, GELU, ..., with biases and dropout) stands between two linears. Its backward reads the result of the first, the
+largest tensor of a layer. If everything that forward computes from this result ends in FP8 casts, through element-wise operations only,
+forward also writes a copy in FP8, from which backward computes what it reads:
 
     forward    v ─▶ silu(gate) * up ─▶ FP8, as before        backward    v8 ─▶ v' ─▶ what it read of v, of silu(gate), ...
                └─▶ v8, E4M3 with a scale for each 128
 
-The kernel that computes the activation reads v anyway: v8 costs its writing, and backward reads half as much. On a CPU C++ of our own packs
-and unpacks: what Inductor would generate takes as long to compile as a quarter of the model. The activation is found on the joint graph, so
-no pattern of it need be known. What anything else reads, an attention or a sum with a residual, stays as it is.
+The kernel that computes the activation reads v anyway: v8 costs one write, and backward reads half as much. On a CPU, C++ of our own
+packs and unpacks: Inductor's code for it takes as long to compile as a quarter of the model. The activation is found on the joint graph,
+so no pattern for it is needed. Results that anything else reads, such as an attention or a residual sum, stay as they are.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ aten = torch.ops.aten
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.mean, aten.var, aten.var_mean, aten.any, aten.all}
 OF_THE_SHAPE = {aten.rand_like, aten.randn_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
 SCALING = {aten.mul, aten.div, aten.clamp, aten.clamp_min, aten.clamp_max, aten.clone, torch.ops.prims.convert_element_type}
-COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, which their tags do not tell
+COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, though their tags do not say so
 
 
 def kept_in_fp8(y: Tensor) -> Tensor:
-    """`y` [..., N], the result of a linear, by way of a view [T, N] that is marked: the pass looks at this."""
+    """`y` [..., N], the result of a linear, through a marked view [T, N], which the pass looks for."""
     meta = traceback.current_meta
     before = meta.get("custom")
     meta["custom"] = {**(before or {}), MARK: True}
@@ -53,12 +53,12 @@ def kept_in_fp8(y: Tensor) -> Tensor:
 
 
 def amax_of_blocks(x: Tensor) -> Tensor:
-    """[T, N] -> [T * blocks], of values that are no NaN."""
+    """[T, N], without NaN -> [T * blocks]."""
     return aten.view.default(in_blocks(x).amax(-1), [-1])
 
 
 class ActivationsInFP8(CustomGraphPass):
-    """See above. version: of our code, which the caches' key must hold."""
+    """See above. version: of our code, which the caches' key must include."""
 
     def __init__(self, version: str) -> None:
         self.version = version
@@ -74,14 +74,14 @@ class ActivationsInFP8(CustomGraphPass):
 
 
 def _is_result(node: Node) -> bool:
-    """Whether it is marked. What activation checkpointing decides about is left to it."""
+    """Whether it is marked. Nodes that activation checkpointing decides about are left to it."""
     if node.target is not aten.view.default or MARK not in node.meta.get("custom", ()) or "recompute" in node.meta:
         return False
     return not _is_backward(node) and node.meta["val"].dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_an_operator_s(node: Node) -> bool:
-    """Whether it is what an opaque site gave, as on a CPU: in another shape, or a part of it."""
+    """Whether it is a result of an opaque site (as on a CPU), reshaped, or a part of one."""
     while node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
         node = node.all_input_nodes[0]
     return node.target is torch.ops.te_dynamo.site_fwd.default
@@ -92,7 +92,7 @@ def _is_backward(node: Node) -> bool:
 
 
 def _is_elementwise(node: Node) -> bool:
-    """Whether each element of its result is made of elements of its inputs, alike whenever it runs."""
+    """Whether each element of its result is computed from single elements of its inputs, and the same each time."""
     if node.target is getattr or not isinstance(node.target, torch._ops.OpOverload):
         return getattr(node.target, "__name__", "") == "getitem"
     pointwise = torch.Tag.pointwise in node.target.tags and torch.Tag.nondeterministic_seeded not in node.target.tags
@@ -100,7 +100,8 @@ def _is_elementwise(node: Node) -> bool:
 
 
 def _ends(node: Node) -> bool:
-    """Whether its result is in FP8, small, or no value of its inputs: nothing that backward could read of it is in high precision."""
+    """Whether its result is in FP8, or small, or does not depend on its inputs' values: backward can read nothing from it in high
+    precision."""
     if _ends_in_fp8(node):
         return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in REDUCTIONS | OF_THE_SHAPE
@@ -115,7 +116,7 @@ def _scales(node: Node) -> bool:
 
 
 def _wants_the_largest(node: Node) -> bool:
-    """Whether it reads of each of its inputs the largest element alone."""
+    """Whether it reads only the largest element of each of its inputs."""
     return node.target is torch.ops.te_dynamo.largest.default or (node.target is aten.amax.default and len(node.args) == 1)
 
 
@@ -125,7 +126,7 @@ def _is_fp8(node: Node) -> bool:
 
 
 class _Rewrite:
-    """Of one graph, in which `results` are marked."""
+    """The rewrite of one graph, in which `results` are marked."""
 
     def __init__(self, graph: Graph, results: Sequence[Node]) -> None:
         self.graph, self.nodes, self.fake_mode = graph, list(graph.nodes), results[0].meta["val"].fake_mode
@@ -135,11 +136,11 @@ class _Rewrite:
         while inconsistent := self._inconsistent():
             self.results -= inconsistent
             self.inside = self._inside()
-        self.remade: dict[Node, Node] = {}  # by what is inside: what backward reads in its place
+        self.remade: dict[Node, Node] = {}  # node inside -> what backward reads in its place
         self.traced: dict[Any, GraphModule] = {}
 
     def run(self) -> None:
-        """Amaxes of what is inside are taken by blocks too, so that one kernel does all of it."""
+        """Also takes the amaxes of the nodes inside by blocks, so that one kernel does it all."""
         for node in self.nodes:
             if _is_backward(node):
                 for value in node.all_input_nodes:
@@ -147,13 +148,13 @@ class _Rewrite:
 
         if self.remade:
             for node in self.inside:
-                node.meta.pop("recompute", None)  # backward reads it no more, so there is nothing to make again
+                node.meta.pop("recompute", None)  # backward no longer reads it, so there is nothing to recompute
             for node in self.nodes:
                 if node.target is aten.amax.default and node.args[0] in self.inside:
                     self._measure_by_blocks(node)
 
     def _measure_by_blocks(self, amax: Node) -> None:
-        """An amax of each row [T], of which nothing but the largest is wanted, becomes amaxes of blocks [T * blocks]."""
+        """A row amax [T] of which only the largest element is read becomes block amaxes [T * blocks]."""
         casts = [u for u in amax.users if u.target is torch.ops.prims.convert_element_type.default]
         readers = {u for n in (amax, *casts) for u in n.users} - {*casts}
         if amax.args[1:] != ([-1],) or not all(map(_wants_the_largest, readers)):
@@ -166,14 +167,14 @@ class _Rewrite:
             cast.meta["val"] = self._value(cast)
 
     def _closed(self) -> dict[Node, bool]:
-        """For each node of forward, whether all that forward makes of it ends (see `_ends`)."""
+        """For each forward node, whether everything that forward computes from it ends (see `_ends`)."""
         closed: dict[Node, bool] = {}
         for node in reversed(self.nodes):
             closed[node] = all(_is_backward(u) or _ends(u) or (_is_elementwise(u) and closed[u]) for u in node.users)
         return closed
 
     def _inside(self) -> set[Node]:
-        """The results and what forward computes of them element for element, up to the FP8 values that are kept."""
+        """The results and what forward computes from them element-wise, up to the FP8 values that are kept."""
         inside = set(self.results)
         for node in self.nodes:
             kept = node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE
@@ -182,15 +183,15 @@ class _Rewrite:
         return inside
 
     def _inconsistent(self) -> set[Node]:
-        """Results that backward would read in FP8 beside a statistic of theirs, or of what forward makes of them, which is exact: a norm's
-        mean, a softmax's sum, a maximum that is looked for. Their difference would be the rounding's."""
+        """Results that backward would read in FP8 together with an exact statistic of them, or of what forward computes from them: a norm's
+        mean, a softmax's sum, a maximum to be located. The difference between the two would be rounding error."""
         statistics, remade = set[Node](), set[Node]()
         for node in self.nodes:
             inputs = node.all_input_nodes
             if node in self.inside or _ends_in_fp8(node) or any(map(_is_fp8, inputs)):
                 continue
             of_forward = [n for n in inputs if n in statistics or (n in self.inside and not _is_backward(node))]
-            if of_forward and (not _is_backward(node) or len(of_forward) == len(inputs)):  # in backward another view of it
+            if of_forward and (not _is_backward(node) or len(of_forward) == len(inputs)):  # in backward: only another view of it
                 statistics.add(node)
         scaled = self._scaled_to_fp8()
         bad = set[Node]()
@@ -208,7 +209,7 @@ class _Rewrite:
         return found
 
     def _scaled_to_fp8(self) -> set[Node]:
-        """What is cast to FP8 by a scale, which is a statistic too: a product keeps the relative error that its factors have."""
+        """Nodes that are scaled and cast to FP8. Their scale is a statistic too, but a product keeps the relative error of its factors."""
         scaled = set[Node]()
         for node in reversed(self.nodes):
             if _is_fp8(node) or (_scales(node) and node.users and all(u in scaled for u in node.users)):
@@ -216,7 +217,7 @@ class _Rewrite:
         return scaled
 
     def _remake(self, value: Node, before: Node) -> Node:
-        """`value`, made for backward of what is kept in FP8."""
+        """`value`, recomputed for backward from what is kept in FP8."""
         if value not in self.inside:
             return value
         if value not in self.remade:
@@ -237,8 +238,9 @@ class _Rewrite:
         return self._inline(back, kept, before, _of_backward)[0]
 
     def _saved(self, node: Node) -> Node:
-        """`node` through what cannot be fused, so that the partitioner takes it for memory: what could be fused weighs twice as much, and
-        then the result itself would be kept. "Must be saved" counts only for what results of forward are made of."""
+        """`node`, through an operator that cannot be fused, so that the partitioner takes it to be in memory: what could be fused weighs
+        twice as much, and the result itself would be saved instead. MUST_SAVE counts only for nodes that the results of forward are
+        computed from."""
         t = node.meta["val"]
         with self.graph.inserting_after(node):
             new = self.graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (node, list(t.stride())))
@@ -246,7 +248,7 @@ class _Rewrite:
         return new
 
     def _traced(self, function: Callable[..., Any], *tensors: Tensor, **keywords: Any) -> GraphModule:
-        """`function` of such tensors, in what Inductor takes. It is traced for two rows, and is right for any number."""
+        """`function` traced for tensors like these, in operators that Inductor accepts: for two rows, but valid for any number."""
         from torch._inductor.decomposition import select_decomp_table
 
         key = (function, *keywords.values(), *((t.shape[1:], t.dtype, t.device) for t in tensors))
@@ -257,7 +259,7 @@ class _Rewrite:
         return self.traced[key]
 
     def _inline(self, gm: GraphModule, inputs: Sequence[Node], before: Node, note: Callable[[Node], Node] = lambda n: n) -> list[Node]:
-        """The nodes of `gm`, which read `inputs`, before a node; gives its results."""
+        """Copies the nodes of `gm`, with `inputs` for its placeholders, before a node; returns its results."""
         copies, given = dict[Node, Node](), iter(inputs)
         for node in gm.graph.nodes:
             if node.op == "placeholder":

@@ -1,14 +1,14 @@
-"""The pair of operators behind every opaque implementation: one for forward, one for backward, told by a `Call` what to do.
+"""The two operators behind every opaque implementation, one for forward and one for backward; a `Call` tells them what to do.
 
-Opaque because Inductor's C++ for every quantization, each reading its scale at another offset, would make compile time grow with
-the number of sites. An operator returns one list of tensors, which share memory with nothing: Inductor's C++ wrapper knows no other
-results. A tensor that is a view of another is copied.
+They are opaque because Inductor's C++ for every quantization, each reading its scale at a different offset, would make compile time grow
+with the number of sites. An operator returns one list of tensors that share no memory with anything: Inductor's C++ wrapper supports no
+other results. A tensor that is a view of another is copied.
 
-    site_fwd   [amax, contents, *outputs, *fields of what is saved]
-    site_bwd   [amax, *gradients that are wanted]
+    site_fwd   [amax, contents, *outputs, *fields of the saved tensors]
+    site_bwd   [amax, *the gradients that are wanted]
 
-contents has no elements. Its shape tells what follows: (0, the number of outputs, and for each `Quantized` that is saved the fields
-that it has, as bits).
+`contents` has no elements. Its shape describes what follows: (0, the number of outputs, and for each saved `Quantized` a bit mask of the
+fields that it has).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BACKWARD_TAGS = (torch.Tag.flexible_layout, torch.Tag.nondeterministic_seeded)
 
 @dataclass(frozen=True)
 class PackedSlots(Sequence[Scale]):
-    """The slots of a site among its graph's packed scales, from `start` on, taken out when they are asked for."""
+    """The slots of a site within its graph's packed scales, from `start` on, each extracted on access."""
 
     packed: Tensor
     start: int
@@ -57,7 +57,7 @@ def opaque_forward(
 
 
 def forward_results(made: Sequence[Tensor]) -> tuple[list[Tensor], list[Quantized], Tensor]:
-    """(outputs, what is saved, amax) of what `site_fwd` gives."""
+    """(outputs, saved, amax) from the results of `site_fwd`."""
     amax, contents, *rest = made
     _, outputs, *fields = contents.shape
     leaves = iter(rest[outputs:])
@@ -128,7 +128,7 @@ def _amax(amaxes: Sequence[Tensor], call: Call, like: Tensor) -> Tensor:
 
 
 def _apart(made: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor]:
-    """`made`, copied where it shares memory with what was given or with another of them."""
+    """`made`, with a copy of each tensor that shares memory with one of `given` or with an earlier result."""
     seen = {t.untyped_storage()._cdata for t in given if t is not None}
     result = []
     for t in made:
@@ -139,8 +139,8 @@ def _apart(made: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tenso
 
 
 def _remembered(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A fake implementation that runs once for each call and shapes, wherever its slots are: the layers of a model repeat.
-    Symbolic shapes are not kept."""
+    """A fake implementation that runs once for each call and input shapes, whatever the offset of its slots: the layers of a model repeat.
+    Results for symbolic shapes are not cached."""
     known: dict[Any, Any] = {}
 
     def fake(call: str, *args: Any) -> Any:
@@ -158,7 +158,7 @@ def _remembered(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Like(NamedTuple):
-    """What is to be known of a tensor to make another like it."""
+    """What must be known about a tensor to create another like it."""
 
     shape: tuple[Any, ...]
     stride: tuple[Any, ...]
@@ -182,7 +182,7 @@ def _made(description: Any, like: Tensor) -> Any:
 
 
 def _define(name: str, schema: str, tags: Sequence[torch.Tag], run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Not by `custom_op`, which wraps Python around each call that takes longer than a small GEMM: what it would check, tests do."""
+    """Not with `custom_op`, whose Python wrapper takes longer per call than a small GEMM: tests make the checks that it would make."""
     torch.library.define(f"te_dynamo::{name}", schema, tags=(*tags, torch.Tag.pt2_compliant_tag))
     torch.library.impl(f"te_dynamo::{name}", "default", run)
     torch.library.register_fake(f"te_dynamo::{name}", _remembered(fake))
@@ -208,7 +208,7 @@ _define(
 def _forward_flops(key: str, inputs: Any, *_: Any, **__: Any) -> int:
     call = Call.parse(key)
     shapes = call.nested(inputs[: call.count])
-    if call.producer is not None:  # the operand's leading sizes are those of what its producer reads first
+    if call.producer is not None:  # the operand has the leading sizes of its producer's first input
         shapes[0] = (*shapes[0][0][:-1], call["in_features"])
     return implementation_of(call).flops(call, shapes)
 

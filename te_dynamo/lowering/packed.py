@@ -1,4 +1,4 @@
-"""A matrix that backward reads, kept in E4M3 with a scale for each block of a row: by definition, for what Inductor fuses on a GPU; and as
+"""A matrix that backward reads, kept in E4M3 with a scale for each block of a row: in plain torch, which Inductor fuses on a GPU, and as
 operators, in C++ on a CPU (`cpu/kept.cpp`)."""
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ aten = torch.ops.aten
 
 
 def in_blocks(t: Tensor) -> Tensor:
-    """[T, N], rows side by side or apart -> [T, blocks, size]. A block is 128 of a row, or all of it where N is no multiple of that."""
+    """[T, N], of any row stride -> [T, blocks, size]. A block is 128 elements of a row, or the whole row if N is not a multiple of 128."""
     size = BLOCK if t.shape[-1] % BLOCK == 0 else t.shape[-1]
     return aten.view.default(t, [-1, t.shape[-1] // size, size])
 
 
 def pack(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v [T, N] -> E4M3 [T, blocks, size], scale_inv float32 [T, blocks, 1]. NaN stays NaN and counts towards no amax; of a block with an
-    infinity no value is finite but zeros."""
+    """v [T, N] -> E4M3 [T, blocks, size], scale_inv float32 [T, blocks, 1]. NaN stays NaN and counts towards no amax; a block with an
+    infinity becomes NaN."""
     blocks = in_blocks(v)
     magnitude = blocks.abs().float()
     amax = torch.where(magnitude.isnan(), 0.0, magnitude).amax(-1, keepdim=True)
@@ -30,7 +30,7 @@ def pack(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(data: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
-    """What was packed, [T, N]."""
+    """The inverse of `pack`: [T, N]."""
     return aten.view.default((data.float() * scale_inv).to(dtype), [-1, data.shape[1] * data.shape[2]])
 
 

@@ -1,4 +1,4 @@
-"""What AOTAutograd's partitioner is told: which values backward keeps, and which it makes again."""
+"""What AOTAutograd's partitioner is told: which values are saved for backward, and which are recomputed there."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from te_dynamo.lowering.call import Call
 
 
 def kept_or_remade(call: Call) -> AbstractContextManager[None]:
-    """Around the rounding of an input to FP8: it is what backward keeps of the input, or makes again."""
+    """The context for rounding an input to FP8: backward either keeps the rounded input or recomputes it."""
     return recomputed_in_backward() if "input" in call.remakes else kept_for_backward()
 
 
 def kept_for_backward() -> AbstractContextManager[None]:
-    """What is computed in here is kept where backward needs it, never made again: else a cast, which costs nothing to
-    recompute, would have the high-precision tensor kept in its place, or beside it."""
+    """Values computed in this context are saved if backward needs them, never recomputed. Otherwise the partitioner, to which recomputing a
+    cast costs nothing, would save the high-precision tensor instead of the FP8 one, or in addition to it."""
     return _marked(CheckpointPolicy.MUST_SAVE)
 
 
 def recomputed_in_backward() -> AbstractContextManager[None]:
-    """What is computed in here is never kept: where backward needs it, it is made there."""
+    """Values computed in this context are never saved: backward recomputes the ones it needs."""
     return _marked(CheckpointPolicy.MUST_RECOMPUTE)
 
 
@@ -45,8 +45,8 @@ def _marked(policy: CheckpointPolicy) -> Iterator[None]:
 
 
 def asks_about_gemms(context_fn: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """The contexts of a selective checkpoint, whose policy is asked about what a site stands for too: the GEMMs of the model as it was
-    written. What says that one of these is saved has the site's results saved."""
+    """The contexts of a selective checkpoint, with a policy that is also asked about the GEMMs of the original model that a site replaces.
+    If the policy saves one of these, the site's results are saved."""
     contexts = context_fn()
     for context in contexts:
         if hasattr(context, "policy_fn"):
@@ -60,7 +60,7 @@ def _policy(policy: Callable[..., Any], ctx: Any, op: Any, *args: Any, **kwargs:
 
 
 def _stands_for(op: Any, args: Sequence[Any]) -> Sequence[tuple[Any, tuple[Any, ...]]]:
-    """The operators of the model that one of ours, or an FP8 GEMM, takes the place of."""
+    """The operators of the original model that one of our operators, or an FP8 GEMM, replaces."""
     if op is torch.ops.aten._scaled_mm.default:
         return [(torch.ops.aten.mm.default, tuple(args[:2]))]
     if op is not torch.ops.te_dynamo.site_fwd.default:
@@ -68,5 +68,5 @@ def _stands_for(op: Any, args: Sequence[Any]) -> Sequence[tuple[Any, tuple[Any, 
     call = Call.parse(args[0])
     inputs = call.nested(args[1][: call.count])
     if call.producer is not None:
-        inputs[0] = inputs[0][0]  # of the operand's leading sizes
+        inputs[0] = inputs[0][0]  # has the operand's leading sizes
     return call.operation.in_aten(*inputs)

@@ -1,8 +1,8 @@
-"""Linears of one input with one scale a tensor: forward, dgrad and wgrad, for any GEMM that multiplies FP8.
+"""Linears of one input with one scale per tensor: forward, dgrad and wgrad, for any FP8 GEMM.
 
-What a provider brings is `Kernels`; the order of quantization, what is saved for backward and where amaxes go are the same for
-all. Saved: the input in FP8, once for all linears that share it, and the weights' scales. The weights' FP8 copies are made again in
-backward from the weights themselves, with the scales of the forward, or kept where a kernel wrote them (see `Call.remakes`).
+A provider supplies `Kernels`; the order of quantization, what is saved for backward and where amaxes go are the same for all. Saved: the
+input in FP8, once for all linears that share it, and the weights' scales. The weights' FP8 copies are remade in backward from the
+weights, with forward's scales, or kept where a kernel wrote them (see `Call.remakes`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ GemmFunction = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype, "Tensor | 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
     """Zero rows at the end, up to a multiple.
 
-    Where the number of rows is symbolic, nothing is ever given the number of missing rows as a size: that it is 0, or
-    is not, would be a guard.
+    If the number of rows is symbolic, the number of missing rows is never used as a size: whether it is 0 would become a guard.
     """
     rows = x.shape[0]
     padded = (rows + multiple - 1) // multiple * multiple
@@ -51,8 +50,8 @@ def pad_rows(x: Tensor, multiple: int) -> Tensor:
 class Kernels:
     """How a provider multiplies and quantizes.
 
-    contiguous: operands must lie with K innermost (Hopper's FP8 GEMM is TN only), so that backward writes transposed
-    copies; else views do. multiple: the token count is padded to it.
+    contiguous: operands must have K innermost (Hopper's FP8 GEMM is TN only), so backward writes transposed copies; otherwise views do.
+    multiple: what the token count is padded to.
     """
 
     gemm: GemmFunction
@@ -65,19 +64,20 @@ class Kernels:
         return self.gemm(a, b, a_inv, b_inv, dtype, bias, fast)
 
     def stored(self, t: Tensor) -> Tensor:
-        """`t`, which more than one kernel reads, as something that lies in memory row by row. Otherwise Inductor would store it for
-        each of them, and keep the order that its source happens to have."""
+        """`t`, which several kernels read, stored in memory row by row. Otherwise Inductor would store it once for each reader, in the
+        order that its source happens to have."""
         if not self.contiguous:
             return t
         t = t.contiguous()
         return t.as_strided(t.shape, t.stride())
 
     def transposed(self, t: Tensor) -> Tensor:
-        """`t.t()` as an operand, of a `t` that lies in memory."""
+        """`t.t()` as an operand, for a `t` that is in memory."""
         return torch.ops.te_dynamo.transpose(t) if self.contiguous else t.t()
 
     def activation(self, x: Tensor, scale_of: ScaleOf, *, remade: bool) -> Quantized:
-        """x [T, K], padded: left to Inductor, which fuses it with what makes x. It is what backward keeps of x, unless `remade`."""
+        """x [T, K], padded and quantized by plain torch, which Inductor fuses with what computes x. Backward keeps the result, not x,
+        unless `remade`."""
         amax = row_amax(x)
         scale = scale_of.of(amax)
         with recomputed_in_backward() if remade else nullcontext():
@@ -87,8 +87,8 @@ class Kernels:
         return Quantized(data, scale.inverse, scale=scale.value, amax=amax)
 
     def weight(self, parts: Sequence[Tensor], rows: GemmRows, scale_of: ScaleOf, *, across: bool) -> Quantized:
-        """The weights [N_i, K] of one GEMM, joined [N, K]; across: with the transposed copy, where kernels have one. Without it backward
-        quantizes them again."""
+        """The weights [N_i, K] of one GEMM, joined to [N, K]; across: with the transposed copy, if the kernels have one. Without it,
+        backward quantizes them again."""
         with recomputed_in_backward():
             w = rows.join(parts)
         amax = row_amax(w)
@@ -97,21 +97,22 @@ class Kernels:
             return Quantized(quantize(w, scale.value, scale_of.dtype), scale.inverse, scale=scale.value, amax=amax)
 
     def weight_transposed(self, parts: Sequence[Tensor], rows: GemmRows, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """[K, N] for dgrad, where forward made none."""
+        """[K, N] for dgrad, if forward made no transposed copy."""
         with recomputed_in_backward():
             t = quantize(rows.join(parts), scale, dtype).t()
             return self.stored(t.contiguous()) if self.contiguous else t
 
     def activation_in_memory(self, x: Tensor, scale_of: ScaleOf) -> Quantized:
-        """As `activation`, of an x that no kernel makes with which a cast could be fused, and whose transposed copy backward reads."""
+        """Like `activation`, for an x that no kernel computes, so that its cast cannot be fused, and whose transposed copy backward
+        reads."""
         return self.activation(x, scale_of, remade=False)
 
     def gradient_in_memory(self, grad: Tensor, scale_of: ScaleOf, data: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
-        """As `gradient`, of one that no kernel makes, with the transposed copy."""
+        """Like `gradient`, for a gradient that no kernel computes, with the transposed copy."""
         return self.gradient(grad, scale_of, data, True, bias)
 
     def gradient(self, grad: Tensor, scale_of: ScaleOf, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
-        """grad [T, N], padded: as dgrad reads it, and as wgrad does, if they are wanted; and its sum over the tokens [N], float32."""
+        """grad [T, N], padded and quantized: for dgrad, and for wgrad, if these are wanted; and its sum over the tokens [N], float32."""
         amax = row_amax(grad)
         scale = scale_of.of(amax)
         g8 = self.stored(pad_rows(scale_of.casting.saturated(grad, scale.value, scale_of.dtype), self.multiple).to(scale_of.dtype))
@@ -125,11 +126,11 @@ Cast = Callable[[list[Tensor], Tensor, torch.dtype, int, bool, bool], tuple[Tens
 
 @dataclass(frozen=True)
 class OnePassKernels(Kernels):
-    """One kernel reads a weight and writes it, its transposed copy and its amax. Where the transposed copy is kept for backward, that
-    does not read the weight again; else the kernel writes it there.
+    """One kernel reads a weight and writes its FP8 copy, the transposed copy and the amax. If the transposed copy is kept, backward does
+    not read the weight again; otherwise the kernel writes the copy there.
 
-    Activations and gradients are left to Inductor: it writes them from within the kernel that makes them, which saves more
-    than one reading does. Where none makes them and the scale is known, one kernel writes them both ways.
+    Activations and gradients are left to Inductor, which writes them from the kernel that computes them: that saves more than one read
+    would. If no kernel computes them and the scale is known, one kernel writes both copies.
     """
 
     cast: Cast = field(kw_only=True)
@@ -185,8 +186,8 @@ class PerTensorLinears(Implementation):
         return self.kernels.activation(x, scale, remade="input" in call.remakes)
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
-        """For training each with its transposed copy, and its amax as one number. Scaling each by its own amax costs one more
-        reading, but a weight that is kept could outgrow the scale of its slot."""
+        """For training, each has its transposed copy, and one number for its amax. Scaling each by its own amax costs one more read, but a
+        kept weight could outgrow the scale of its slot."""
         rows, own = GemmRows.of(call.attributes), scales_of(call, None)
         made = []
         for gemm in rows.gemms():
@@ -275,7 +276,7 @@ class PerTensorLinears(Implementation):
         return Backward([dx, dws, dbs], amaxes)
 
     def _operand(self, call: Call, x: Tensor, scale_of: ScaleOf, needs: Needs) -> Quantized:
-        """x [T, K], which no producer makes."""
+        """x [T, K], which no producer makes, quantized."""
         alone = "input" in call.in_memory and "input" not in call.remakes and any(needs[1])
         return self.kernels.activation_in_memory(x, scale_of) if alone else self.quantize_operand(call, x, scale_of)
 
@@ -290,7 +291,7 @@ class PerTensorLinears(Implementation):
         x_inv: Tensor | None,
         into: list[Tensor | None],
     ) -> None:
-        """The weight gradients of one GEMM's linears: one GEMM where their rows stand together, else one for each."""
+        """The weight gradients of one GEMM's linears: one GEMM if their rows are adjacent, else one for each."""
         assert g8.transposed is not None and x8t is not None and g8.scale_inv is not None and x_inv is not None
         wanted, dtypes = [i for i in gemm if needs[i]], {call.inputs[1][i] for i in gemm}
         if self.kernels.contiguous and not rows.interleave and len(wanted) == len(gemm) and len(dtypes) == 1:
@@ -310,19 +311,19 @@ class PerTensorLinears(Implementation):
 
 
 def made_gradient(grad: MadeGradient, scale_of: ScaleOf) -> tuple[Quantized, Tensor | None]:
-    """As `Kernels.gradient`."""
+    """Like `Kernels.gradient`, for a gradient that was handed over."""
     scale = scale_of.known
     assert scale is not None, "a gradient is handed over only where its scale is known"
     return Quantized(grad.data, scale.inverse, grad.transposed, scale=scale.value, amax=grad.amaxes), grad.sums.sum(0)
 
 
 def forward_flops(call: Call, inputs: Sequence[Any]) -> int:
-    """Of linears, out of the shapes of their inputs."""
+    """FLOPs of linears, from the shapes of their inputs."""
     return 2 * product(inputs[0]) * sum(call["sizes"])
 
 
 def backward_flops(inputs: Sequence[Any], grads: Sequence[Any], needs: Needs) -> int:
-    """Of linears: a GEMM for each gradient of a weight, and one for each weight that the input's gradient goes through."""
+    """FLOPs of linears: one GEMM for each weight gradient, and one for each weight that the input's gradient goes through."""
     needs_x, needs_w, _ = needs
     return sum(2 * product(grads[0][:-1]) * product(w) * (needs_x + needed) for w, needed in zip(inputs[1], needs_w, strict=True))
 
@@ -341,7 +342,7 @@ def tokens_of(lead: Sequence[Any]) -> Any:
 
 
 def kept_by_one_scale(call: Call, gemms: tuple[tuple[int, ...], ...], interleave: int = 0) -> Kept | None:
-    """How kept weights follow from the weights, those of each GEMM with one scale."""
+    """How kept weights are computed from the weights, with one scale for each GEMM."""
     casting = casting_of(call.recipe)
     if casting.forward != E4M3:
         return None
@@ -350,11 +351,11 @@ def kept_by_one_scale(call: Call, gemms: tuple[tuple[int, ...], ...], interleave
 
 
 def scaled_mm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dtype, bias: Tensor | None, fast: bool) -> Tensor:
-    """torch's FP8 GEMM. Each scale_inv is 0-d, or they are [M, 1] and [1, N]. A bias goes into the epilogue where the hardware has
-    that (16-bit outputs).
+    """torch's FP8 GEMM. Both scale_inv are 0-d, or they are [M, 1] and [1, N]. A bias is added in the epilogue where the hardware can
+    (16-bit outputs).
 
-    On a CPU the values, which are exact in float32, are multiplied as such: torch's kernel takes a thousand times as long for two E4M3
-    operands on processors with AMX (33 s for 512 x 576 x 1536, torch 2.13).
+    On a CPU the values, which are exact in float32, are multiplied in float32: torch's kernel takes a thousand times as long for two
+    E4M3 operands on processors with AMX (33 s for 512 x 576 x 1536, torch 2.13).
     """
     if a.device.type == "cpu":
         y = a.float() @ b.float().t() * a_inv * b_inv

@@ -1,4 +1,4 @@
-"""A quantized tensor, and where the scale that it is cast with comes from."""
+"""A quantized tensor, and where its scale comes from."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Scale(NamedTuple):
 class Quantized(NamedTuple):
     """A tensor as kernels read it. Fields that were not computed are None.
 
-    data: the elements; scale_inv: f32, what they are multiplied by to have their values: 0-d, or one for each block.
-    transposed: the transposed copy of a matrix, as backward reads it; transposed_inv: its own scale_inv where it has one.
+    data: the elements; scale_inv: f32, multiplies them to give their values: 0-d, or one for each block.
+    transposed: the transposed copy of a matrix, as backward reads it; transposed_inv: its own scale_inv if it has one.
     scale: f32, 0-d, what the tensor was multiplied by.
-    amax: f32, amaxes of which the largest is the tensor's.
+    amax: f32, amaxes, the largest is the tensor's.
     """
 
     data: Tensor | None = None
@@ -43,16 +43,16 @@ class Quantized(NamedTuple):
         return Scale(self.scale, self.scale_inv)
 
     def for_backward(self, *names: str) -> Quantized:
-        """These fields alone: what is saved."""
+        """Only these fields: what is saved."""
         return Quantized(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How the kept weight of each GEMM follows from the weights: E4M3 by one scale, or by one for each row.
+    """How the kept weight of each GEMM is computed from the weights: E4M3 with one scale, or with one for each row.
 
     gemms: the members of each; interleave: see `ir.linear.GemmRows`; top: what an amax is scaled to; epsilon, power_2_scale: see
-    `lowering.fp8.Casting`; by_row: each row of the joined weight has a scale, and an infinite one a NaN for its inverse.
+    `lowering.fp8.Casting`; by_row: each row of the joined weight has a scale; where its amax is infinite, the inverse is NaN.
     """
 
     gemms: tuple[tuple[int, ...], ...]
@@ -64,17 +64,17 @@ class Kept:
 
 
 class MadeOperand(NamedTuple):
-    """The first input of a site where its producer made it: [tokens, K], quantized. lead: the sizes that tokens are the product of."""
+    """The first input of a site, made by its producer: quantized, [tokens, K]. lead: the leading sizes, whose product is tokens."""
 
     quantized: Quantized
     lead: Sequence[Any]
 
 
 class MadeGradient(NamedTuple):
-    """The gradient of a GEMM's output where the site that reads this wrote it quantized: [tokens, N], padded. Empty where not wanted.
+    """The gradient of a GEMM's output, written quantized by the site that reads this output: [tokens, N], padded. Empty if not wanted.
 
-    amaxes: f32, the largest is the tensor's; sums: f32 [n, N], that over the tokens in n pieces.
-    lead: the sizes that tokens are the product of.
+    amaxes: f32, the largest is the tensor's; sums: f32 [n, N], partial sums over the tokens.
+    lead: the leading sizes, whose product is tokens.
     """
 
     data: Tensor
@@ -88,8 +88,8 @@ class MadeGradient(NamedTuple):
 class Scales:
     """Where the tensors of a site get their scales in one direction.
 
-    slots: the site's, in the order of `roles`; None where each tensor is scaled by its own amax.
-    calibrating: a slot that is 0 was never set: that tensor is scaled by its own amax too.
+    slots: the site's, in the order of `roles`; None if each tensor is scaled by its own amax.
+    calibrating: a slot that is 0 was never set; its tensor is then scaled by its own amax too.
     """
 
     slots: Sequence[Scale] | None
@@ -103,7 +103,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class ScaleOf:
-    """The scale of one tensor: `known` before the tensor is, or `of` its amaxes."""
+    """The scale of one tensor: `known` before the tensor exists, or computed from its amaxes (`of`)."""
 
     scales: Scales
     role: str
@@ -124,7 +124,7 @@ class ScaleOf:
 
     @property
     def known(self) -> Scale | None:
-        """The scale, where the tensor need not be measured for it."""
+        """The scale, if it does not require measuring the tensor."""
         return None if self.scales.calibrating else self.slot
 
     @property

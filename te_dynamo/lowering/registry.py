@@ -3,8 +3,8 @@
     @implements("linears", provider="native", recipes=PER_TENSOR, devices=("cuda",))
     class NativeLinears(Implementation): ...
 
-An implementation says by itself where it is not available and what it does not support, each as a clause for a report. What no
-implementation takes stays as its definition, in high precision, for Inductor to compile.
+An implementation itself says where it is not available and what it does not support, each as a clause for a report. What no
+implementation takes keeps its definition, in high precision, for Inductor to compile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from te_dynamo.lowering.quantized import Kept, Quantized, Scale, ScaleOf, Scales
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Recipe
 
 PER_TENSOR: tuple[type[Recipe], ...] = (DelayedScaling, Float8CurrentScaling)
-HIGH_PRECISION = type(None)  # stands among `recipes` for no recipe
+HIGH_PRECISION = type(None)  # in `recipes`: no recipe
 
 Quantize = Callable[[Tensor], Quantized]
 Needs = Any  # a bool for each tensor input, arranged as `Call.spec`: whether its gradient is wanted
@@ -33,16 +33,16 @@ Needs = Any  # a bool for each tensor input, arranged as `Call.spec`: whether it
 
 @dataclass(frozen=True)
 class Case:
-    """A site that an implementation is asked about, when it is planned.
+    """A site as an implementation sees it during planning.
 
     inputs: its fake tensors by name; attributes: those of the operation, and those of `SemanticOp.attributes_of`.
     recipe: None for high precision; trains: whether it has gradients.
-    learns: whether a gradient flows to the input of this name; in_memory: whether that lies in memory already, so that no
-        kernel that makes it could be fused with what reads it.
-    only_operand: of a producer, whether nothing but the operand that it makes is wanted of it.
-    remakes: what backward makes again (see `Call.remakes`).
-    transposed, keeps_fp8: of a producer, whether backward reads the transposed copy of the operand, and whether what the producer reads is
-        kept in FP8; only_reader: whether nothing else reads that, a GEMM's output.
+    learns: whether a gradient flows to the input of this name; in_memory: whether that input is already in memory, so that no kernel that
+        computes it could be fused with its reader.
+    only_operand: for a producer, whether only the operand that it makes is used.
+    remakes: what backward recomputes (see `Call.remakes`).
+    transposed, keeps_fp8: for a producer, whether backward reads the transposed copy of the operand, and whether the producer's inputs
+        are kept in FP8; only_reader: whether nothing else reads these, a GEMM's output.
     """
 
     op: SemanticOp
@@ -61,9 +61,9 @@ class Case:
 
 
 class Forward(NamedTuple):
-    """outputs: those of the operation before `SemanticOp.outputs`; saved: what backward is given back, with nothing among it that
-    is an input (see `Implementation.backward_reads`); amaxes: of each scale of the site, in the order of its roles, any number
-    of amaxes of which the largest counts; none for a site without state."""
+    """outputs: the operation's before `SemanticOp.outputs`; saved: what backward gets back, without inputs (see
+    `Implementation.backward_reads`); amaxes: for each scale of the site, in the order of its roles, any number of amaxes, the largest of
+    which counts; none for a site without state."""
 
     outputs: list[Tensor]
     saved: list[Quantized]
@@ -71,15 +71,15 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """gradients: one for each input, arranged as these, None where it is not wanted; amaxes: as in `Forward`."""
+    """gradients: one for each input, nested like the inputs, None if not wanted; amaxes: as in `Forward`."""
 
     gradients: list[Any]
     amaxes: list[Tensor]
-    handed: Sequence[Tensor] = ()  # the fields of the quantized gradient that it hands over, where its call says so
+    handed: Sequence[Tensor] = ()  # the fields of the quantized gradient that it hands over, if its call says so
 
 
 class Packed(NamedTuple):
-    """What an operator of `lowering.opaque` gives, each tensor with memory of its own: amaxes: f32, one for each scale, or none; results:
+    """The results of an operator of `lowering.opaque`, each tensor with its own memory: amaxes: f32, one for each scale, or none; results:
     outputs, or the gradients that are wanted; saved: as in `Forward`."""
 
     amaxes: Tensor
@@ -90,15 +90,15 @@ class Packed(NamedTuple):
 class Implementation:
     """How a provider computes an operation in some recipes.
 
-    opaque: it runs inside an operator that Inductor does not look into (`lowering.opaque`); otherwise it is traced, and what it
-        does in plain torch is fused with its neighbors.
+    opaque: it runs inside an operator that Inductor does not look into (`lowering.opaque`); otherwise it is traced, and its plain torch is
+        fused with its neighbors.
     generated: `forward` calls what Inductor generates kernels for, and autograd follows it; a graph that is not compiled has the
         operation's definition instead. In high precision.
-    calibrates: whether it computes with scales that were never set; if not, another does until they are.
-    shared: roles of which its kernels take one scale for all.
-    takes_producer: whether its first input may come from a producer: it has `quantize_operand` then, and its backward does not
-        read that input.
-    takes_gradient: whether the gradient of its output may come quantized, as a `MadeGradient`: where one scale is known for it.
+    calibrates: whether it computes with scales that were never set; if not, another implementation does until they are.
+    shared: groups of roles for which its kernels take a single scale.
+    takes_producer: whether its first input may come from a producer; it then has `quantize_operand`, and its backward does not read that
+        input.
+    takes_gradient: whether its output's gradient may come quantized, as a `MadeGradient`: if one scale is known for it.
     cached: the kinds of quantized weights that it takes (see `Call.cached`).
     """
 
@@ -111,8 +111,8 @@ class Implementation:
     cached: frozenset[str] = frozenset()
 
     def backward_reads(self, call: Call, needs: Needs) -> Collection[str]:
-        """The inputs of the operation, by name, that its backward is given (the others are None there); "outputs", for a list of
-        these after the inputs. needs: arranged as the inputs."""
+        """The names of the operation's inputs that its backward gets (the others are None there); with "outputs", a list of the outputs
+        follows the inputs. needs: nested like the inputs."""
         return ()
 
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
@@ -120,7 +120,7 @@ class Implementation:
         return None
 
     def suits(self, device: torch.device) -> bool:
-        """Whether it is made for this device. With provider="auto" another computes what it is not made for, if one is."""
+        """Whether it is made for this device. If not, with provider="auto" another implementation that is takes its place."""
         return True
 
     def unsupported(self, case: Case) -> str | None:
@@ -132,16 +132,16 @@ class Implementation:
         return cost.not_worth_it(x, weight, training=case.trains)
 
     def hands_gradient_of(self, case: Case) -> bool:
-        """Whether it can write the gradient of its inputs quantized: it has `quantized_gradient` then."""
+        """Whether it can write the gradient of its inputs quantized; it then has `quantized_gradient`."""
         return False
 
     def kernel(self, case: Case) -> str:
-        """What a report is to say of the kernel that computes this site, if anything."""
+        """What a report should say about the kernel that computes this site, if anything."""
         return ""
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
-        """inputs: the operation's, in order. The first is an `MadeOperand` where a producer made it; the weights are where they are
-        cached for inference, and follow as one more input where they are cached for training."""
+        """inputs: the operation's, in order. The first is a `MadeOperand` if a producer made it. Quantized weights replace the weights if
+        cached for inference, and follow as one more input if cached for training."""
         raise NotImplementedError
 
     def backward(
@@ -152,11 +152,11 @@ class Implementation:
     def quantized_gradient(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scale: Tensor
     ) -> Sequence[Tensor]:
-        """The gradient of the GEMM's output that its inputs are views of, as `call.hands_gradient` says (`kernels.tiles.Both`)."""
+        """The gradient of the GEMM's output that its inputs are views of, as `call.hands_gradient` describes it (`kernels.tiles.Both`)."""
         raise NotImplementedError
 
     def quantize_operand(self, call: Call, x: Tensor, scale: ScaleOf) -> Quantized:
-        """The first input [tokens, K], as its GEMMs read it: of those that take an operand from a producer."""
+        """The first input [tokens, K], as its GEMMs read it; only for implementations with `takes_producer`."""
         raise NotImplementedError
 
     def quantize_weights(self, call: Call, weights: Sequence[Tensor]) -> list[Quantized]:
@@ -164,11 +164,11 @@ class Implementation:
         raise NotImplementedError
 
     def kept_as(self, call: Call) -> Kept | None:
-        """What `quantize_weights` gives, for the kernel that makes it again on a GPU (`kernels.refresh`); None where that cannot."""
+        """How the GPU kernel in `kernels.refresh` can remake what `quantize_weights` gives; None if it cannot."""
         return None
 
-    # Of an opaque one: the whole of an operator by a kernel of its own, out of flat inputs and packed scales (see `lowering.opaque`); None
-    # where it has none for this call: then it is computed as above.
+    # For opaque implementations: the whole operator in one kernel, from flat inputs and packed scales (see `lowering.opaque`); None if
+    # there is no kernel for this call, which is then computed as above.
 
     def packed_forward(self, call: Call, inputs: Sequence[Any], scales: Tensor | None, start: int, needs: Sequence[bool]) -> Packed | None:
         return None
@@ -185,7 +185,7 @@ class Implementation:
     ) -> Packed | None:
         return None
 
-    # Of an opaque one: its FLOPs, out of shapes (None for what is not there), arranged as the tensors are.
+    # For opaque implementations: FLOPs, from shapes (None for absent inputs) nested like the tensors.
 
     def flops(self, call: Call, inputs: Sequence[Any]) -> int:
         return 0
@@ -193,7 +193,7 @@ class Implementation:
     def backward_flops(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Any], needs: Needs) -> int:
         return 0
 
-    # Of an opaque one: run on fake tensors to infer what it gives.
+    # For opaque implementations: run on fake tensors to infer the results.
 
     def fake_forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         return self.forward(call, inputs, scales, needs)
@@ -205,10 +205,10 @@ class Implementation:
 
 
 class Producer:
-    """How a provider makes the operand of a site, quantized, together with what would have computed it in high precision.
+    """How a provider computes the operand of a site and its quantization together.
 
-    kernel: what a report calls it; calibrates: whether it computes with a scale that was never set.
-    hands_gradient: whether it can write the gradient of its inputs quantized: it has `quantized_gradient` then.
+    kernel: its name in reports; calibrates: whether it computes with a scale that was never set.
+    hands_gradient: whether it can write the gradient of its inputs quantized; it then has `quantized_gradient`.
     """
 
     kernel = "the provider's kernel"
@@ -216,7 +216,7 @@ class Producer:
     hands_gradient = False
 
     def backward_reads(self, call: Call) -> Collection[str]:
-        """The inputs, by name, that its backward is given."""
+        """The names of the inputs that its backward gets."""
         return ()
 
     def saves(self, call: Call) -> int:
@@ -224,7 +224,7 @@ class Producer:
         return 0
 
     def unsupported(self, case: Case) -> str | None:
-        """Why it does not make an operand here; Inductor does then."""
+        """Why it does not make the operand here; Inductor then does."""
         return None
 
     def forward(self, call: Call, inputs: Sequence[Any], scale: ScaleOf, quantize: Quantize) -> tuple[Quantized, list[Quantized]]:
@@ -235,7 +235,7 @@ class Producer:
         raise NotImplementedError
 
     def operand_again(self, call: Call, saved: Sequence[Quantized], scale: Scale, casting: Casting) -> Quantized:
-        """The transposed copy of the operand, in backward, where the call remakes its input: forward made none then."""
+        """The transposed copy of the operand, in backward, if the call remakes its input: forward then made none."""
         raise NotImplementedError
 
     def backward(self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, needs: Needs) -> list[Any]:
@@ -245,14 +245,14 @@ class Producer:
     def quantized_gradient(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grad: Tensor, scale: Tensor, wanted: Mapping[str, Any]
     ) -> Sequence[Tensor]:
-        """As `backward`, of the GEMM's output that the inputs are views of, cast by `scale` as `wanted` says (`lowering.handed`): the
+        """Like `backward`, for the GEMM's output that the inputs are views of, cast with `scale` as `wanted` says (`lowering.handed`): the
         fields of `kernels.tiles.Both`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Whose kernels. unavailable: why it has none on a device, as a clause."""
+    """A source of kernels. unavailable: why it has none on a device, as a clause."""
 
     name: str
     unavailable: Callable[[torch.device], str | None]
@@ -313,7 +313,7 @@ def _found(table: Mapping[_Key, Any], op: str, provider: str, recipe: type, devi
 
 
 def find(op: SemanticOp, provider: str, recipe: Recipe | None, device: torch.device) -> Implementation | None:
-    """The implementation of an operation (or of what it is grouped into), None where there is none."""
+    """The implementation of an operation (or of what it is grouped into), None if there is none."""
     return _found(_IMPLEMENTATIONS, op.grouped or op.name, provider, type(recipe), device.type)
 
 
@@ -323,7 +323,7 @@ def find_producer(op: SemanticOp, provider: str, recipe: Recipe | None, device: 
 
 @cache
 def implementation_of(call: Call) -> Implementation:
-    """Raises KeyError for a call that nobody implements."""
+    """Raises KeyError for a call that has no implementation."""
     recipe = type(call.scaling) if call.recipe else HIGH_PRECISION
     found = _found(_IMPLEMENTATIONS, call.op, call.provider, recipe, call.device)
     if found is None:
@@ -356,7 +356,7 @@ def choose(requested: str, device: torch.device) -> tuple[str | None, str | None
 
 
 class Choice(NamedTuple):
-    """Who computes a site, None where nobody does; reason: why it is not the graph's own provider, as a clause."""
+    """Who computes a site, None if nothing does; reason: why it is not the graph's own provider, as a clause."""
 
     provider: str
     implementation: Implementation | None
@@ -364,7 +364,7 @@ class Choice(NamedTuple):
 
 
 def choose_for(op: SemanticOp, recipe: Recipe, requested: str, chosen: str, device: torch.device) -> Choice:
-    """Who computes a site of this recipe, where `chosen` is the graph's own provider; what shapes it takes is not asked.
+    """Who computes a site with this recipe, where `chosen` is the graph's own provider; the shapes that it takes are not considered.
 
     Raises RuntimeError where the provider that was asked for by name does not have the recipe.
     """
@@ -387,7 +387,7 @@ def fallbacks(device: torch.device) -> tuple[str, ...]:
 
 
 def calibrator_of(op: SemanticOp, recipe: Recipe | None, device: torch.device) -> str:
-    """Who computes a site while a scale of it was never set, where its provider does not."""
+    """Who computes a site with a scale that was never set, if the site's provider does not."""
     for name in ("native", "reference"):
         found = find(op, name, recipe, device)
         if found is not None and found.calibrates:
@@ -396,7 +396,7 @@ def calibrator_of(op: SemanticOp, recipe: Recipe | None, device: torch.device) -
 
 
 def why_not(op: SemanticOp, recipe: Recipe | None, provider: str, device: torch.device, *, asked: bool = False) -> str | None:
-    """Why a provider does not compute an operation in a recipe on a device, as a clause. asked: it is known to be available."""
+    """Why a provider does not compute an operation in a recipe on a device, as a clause. asked: its availability is already known."""
     found = find(op, provider, recipe, device)
     if found is None:
         default = f"{provider} does not implement {op.kind} with this recipe on {device.type}"
@@ -420,7 +420,7 @@ def load() -> None:
 
 
 def functions_in_graphs() -> list[str]:
-    """The Python functions that stand in lowered graphs, by qualified name: torch's caches want to be told that they are pure."""
+    """The Python functions that lowered graphs call, by qualified name: torch's caches must be told that they are pure."""
     from te_dynamo.ir.permute import permute
     from te_dynamo.lowering import site
 

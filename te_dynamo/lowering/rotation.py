@@ -1,9 +1,10 @@
-"""q and k of attention, made easier to round: each score stays what it is, or all scores of a row change by one number.
+"""Makes q and k of attention easier to round, without changing the softmax: each score stays as it is, or all scores of a row shift by one
+number.
 
-A rotation of q and k leaves q k^T as it is and spreads over a head what a few channels hold: FP8 rounds each element by its own magnitude,
-so a score's error is that of its largest terms (FlashAttention-3, arXiv 2407.08608, section 3.3). What is subtracted from all keys alike
-is subtracted from all scores of a row alike, which a softmax does not notice; their mean is most of what k's largest channels hold
-(SageAttention, arXiv 2410.02367, section 4.2). It is a mean of all tokens, so only a recipe whose scales are too has it.
+Rotating q and k leaves q k^T as it is and spreads what a few channels hold over the head: FP8 rounds each element by its own magnitude,
+so a score's error is that of its largest terms (FlashAttention-3, arXiv 2407.08608, section 3.3). Subtracting a vector from all keys
+shifts all scores of a row equally, which a softmax does not notice; the keys' mean is most of what k's largest channels hold
+(SageAttention, arXiv 2410.02367, section 4.2). The mean is over all tokens, so only recipes whose scales are too use it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ LEAST = 16  # channels that a rotation mixes
 
 
 def prepared(call: Call, q: Tensor, k: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """q [..., D] and k [..., D] of attention by `call`, ready to be rounded; of a recipe that is like TE, as they are.
+    """q [..., D] and k [..., D] of attention by `call`, ready to be rounded; unchanged if the recipe is like TE.
 
-    keys: the dimension of k that counts the keys. float16 becomes bfloat16, whose range a rotation does not leave.
+    keys: the dimension of k that indexes the keys. float16 becomes bfloat16, whose range a rotation does not leave.
     """
     if like_te(call):
         return q, k
@@ -32,7 +33,7 @@ def like_te(call: Call) -> bool:
 
 
 def center_of(call: Call, k: Tensor, keys: int) -> Tensor | None:
-    """The mean of the keys, NaN and infinite elements apart, where the recipe's scales are of all tokens anyway; as k, of one key."""
+    """The mean of the keys, with NaN and infinities as 0, if the recipe's scales are over all tokens anyway; shaped as k with one key."""
     if like_te(call) or not call.scaling.mixes_tokens:
         return None
     return k.nan_to_num(0.0, 0.0, 0.0).mean(keys, keepdim=True, dtype=torch.float32).to(k.dtype)
@@ -44,8 +45,8 @@ def centered(call: Call, k: Tensor, keys: int) -> Tensor:
 
 
 def rotated_amax(x: Tensor, center: Tensor | None) -> Tensor:
-    """A bound of the amax of `x - center`, rotated, NaN elements apart: f32, 0-d. It is the largest length of what is mixed, about twice
-    that amax, and takes no rotation."""
+    """An upper bound of the amax of `x - center`, rotated, ignoring NaN: f32, 0-d. It is the largest norm of the channels that are mixed,
+    about twice that amax, and needs no rotation."""
     values = x.float() if center is None else x.float() - center.float()
     mixed = values.unflatten(-1, (-1, mixed_channels(x.shape[-1])))
     return amax(mixed.square().sum(-1).sqrt())
@@ -65,8 +66,8 @@ def mixed_channels(width: int) -> int:
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """The Walsh-Hadamard matrix [size, size], float32, orthogonal, its rows times the signs of the Rudin-Shapiro sequence: channels that
-    are alike do not meet in one, and no random number is drawn. It is computed rather than kept, by a few operations that fuse."""
+    """The Walsh-Hadamard matrix [size, size], float32, orthogonal, its rows times the signs of the Rudin-Shapiro sequence: channels with
+    similar values do not add up in one, and no random number is drawn. It is computed rather than kept, by a few operations that fuse."""
     place = torch.arange(size, device=device)
     ones = (place[:, None] & place) ^ (place & place >> 1)[:, None]
     for shift in (8, 4, 2, 1):

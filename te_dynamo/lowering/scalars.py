@@ -1,4 +1,4 @@
-"""Small operators on all scales and all amaxes of a graph: a few kernels, however many its sites."""
+"""Small operators on all scales and amaxes of a graph: a few kernels, however many sites it has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _(packed):
 def largest(parts: list[Tensor], which: list[int]) -> Tensor:
     """parts: f32, of any length -> f32 [len(which)], the largest element of `parts[i]` for each i of `which`.
 
-    0 for an empty part: only amaxes are.
+    0 for an empty part: the parts are amaxes.
     """
     peaks = torch._foreach_max([p if p.numel() else p.new_zeros(1) for p in parts])
     return torch.stack([peaks[i] for i in which])

@@ -1,7 +1,7 @@
-"""What stands in a lowered graph: plain Python functions over tensors that AOTAutograd traces through.
+"""The functions that a lowered graph calls: plain Python over tensors, which AOTAutograd traces through.
 
-`site` is every site, whoever computes it: one autograd function, which also carries the amaxes of its gradients. It is given a
-piece of `sink`, a tensor that requires grad and is used for nothing, and the piece's "gradient" is what backward measured.
+`site` computes every site, whatever its provider: one autograd function, which also carries the amaxes of the site's gradients. It takes
+a slice of `sink`, a tensor that requires grad and is used for nothing else; the slice's "gradient" is the amaxes measured in backward.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from te_dynamo.lowering.quantized import MadeGradient, Scale
 from te_dynamo.lowering.registry import implementation_of
 from te_dynamo.lowering.scalars import largest_of
 
-# The scales of a site in one direction; None where it has no slots. An opaque implementation takes the packed scales [F] of its
-# graph and where its own begin; any other takes its own and their reciprocals, each a 0-d tensor: a kernel that Inductor
-# generates reads a pointer, so repeated layers have the same kernels. All float32.
+# The scales of a site in one direction; None where it has no slots. An opaque implementation takes its graph's packed scales [F] and the
+# offset of its own; any other takes its own scales and their reciprocals, each a 0-d tensor: a kernel that Inductor generates reads a
+# pointer, so repeated layers share a kernel. All float32.
 SiteScales = tuple[Tensor, int] | tuple[list[Tensor], list[Tensor]] | None
 
 
 def record(amaxes: Sequence[Tensor]) -> Tensor:
-    """The forward amaxes of a graph as one tensor [F], outside of autograd."""
+    """The forward amaxes of a graph as one tensor [F], detached."""
     return torch.cat([torch.detach(a) for a in amaxes])
 
 
@@ -39,7 +39,7 @@ def unpack(packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return made[: len(made) // 2], made[len(made) // 2 :]
 
 
-GIVEN = 5  # what the autograd function is given before tensors
+GIVEN = 5  # arguments of the autograd function before `*flat`
 
 
 class _Site(torch.autograd.Function):
@@ -99,14 +99,14 @@ def site(
     cached: Sequence[Sequence[Tensor | None]] = (),
     handing: tuple[Tensor, Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """A site: `[*the operation's outputs, *carriers, amax]`; without `amax` where it does not record, without carriers but where its
-    output's gradient comes quantized.
+    """A site: returns `[*the operation's outputs, *carriers, amax]`; carriers only if its output's gradient comes quantized, `amax` only if
+    the call records.
 
-    key: its `Call`; inputs: the operation's, with the producer's in place of the operand that it makes.
-    scales, grad_scales: see `SiteScales`; sink: f32 [gradient scales], the piece of the sink, or None.
-    cached: the fields of the quantized weight of each GEMM, where the call says that they are given.
-    handing: of a site that hands a gradient over quantized: its scale, f32, 0-d, and the carriers of the site that takes it.
-    amax: f32 [scales], of each forward tensor.
+    key: its `Call`; inputs: the operation's, with the producer's inputs in place of the operand that it makes.
+    scales, grad_scales: see `SiteScales`; sink: f32 [gradient scales], the site's slice of the sink, or None.
+    cached: the fields of each GEMM's quantized weight, where the call says that weights are cached.
+    handing: for a site that hands over a quantized gradient: its scale, f32, 0-d, and the carriers of the site that takes it.
+    amax: f32 [scales], one for each forward tensor.
     """
     call = Call.parse(key)
     if implementation_of(call).generated:
@@ -126,7 +126,7 @@ def _pairs(scales: SiteScales) -> list[Scale] | None:
 
 
 def _for_backward(call: Call, flat: Sequence[Any], outputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Any]:
-    """The inputs that backward reads, each in its place, None for the others; and the outputs, if it reads them."""
+    """The inputs that backward reads, each at its position, None for the others; then the outputs, if it reads them."""
     *inputs, reads_outputs = read_in_backward(call, tuple(needs))
     read = [value if kept else None for value, kept in zip(flat[: call.count], inputs, strict=True)]
     return [*read, *outputs] if reads_outputs else read

@@ -1,7 +1,7 @@
 """Stage 5: the scale state becomes graph inputs.
 
-Every site gets its place in the packed scales. A graph that trains gains three inputs, whatever the number of sites (see
-`te_dynamo.ir.state_inputs`), one that infers the first of them. A sub-graph of a higher-order operator gains the slices that
+Every site gets its place in the packed scales. A training graph gains three inputs, whatever the number of sites (see
+`te_dynamo.ir.state_inputs`); an inference graph gains only the first. A sub-graph of a higher-order operator gains the slices that
 belong to it.
 """
 
@@ -24,13 +24,13 @@ from te_dynamo.passes.higher_order import calls
 from te_dynamo.passes.weights import weight_of_gemm
 from te_dynamo.state import SlotKey
 
-Unions = tuple[list[list[int]], list[list[int]]]  # places that move as one, in forward and in gradient
+Unions = tuple[list[list[int]], list[list[int]]]  # positions that share a scale, in forward and in gradient
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What a lowered site reads: the names of the packed scales' nodes and of its piece of the sink (names, since nodes do not
-    survive a copy of the graph), and where its own begin in the scales."""
+    """What a lowered site reads: the names of the packed scales' nodes and of its slice of the sink (names, since nodes do not survive a
+    copy of the graph), and the offsets of its own scales."""
 
     scale: str
     grad_scale: str | None
@@ -44,7 +44,7 @@ class Slots:
 
 @dataclass
 class Attached:
-    """What a graph wants at a call: its slots in order, the number of forward and gradient slots."""
+    """What a graph needs at a call: its slots in order, the number of forward and gradient slots."""
 
     keys: list[SlotKey] = field(default_factory=list)
     unions: Unions = field(default_factory=lambda: ([], []))
@@ -144,7 +144,7 @@ def _has_state(node: Node, trains: bool) -> bool:
 
 
 def _roles(node: Node) -> list[tuple[Node, SlotKey]]:
-    """(weight's placeholder, what it is asked for) for each member of a site."""
+    """(the weight's placeholder, the slots that are asked of it) for each member of a site."""
     op, recipe = site_of(node), node.meta[PLAN].recipe
     assert op is not None
     like = SlotKey(0, 0, op.roles.saved_forward, op.roles.saved_gradient, recipe)
@@ -156,7 +156,7 @@ def _roles(node: Node) -> list[tuple[Node, SlotKey]]:
 
 
 def _unions(node: Node) -> Unions:
-    """Which slots of a site move as one: as its operation says, and as the kernels that compute it want."""
+    """Which slots of a site share a scale: as its operation says, and as the kernels that compute it require."""
     op, plan = site_of(node), node.meta[PLAN]
     assert op is not None
     roles = op.roles
@@ -168,8 +168,8 @@ def _unions(node: Node) -> Unions:
 
 
 def anchor_of(site: Node) -> tuple[Node, str] | None:
-    """The weight by which the slots of a site without weights are found, and its path: that of the nearest FP8 GEMMs before it,
-    else after."""
+    """The weight with which the slots of a site without weights are kept, and its path: that of the nearest FP8 GEMMs before the site, else
+    after it."""
     nodes = list(site.graph.nodes)
     here = nodes.index(site)
     for node in [*reversed(nodes[:here]), *nodes[here:]]:
@@ -182,14 +182,14 @@ def anchor_of(site: Node) -> tuple[Node, str] | None:
 
 
 def _route(start: str, end: str) -> tuple[int, tuple[str, ...]]:
-    """How to get from one path to another: how many names to take off, and which to put on."""
+    """The way from one path to another: how many names to strip, and which to append."""
     here, there = ([p for p in path.split(".") if p] for path in (start, end))
     common = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
     return len(here) - common, tuple(there[common:])
 
 
 def _placeholder(gm: GraphModule, what: StateInput, size: int, others: list[Node]) -> Node:
-    """A new last input. What its meta says is what AOTAutograd and Dynamo want to read of one that Dynamo did not make."""
+    """A new last input. Its meta is what AOTAutograd and Dynamo read of an input that Dynamo did not make."""
     graph = gm.graph
     with graph.inserting_after(others[-1]):
         node = graph.placeholder(what.placeholder)

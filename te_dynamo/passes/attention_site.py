@@ -1,4 +1,4 @@
-"""What the rules of attention share: operands and masks whose dimensions have names, looked through to where they are made,
+"""What the rules for attention share: operands and masks with named dimensions, traced back to where they are made,
 and the building of `ops.attention` with the views around it.
 
 Names: b batch, h heads, g batch and heads in one dimension, i query rows, j key rows, d head size of q and k, e of v.
@@ -106,11 +106,11 @@ def repeated(node: Any) -> tuple[Node, int, int, tuple[Node, ...]] | None:
 
 
 def look_through(operand: Operand, dtype: torch.dtype, steps: Collection[str]) -> Operand:
-    """The operand before `steps`, which `ops.attention` expresses by itself; of several nodes that are the same but for
-    transposes, the one whose dimensions are in the order of `ORDER`.
+    """The operand before `steps`, which `ops.attention` can express itself; among nodes that differ only by transposes, the one whose
+    dimensions are in the order of `ORDER`.
 
-    steps: which to look through: "factor" (times a constant), "cast" (a widening from `dtype`), "merge" (of batch and heads
-    into one), "repeat" (of each head for a group of queries). Transposes in between are looked through too.
+    steps: which to look through: "factor" (times a constant), "cast" (a widening from `dtype`), "merge" (of batch and heads into one),
+    "repeat" (of each head for a group of queries). Transposes in between are looked through too.
     """
     reached = [operand]
     significant = 0
@@ -165,7 +165,7 @@ def reordered(node: Any, names: Names) -> Names | None:
 
 
 def size_of(operand: Operand, *names: str) -> Any:
-    """The product of the sizes of dimensions; 1 for one that the operand lacks, and is broadcast along."""
+    """The product of the sizes of dimensions; 1 for a dimension that the operand lacks and is broadcast along."""
     shape = fake(operand.node).shape
     return math.prod(shape[operand.names.index(name)] for name in names if name in operand.names)
 
@@ -202,8 +202,8 @@ def arrange_mask(graph: Graph, mask: Any, names: Names, heads: int | None, like:
 
 @dataclass(frozen=True)
 class Attention:
-    """What an attention was read as. out, dtype: the names of the result's dimensions, and its dtype; heads: how many `g` is
-    split into; sinks: of H elements; path: the module's, where it is not the one in whose forward the pattern is."""
+    """How an attention was read. out, dtype: the names of the result's dimensions, and its dtype; heads: how many `g` is split into; sinks:
+    of H elements; path: the module's, if the pattern is in another module's forward."""
 
     q: Operand
     k: Operand
@@ -221,7 +221,7 @@ class Attention:
 
 
 def emit_attention(graph: Graph, site: Attention, mask: Any, like: Node, uniform_rows: bool = False) -> Node:
-    """The attention node, and the views around it that give what `like` gives. uniform_rows: see `UNIFORM_ROWS`."""
+    """The attention node, and views around it that give the result of `like`. uniform_rows: see `UNIFORM_ROWS`."""
     qkv = []
     for operand, wanted in ((site.q, ("b", "h", "i", "d")), (site.k, ("b", "h", "j", "d")), (site.v, ("b", "h", "j", "e"))):
         x = arrange(graph, operand.node, operand.names, wanted, site.heads, like)
@@ -256,7 +256,7 @@ def _scores_of(site: Attention) -> str:
 
 
 def as_contiguous(graph: Graph, node: Node, like: Node) -> Node:
-    """`node`, made contiguous where the graph returns what `like` gave and that was contiguous: the caller may rely on it."""
+    """`node`, made contiguous if the graph returns the result of `like` and that was contiguous: the caller may rely on it."""
     output = graph.output_node()
     returned = {storage(n) for n in output.all_input_nodes}
     if storage(like) not in returned or not is_contiguous_or_false(fake(like)):

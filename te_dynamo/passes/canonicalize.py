@@ -3,9 +3,9 @@
 Methods become functions, operators become torch functions, keyword arguments go where the signature has them, casts
 are one method, reductions name their dimensions from the left, and in-place arithmetic on a value that nothing else
 reads is out of place. Nothing is computed differently: the graph gives bit-identical results and gradients. So `x * x`,
-`sqrt(x)` and `x ** 0.5`, or a mean and a sum divided by its length, stay apart: they round differently somewhere.
+`sqrt(x)` and `x ** 0.5`, or a mean and a sum divided by its length, stay distinct: they round differently somewhere.
 
-Each node goes through three tables: what else its target is called (`BINARY`, `UNARY`, `METHODS`, ...), where its
+Each node goes through three tables: other names of its target (`BINARY`, `UNARY`, `METHODS`, ...), where its
 arguments go (`SIGNATURES`), and other forms of the same call (`FORMS`).
 """
 
@@ -84,7 +84,7 @@ ALIASES: dict[Any, Callable[..., Any]] = {
     torch.rms_norm: F.rms_norm,
     torch.relu: F.relu,
 }
-# The operators of an exported program: those that a function of torch is called by; any other that is a method is spelled so.
+# Operators of an exported program that become a function of torch; any other that is also a method becomes that method.
 ATEN: dict[str, Callable[..., Any]] = {
     "cat": torch.cat,
     "gelu": F.gelu,
@@ -100,7 +100,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "where": torch.where,
 }
 ATEN_METHODS = METHODS | {"contiguous", "expand", "reshape", "to", "view"}
-# Where keyword arguments go; what is not named here stays a keyword. A default of `...` ends what must be present.
+# The positions of keyword arguments; others stay keywords. A default of `...` marks a required argument.
 SIGNATURES: dict[Callable[..., Any], tuple[tuple[str, Any], ...]] = {
     LINEAR: (("input", ...), ("weight", ...), ("bias", None)),
     SDPA: (("query", ...), ("key", ...), ("value", ...), ("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False)),
@@ -175,10 +175,10 @@ def canonicalize(gm: GraphModule) -> None:
 
 
 def _module_number(graph: Graph, node: Node) -> bool:
-    """A float that a module holds (a norm's eps, an attention's scale) is a number again.
+    """A float that a module holds (a norm's eps, an attention's scale) becomes a number again.
 
-    Under `dynamic=True` Dynamo makes an input of it, since it might change: one of these does not, and a guard has the model
-    compiled again if it does.
+    Under `dynamic=True` Dynamo makes it an input, since floats may change. A module's does not; if it does, a guard recompiles the
+    model.
     """
     value = node.meta.get(EXAMPLE)
     if not is_method(node, "item") or not isinstance(value, torch.SymFloat) or not value.node.has_hint():
@@ -193,7 +193,7 @@ def _module_number(graph: Graph, node: Node) -> bool:
 
 
 def _from_aten(node: Node) -> Spelling | None:
-    """The function or method that an operator of `torch.ops.aten` is."""
+    """The function or method that a `torch.ops.aten` operator stands for."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
@@ -204,7 +204,7 @@ def _from_aten(node: Node) -> Spelling | None:
 
 
 def _named(node: Node) -> Spelling | None:
-    """The same arguments to the function that this one is another name of."""
+    """The same arguments, for the function that this target is another name of."""
     is_tensor = [tensor(a) is not None for a in node.args]
     if node.op == "call_method":
         name = str(node.target)
@@ -223,7 +223,7 @@ def _named(node: Node) -> Spelling | None:
 
 
 def _positional(node: Node) -> Spelling | None:
-    """The keyword arguments at their positions."""
+    """The keyword arguments, moved to their positions."""
     target: Any = node.target
     args, kwargs = list(node.args), dict(node.kwargs)
     if target in SIGNATURES:
@@ -325,7 +325,7 @@ def _variance(node: Node) -> Spelling | None:
 
 
 def _dims(given: Any, x: Any) -> tuple[int, ...] | None:
-    """The dimensions that a reduction goes over, from the left; None where it does not say, or there are none."""
+    """The dimensions of a reduction, counted from the left; None if they are not given, or there are none."""
     dims, rank = (given,) if type(given) is int else given, _rank(x)
     if rank <= 0 or not isinstance(dims, (tuple, list)) or not dims or not all(type(d) is int for d in dims):
         return None
@@ -375,8 +375,8 @@ def _is_identity(node: Node) -> bool:
 
 
 def _out_of_place(graph: Graph, node: Node) -> None:
-    """An in-place write becomes out of place where no one can tell: the value written is made in this graph, and everything
-    that reads its memory afterwards reads it through the write's result."""
+    """An in-place write becomes out of place if nothing can tell: the written value is made in this graph, and everything that reads its
+    memory afterwards reads it through the write's result."""
     if node.target not in OUT_OF_PLACE or not writes(node):
         return
     target = node.args[0]

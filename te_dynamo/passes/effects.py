@@ -1,4 +1,4 @@
-"""What a node writes, whether a write lies between the nodes of a pattern, and whether a graph draws random numbers."""
+"""What a node writes, whether a write comes between the nodes of a pattern, and whether a graph draws random numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _is_random(name: str) -> bool:
 
 
 def draws(graph: Graph) -> bool:
-    """Whether a graph draws random numbers. Dropout that is inactive is no more in it."""
+    """Whether a graph draws random numbers. Inactive dropout is no longer in it."""
     return any(
         node.kwargs.get("dropout_p") or _is_random(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
         for node in graph.nodes

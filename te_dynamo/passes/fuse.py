@@ -1,7 +1,8 @@
-"""Stage 3: what shares an input is quantized once, what can be one GEMM becomes one, and who makes each operand is noted.
+"""Stage 3: linears that share an input are grouped, so that it is quantized once; those that can be one GEMM become one; and the producer
+of each operand is noted.
 
-Every linear becomes a group: the linears that read the same value in the same region. The q, k and v of an attention
-become one GEMM that writes the attention's layout. The result still runs in high precision, and gives what it gave.
+Every linear becomes part of a group: the linears that read the same value in the same region. The q, k and v of an attention become one
+GEMM that writes the attention's layout. The graph still runs in high precision, with the same results.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from te_dynamo.passes.weights import is_view
 
 @dataclass(frozen=True)
 class Merge:
-    """How the q, k and v of an attention are one GEMM: interleave is the head size where q, k and v of a head lie side by side."""
+    """How the q, k and v of an attention form one GEMM: interleave is the head size if q, k and v of a head are side by side."""
 
     interleave: int
 
@@ -60,7 +61,7 @@ def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
 
 
 def _merges(graph: Graph, heads: Container[Node]) -> dict[tuple[Node, Node, Node], Merge]:
-    """The q, k, v linears that become one GEMM, by attention. heads: the attentions whose q, k and v are written anew on the way."""
+    """The q, k, v linears that become one GEMM, by attention. heads: the attentions whose q, k and v are rewritten on the way."""
     result = {}
     for node in graph.nodes:
         trio = qkv_linears(node) if is_call(node, ops.attention) else None
@@ -79,7 +80,7 @@ def _is_interleaved(layout: Layout) -> bool:
 
 
 def _heads_only(linear: Node, head: Any) -> bool:
-    """Whether every user of a linear looks at it as [..., heads, head size]: then its heads may lie apart in memory."""
+    """Whether every user of a linear views it as [..., heads, head size]: then its heads need not be adjacent in memory."""
     return bool(linear.users) and all(_splits_heads(user, linear, head) for user in linear.users)
 
 
@@ -92,7 +93,7 @@ def _splits_heads(user: Node, linear: Node, head: Any) -> bool:
 
 
 def _reached_by_gradients(graph: Graph, where: dict[Node, tuple[int, bool]]) -> set[Node]:
-    """The nodes from which something that is not detached leads to a result of the graph."""
+    """The nodes from which a path without a detach leads to a result of the graph."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         detached = is_method(node, "detach") or is_call(node, torch.detach) or not where.get(node, (0, True))[1]
@@ -102,8 +103,8 @@ def _reached_by_gradients(graph: Graph, where: dict[Node, tuple[int, bool]]) -> 
 
 
 def _groups(graph: Graph, where: dict[Node, tuple[int, bool]], reached: Container[Node]) -> list[list[Node]]:
-    """The linears of each input, output dtype, recipe and region, in the graph's order. Apart are those that no gradient reaches: theirs is
-    None, which a group's would not be."""
+    """The linears of each input, output dtype, recipe and region, in the graph's order. Linears that no gradient reaches are kept separate:
+    their gradient is None, which a group's would not be."""
     found: dict[Any, list[Node]] = {}
     for node in graph.nodes:
         if is_call(node, ops.linear):
@@ -113,10 +114,10 @@ def _groups(graph: Graph, where: dict[Node, tuple[int, bool]], reached: Containe
 
 
 def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Node], Merge], written: Container[Any]) -> None:
-    """Turns the linears of one input into groups: first the q, k, v of each attention, then what is left.
+    """Turns the linears of one input into groups: first the q, k, v of each attention, then the rest.
 
-    Linears that share a GEMM share a scale, which TE's do not: they are not merged where they must be like its own. And what
-    they give are views of one buffer, which nobody outside of the graph should get to see. written: the memory that the graph writes.
+    Linears that share a GEMM share a scale, which TE's do not: under `like_te` they are not merged. And their results are views of one
+    buffer, which nothing outside of the graph should see. written: the memory that the graph writes.
     """
     may_merge = not getattr(members[0].meta[RECIPE], "like_te", False) and not any(_is_returned(m) for m in members)
     for trio, merge in merges.items() if may_merge else ():
@@ -131,7 +132,8 @@ def _group(graph: Graph, members: list[Node], merges: dict[tuple[Node, Node, Nod
 
 
 def _learn_alike(members: list[Node]) -> bool:
-    """Whether all weights learn, or none: merged with an adapter, a frozen weight would be quantized whenever the adapter has changed."""
+    """Whether all weights are trained, or none: merged with an adapter, a frozen weight would be requantized whenever the adapter
+    changes."""
     return len({fake(m.args[1]).requires_grad for m in members}) == 1
 
 
@@ -155,7 +157,7 @@ def _first_use(members: Iterable[Node]) -> Node:
 
 
 def _can_precede(node: Node, place: Node) -> bool:
-    """Whether a node stands before `place`, or depends only on what does and can be moved there (views of weights)."""
+    """Whether a node is before `place`, or depends only on nodes that are and can be moved there (views of weights)."""
     if node < place:
         return True
     return is_view(node) and all(_can_precede(n, place) for n in node.all_input_nodes)
@@ -172,7 +174,7 @@ def _emit_group(graph: Graph, members: list[Node], written: Container[Any], *, m
         kwargs = {"out_dtype": dtype, "merged": merged, "interleave": interleave}
         group = emit(graph, ops.linears, (x, weights, biases), kwargs, like=members[0])
         outputs = [emit(graph, operator.getitem, (group, i), like=m) for i, m in enumerate(members)]
-        # What a site gives may be a view, which autograd does not let be written in place.
+        # A site's result may be a view, which autograd does not let be written in place.
         outputs = [emit(graph, torch.clone, (y,), like=m) if storage(m) in written else y for y, m in zip(outputs, members, strict=True)]
     group.meta[RECIPE] = members[0].meta[RECIPE]
     group.meta[MEMBERS] = [_site_meta(m) for m in members]
@@ -203,8 +205,8 @@ def _hoist(node: Node, place: Node) -> None:
 
 
 def _note_producers(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
-    """Which node makes the operand of each site, where the two could be computed together: an operation that makes each row of
-    its result of the same rows of its inputs, in the same region, whose first reader is the site."""
+    """Notes the node that makes the operand of each site, if the two could be computed together: an operation that computes each row of its
+    result from the same rows of its inputs, in the same region, and whose first reader is the site."""
     for node in graph.nodes:
         op = site_of(node)
         gemms = op.gemms(node) if op is not None else ()

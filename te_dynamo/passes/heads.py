@@ -1,4 +1,4 @@
-"""What stands between the GEMM that makes q, k and v and the attention that reads them: a norm of each head, RoPE, transposes.
+"""What is between the GEMM that makes q, k and v and the attention that reads them: a norm of each head, RoPE, transposes.
 
 It is read backwards from the attention, and becomes `ops.qkv`, which writes q, k and v in the layout that is wanted.
 """
@@ -26,7 +26,7 @@ BHSD: Names = ("b", "h", "s", "d")
 
 @dataclass(frozen=True)
 class Head:
-    """How q, or k, came to be. x: what it was before, its dimensions named; turned: the dimensions of what RoPE turned."""
+    """How q, or k, was made. x: the value that it was made from, with named dimensions; turned: the dimensions of what RoPE rotated."""
 
     x: Node
     names: Names
@@ -48,8 +48,9 @@ class Heads:
 
 
 def read_heads(attention: Node) -> Heads | None:
-    """What `ops.qkv` can express of how q and k of an attention came to be; None where that is nothing, or another reads it too, and where
-    neither comes from an FP8 linear: there is no GEMM whose layout it would keep, and Inductor fuses it with what is there."""
+    """The steps by which q and k of an attention were made, if `ops.qkv` can express them. None if there are no such steps, or something
+    else reads their values too; and if neither q nor k comes from an FP8 linear: there is no GEMM whose layout `ops.qkv` would keep, and
+    Inductor fuses the steps with their neighbors."""
     if not follows_linears(attention):
         return None
     q, k = (_read(x) for x in attention.args[:2])
@@ -84,7 +85,7 @@ def _normalized(head: Head) -> Head | None:
 
 
 def _before(head: Head) -> Head:
-    """Before transposes and casts."""
+    """The value before transposes and casts."""
     while isinstance(head.x, Node):
         x, names = head.x, head.names
         if (before := reordered(x, names)) is not None:
@@ -152,7 +153,7 @@ def kernels_write_gradients(attention: Node) -> bool:
 
 
 def emit_in_place(graph: Graph, attention: Node) -> None:
-    """Puts an `ops.qkv` before an attention whose q, k and v come as they are from one GEMM, for the gradient of that."""
+    """Puts an `ops.qkv` before an attention whose q, k and v come unchanged from one GEMM, for the sake of that GEMM's gradient."""
     layout, values = attention.meta[LAYOUT], [fake(x) for x in attention.args[:3]]
     attributes = {"form": layout.form, "packing": layout.packing, "out_dtype": values[0].dtype, "in_place": True}
     with graph.inserting_before(attention):
@@ -174,7 +175,7 @@ def _described(head: Head) -> str:
 
 
 def _emit_table(graph: Graph, table: Table, names: Names, like: Node) -> Node:
-    """A table that broadcasts against a value of dimensions `names`, as one that does against [B, H, S, D]."""
+    """A table that broadcasts against a value with dimensions `names`, rearranged to broadcast against [B, H, S, D]."""
     node = table.node
     if table.part is not None:
         node = emit(graph, torch.select, (emit(graph, torch.view_as_real, (node,), like=like), -1, table.part), like=like)

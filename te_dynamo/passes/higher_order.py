@@ -49,7 +49,7 @@ def rewritable_units(gm: GraphModule) -> list[GraphModule]:
 
 
 def mark_parameters(gm: GraphModule) -> None:
-    """Tells the placeholders of sub-graphs, which have no source of their own, that they are parameters, and whose."""
+    """Marks those placeholders of sub-graphs, which have no source of their own, that are parameters, and notes whose."""
     by_body: dict[int, list[BodyCall]] = {}
     for call in calls(gm):
         by_body.setdefault(id(call.body), []).append(call)

@@ -1,6 +1,6 @@
-"""The memory layout that is wanted for an attention: read off the graph what the attention is, and choose from a table.
+"""The memory layout wanted for an attention: the graph tells what kind of attention it is, a table which layout that gets.
 
-`te_dynamo.ir.layout` says what the names mean.
+`te_dynamo.ir.layout` explains the names.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from te_dynamo.passes.weights import is_view
 class AttentionShape:
     """What the choice of a layout depends on.
 
-    batch_first: whether tokens lie batch by batch ([B, S, ...]) where q is made, or position by position ([S, B, ...]).
-    self_attention: q, k and v come from linears of one input, with nothing between (a cache, say) that adds to them.
-    shared_kv: k and v come from linears of one input, in the same order of tokens.
+    batch_first: whether q's linear orders tokens batch by batch ([B, S, ...]), or position by position ([S, B, ...]).
+    self_attention: q, k and v come from linears of one input, with nothing in between (a cache, say) that adds to them.
+    shared_kv: k and v come from linears of one input, with the same order of tokens.
     heads_q, heads_kv: number of heads; equal_head_sizes: of k and v.
     s_q, s_kv: lengths, a SymInt where they are symbolic.
-    packed_by_user: how q, k and v, or k and v, lie in the output of one linear that the user packed; "" where they lie
-        there in no order that has a name, None where he packed nothing.
+    packed_by_user: how q, k and v, or k and v, are packed in the output of one linear by the user; "" if they are in an order that has
+        no name, None if nothing is packed.
     """
 
     batch_first: bool
@@ -75,7 +75,7 @@ TABLE = (
 def choose_layout(site: AttentionShape, short_sequence: int) -> Layout:
     """The layout of an attention: packed where the longest sequence is at most `short_sequence`, else interleaved.
 
-    Compares a length only where the choice depends on it: a symbolic one is guarded on by that.
+    Compares a length only if the choice depends on it: comparing a symbolic one sets a guard.
     """
     row = next(row for row in TABLE if row.applies(site))
     short = row.short == row.long or (bool(site.s_q <= short_sequence) and bool(site.s_kv <= short_sequence))
@@ -83,8 +83,8 @@ def choose_layout(site: AttentionShape, short_sequence: int) -> Layout:
 
 
 def choose_layouts(graph: Graph, short_sequence: int, written_anew: Container[Node] = ()) -> None:
-    """Gives each attention the layout that is wanted for it, in `meta[LAYOUT]`. written_anew: where its q, k and v are written on the
-    way, as a norm or RoPE does, so that it makes no difference how the user packed them."""
+    """Gives each attention the layout that is wanted for it, in `meta[LAYOUT]`. written_anew: the attentions whose q, k and v are rewritten
+    on the way, by a norm or RoPE, so that the user's packing makes no difference."""
     for node in graph.nodes:
         if is_call(node, ops.attention):
             shape = attention_shape(node)
@@ -93,7 +93,7 @@ def choose_layouts(graph: Graph, short_sequence: int, written_anew: Container[No
 
 
 def note_layouts(graph: Graph) -> None:
-    """How q, k and v of each attention lie when it runs; and, if another layout was wanted, why it is not that."""
+    """Notes how q, k and v of each attention are laid out when it runs and, if another layout was wanted, why it is not that."""
     values = ValuesInMemory(graph)
     known: dict[Any, tuple[Layout | None, str]] = {}
     for node in graph.nodes:
@@ -151,7 +151,7 @@ def follows_linears(node: Node) -> bool:
 
 # --- from q, k or v back to the linear that makes it
 
-# What gives its first argument's elements, each for itself, in the same dimensions (or in others: `_before`).
+# What passes on the elements of its first argument, possibly changed, in the same dimensions (or in others: see `_before`).
 PASSING: frozenset[Callable[..., Any]] = frozenset(
     {
         ops.norm,
@@ -178,12 +178,12 @@ Chain = list[Node]
 
 
 def _chain(value: Any) -> Chain | None:
-    """The nodes from a linear to `value`, where that is a linear's output but for views, norms, positions (RoPE) and scaling."""
+    """The nodes from a linear to `value`, if that is the linear's output except for views, norms, positions (RoPE) and scaling."""
     return _Chains().of(value)
 
 
 class _Chains:
-    """Chains back to linears; each node is looked at once, RoPE and the like reading a value several times."""
+    """Chains back to linears; each node is visited once, although RoPE and the like read a value several times."""
 
     def __init__(self) -> None:
         self.known: dict[Node, Chain | None] = {}
@@ -207,7 +207,7 @@ class _Chains:
 
 
 def _sources(node: Node) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Through which arguments a node's elements come: all of these must come from a linear; these may."""
+    """The arguments that a node's elements come from: those that must come from a linear; those that may."""
     if is_view(node) or is_call(node, *PASSING) or is_method(node, *PASSING_METHODS):
         return node.args[:1], ()
     if is_call(node, *JOINS):
@@ -222,7 +222,7 @@ def _sources(node: Node) -> tuple[Sequence[Any], Sequence[Any]]:
 
 
 def _share_input(linears: Sequence[Node | None]) -> bool:
-    """Whether all these linears read one value, casts and reshapes apart."""
+    """Whether all these linears read one value, ignoring casts and reshapes."""
     if any(linear is None for linear in linears):
         return False
     return len({_input(linear) for linear in linears if linear is not None}) == 1
@@ -236,7 +236,7 @@ def _input(linear: Node) -> Any:
 
 
 def _heads_made(linears: Sequence[Node | None], k: torch.Tensor) -> int:
-    """The heads that the linear of k makes: fewer than k has where the graph repeats them for the queries."""
+    """The number of heads that k's linear makes: fewer than k has if the graph repeats them for the queries."""
     _, linear, other = linears
     heads = int(k.shape[1])
     return heads if linear is None or linear is other else min(heads, int(fake(linear).shape[-1] // k.shape[3]))
@@ -261,7 +261,7 @@ def _batch_first(chain: Chain | None) -> bool:
 
 
 def _before(node: Node, source: Node, dim: int) -> int | None:
-    """Where dimension `dim` of `node` is in `source`, the argument it is made of; None where that cannot be told."""
+    """Where dimension `dim` of `node` is in `source`, the argument that it is made from; None if that is unknown."""
     args: Any = node.args
     if is_call(node, operator.getitem) and tensor(source) is None:
         return dim  # one of the results of `source`: the step from there to its own argument tells
@@ -326,7 +326,7 @@ def _expression(size: int | SymInt) -> Any:
 
 
 def _packed_by_user(chains: Sequence[Chain | None], k: torch.Tensor) -> Packing | None:
-    """How q, k and v, or k and v, lie in the output of the one linear they come from: told from where their views of it begin."""
+    """How q, k and v, or k and v, are packed in the output of the one linear they come from, according to the offsets of their views."""
     q_linear, k_linear, v_linear = (None if chain is None else chain[0] for chain in chains)
     if k_linear is None or k_linear is not v_linear:
         return None if q_linear is None or q_linear not in (k_linear, v_linear) else ""
@@ -341,7 +341,7 @@ def _packed_by_user(chains: Sequence[Chain | None], k: torch.Tensor) -> Packing 
 
 
 def _begin(chain: Chain) -> Any:
-    """The offset of the last view in the chain that still is memory of the linear's output."""
+    """The offset of the last view in the chain that is still in the memory of the linear's output."""
     memory, offset = storage(chain[0]), 0
     for node in chain:
         value = tensor(node)

@@ -45,7 +45,7 @@ INDEX_MOVE_METHODS = (
     "clamp_min", "clamp_max", "clone", "contiguous", "expand", "int", "long", "masked_fill_", "new_full", "new_zeros",
     "repeat", "roll", "to", "type", "unfold",
 )  # fmt: skip
-# What a hidden state goes through, beside semantic ops; nothing that is computed from logits does.
+# What hidden states go through, besides semantic ops; nothing computed from logits does.
 HIDDEN_STATE_OPS: frozenset[Any] = frozenset(
     {
         torch._C._nn.linear,

@@ -1,8 +1,8 @@
-"""Stage 6: semantic operations become calls of `lowering.site`; what nobody implements stays as its definition.
+"""Stage 6: semantic operations become calls of `lowering.site`; those that nothing implements keep their definition.
 
-Every site that records puts its amaxes among the graph's last outputs; a sub-graph returns its own as a last output. In
-inference, and in training where they are kept, the weights of the outermost graph come in quantized: they are inputs, made by
-the caller when they have changed.
+Every site that records puts its amaxes among the graph's last outputs; a sub-graph returns its own as a last output. In inference, and
+in training where they are kept, the outermost graph takes its weights already quantized: as inputs, which the caller makes whenever the
+weights have changed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ CHECKPOINT = "_checkpoint_context_fn"  # where Dynamo puts the contexts of a sel
 
 @dataclass(frozen=True)
 class View:
-    """The casts and views between a parameter and its use as a weight, outside of the graph: (target, arguments, keywords) of each."""
+    """The casts and views between a parameter and its use as a weight, applied outside of the graph: (target, arguments, keywords) of
+    each."""
 
     steps: tuple[tuple[Callable[..., Any] | str, tuple[Any, ...], dict[str, Any]], ...]
 
@@ -54,15 +55,15 @@ class View:
         return t
 
     def without_casts(self) -> View:
-        """With what moves elements alone."""
+        """Only the steps that move elements."""
         return View(tuple(step for step in self.steps if step[0] not in METHOD_VIEWS))
 
 
 @dataclass(frozen=True)
 class CachedWeights:
-    """Weights that a graph takes quantized: where they are among its inputs, how each is viewed, and how they are quantized.
+    """Weights that a graph takes quantized: their positions among its inputs, how each is viewed, and how they are quantized.
 
-    made: for each GEMM, whether each field of its `Quantized` is there. read: for each weight, whether the graph reads it otherwise too.
+    made: for each GEMM, which fields of its `Quantized` exist. read: for each weight, whether the graph also reads it unquantized.
     """
 
     arguments: tuple[int, ...]
@@ -73,7 +74,7 @@ class CachedWeights:
 
     @property
     def key(self) -> str:
-        """The same for weights that are quantized in the same way."""
+        """Equal for weights that are quantized in the same way."""
         return f"{self.call.key} {self.views}"
 
     @property
@@ -81,7 +82,7 @@ class CachedWeights:
         return self.call.cached == "training"
 
     def make(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The graph's inputs, in order, out of the parameters."""
+        """The graph's inputs, in order, computed from the parameters."""
         made = implementation_of(self.call).quantize_weights(self.call, self.viewed(tensors))
         return [t for q in made for t in q if t is not None]
 
@@ -90,12 +91,12 @@ class CachedWeights:
         return [view.without_casts()(t.values()) if isinstance(t, FP8Weight) else view(t.detach()) for view, t in pairs]
 
     def quantized(self, copies: Iterable[torch.Tensor]) -> list[Quantized]:
-        """What `make` gave, of each GEMM."""
+        """The results of `make`, as one `Quantized` for each GEMM."""
         fields = iter(copies)
         return [Quantized(*[next(fields) if there else None for there in made]) for made in self.made]
 
     def made_again(self, tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> list[KeptGemm]:
-        """What a kernel can do over, of the parameters and what `make` gave for them; nothing where it cannot."""
+        """What a kernel can requantize, given the parameters and the results of `make` for them; empty if it cannot."""
         how, views = implementation_of(self.call).kept_as(self.call), [_as_matrix(view) for view in self.viewed(tensors)]
         if how is None or not all(map(readable, views, tensors)):
             return []
@@ -104,7 +105,7 @@ class CachedWeights:
 
 
 def _as_matrix(t: torch.Tensor) -> torch.Tensor:
-    """[E, N, K], matrices of experts one after the other, as one [E * N, K]; another tensor as it is."""
+    """[E, N, K], the experts' matrices one after another, as one [E * N, K]; any other tensor as it is."""
     return t.view(-1, t.shape[-1]) if t.dim() == 3 and t.is_contiguous() else t
 
 
@@ -118,7 +119,7 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Unset:
-    """The scales that were never set, by place among a graph's: a site that has one of them takes it from the tensor itself."""
+    """The scales that were never set, by position among a graph's: a site that has one of them computes it from the tensor itself."""
 
     forward: frozenset[int] = frozenset()
     gradient: frozenset[int] = frozenset()
@@ -146,9 +147,10 @@ ANY_UNSET, NONE_UNSET = _Any(), Unset()
 def lower(gm: GraphModule, *, unset: Unset, keep_weights: bool = False, compiled: bool = True) -> Lowered:
     """Rewrites `gm` and its sub-graphs in place.
 
-    unset: which scales were never set; in a sub-graph, which is one for all its calls, any may be if there are some. keep_weights: where
-    its scales are set, a site of the outermost graph takes the weights that it trains quantized too, not only those that are frozen.
-    compiled: whether code is generated for `gm`; else what only that computes well stays as its definition.
+    unset: which scales were never set; a sub-graph is lowered once for all its calls, so any of its scales may be unset if some are.
+    keep_weights: where its scales are set, a site of the outermost graph also takes the weights that it trains quantized, not only the
+    frozen ones. compiled: whether code is generated for `gm`; if not, operations that need generated code to be fast keep their
+    definition.
     """
     lowering = _Lowering(unset, keep_weights, compiled)
     lowering.graph(gm, top=True)
@@ -161,7 +163,7 @@ def lower(gm: GraphModule, *, unset: Unset, keep_weights: bool = False, compiled
 
 @dataclass(frozen=True)
 class _Unit:
-    """A graph that is lowered: `gm` itself (top) or one of its sub-graphs. What is asked of all its nodes is asked once."""
+    """A graph that is lowered: `gm` itself (top) or one of its sub-graphs. What is asked about all its nodes is asked once."""
 
     gm: GraphModule
     top: bool
@@ -176,13 +178,13 @@ class _Unit:
         return written_memory(self.gm.graph)
 
     def state_nodes(self, slots: Slots | None) -> tuple[Node | None, Node | None, Node | None]:
-        """The packed scales, the gradients' packed scales and the piece of the sink of a site."""
+        """The packed scales, the gradients' packed scales and a site's slice of the sink."""
         if slots is None:
             return None, None, None
         return self.by_name[slots.scale], self.by_name.get(slots.grad_scale or ""), self.by_name.get(slots.sink or "")
 
     def takes_cached(self, refs: Sequence[WeightRef | None]) -> bool:
-        """Whether weights may come in quantized: made outside of the graph, which does not write them before it multiplies."""
+        """Whether weights may come in quantized: they can be made outside of the graph, which does not write them."""
         return self.top and bool(refs) and all(r is not None and _replayable(r) and storage(r.root) not in self.written for r in refs)
 
 
@@ -194,7 +196,7 @@ class _Lowering:
         self.done: dict[int, bool] = {}  # by the id of a sub-graph: whether it returns recorded amaxes
 
     def graph(self, gm: GraphModule, *, top: bool) -> bool:
-        """Whether the graph returns recorded amaxes as its last output."""
+        """Lowers a graph. Returns whether its last output is recorded amaxes."""
         unit, bodies = _Unit(gm, top), {call.node: call.body for call in calls(gm)}
         amaxes: list[Node] = []
         for node in list(gm.graph.nodes):
@@ -216,7 +218,7 @@ class _Lowering:
         return bool(amaxes)
 
     def site(self, unit: _Unit, node: Node, op: SemanticOp) -> list[Node]:
-        """Replaces a site by a call; gives its recorded amaxes, if it records."""
+        """Replaces a site by a call; returns its recorded amaxes, if it records."""
         graph, plan, slots = unit.gm.graph, node.meta[PLAN], node.meta.get(SLOTS)
         unset = self.is_unset(unit, op, op.gemms(node), slots)
         call = self.call(node, op, plan, slots, unset)
@@ -289,7 +291,7 @@ class _Lowering:
         return made.but(calibrating=slots is not None and (unset or implementation_of(made).opaque))
 
     def hands(self, plan: Plan) -> Mapping[str, Any]:
-        """What a site hands over: nothing where the linears' scales are unset."""
+        """What a site hands over: nothing if the linears' scales are unset."""
         linears, described = plan.hands_gradient or ("", {})
         return described if linears in self.handing else {}
 
@@ -310,20 +312,20 @@ class _Lowering:
         return call if producer_of(call).calibrates or not unset else None
 
     def cached(self, call: Call, plan: Plan, refs: Sequence[WeightRef | None], unset: bool) -> str:
-        """How cached weights are given to a site: for "training", for "inference", or "" where it quantizes them itself.
+        """How a site gets cached weights: for "training", for "inference", or "" if it quantizes them itself.
 
-        In training they are if that was asked for, or if one of them is frozen: what does not change is quantized once.
+        In training it gets them if that was asked for, or if one of them is frozen: what does not change is quantized once.
         """
         kinds = implementation_of(call).cached
         if not plan.trains:
             return "inference" if "inference" in kinds else ""
-        like_te = getattr(plan.recipe, "like_te", False)  # whose copies have the slot's scale
-        calibrates = plan.recipe is not None and plan.recipe.stateful and unset  # once or twice, in a graph of its own
+        like_te = getattr(plan.recipe, "like_te", False)  # its copies have the slot's scale
+        calibrates = plan.recipe is not None and plan.recipe.stateful and unset  # that happens once or twice, in a separate graph
         kept = self.keep_weights or any(r is not None and is_frozen(r.root) for r in refs)
         return "training" if kept and "training" in kinds and not like_te and not calibrates else ""
 
     def cached_inputs(self, gm: GraphModule, call: Call, gemms: Sequence[Gemm], refs: Sequence[WeightRef | None]) -> list[tuple[Any, ...]]:
-        """New last inputs of the graph: the fields of the quantized weight of each GEMM that are made."""
+        """New last inputs of the graph: for each GEMM, the fields of its quantized weight that exist."""
         graph = gm.graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         position = {n: i for i, n in enumerate(placeholders)}
@@ -336,7 +338,7 @@ class _Lowering:
         alone = [call.operation.alone(call.attributes, member) for member in range(len(known))]
         if None in alone:
             self.result.weights.append(CachedWeights(arguments, views, call, made))
-        else:  # each by itself: an adapter that learns must not have the frozen weight of the same input made anew
+        else:  # each by itself: training an adapter must not requantize the frozen weight of the same input
             parts = zip(arguments, views, alone, made, strict=True)
             self.result.weights += [CachedWeights((at,), (view,), call.but(attributes=own), (fields,)) for at, view, own, fields in parts]
         inputs = []
@@ -349,7 +351,7 @@ class _Lowering:
                 with graph.inserting_after(placeholders[-1]):
                     node = graph.placeholder(f"te_weight_{name}_{len(self.result.weights)}_{i}")
                 node._dynamo_source = None
-                # In training they are made anew when the weights have changed: no address that CUDA graphs could rely on.
+                # In training they are remade when the weights have changed: CUDA graphs cannot rely on their addresses.
                 node.meta["tensor_dict"] = {} if call.cached == "training" else {"_dynamo_static_input_type": "unguarded"}
                 node.meta[EXAMPLE] = value
                 placeholders.append(node)
@@ -359,7 +361,7 @@ class _Lowering:
 
 
 def _is_read(weight: Node) -> bool:
-    """Whether anything but sites that take it quantized reads a weight."""
+    """Whether anything reads a weight, except sites that take it quantized."""
     return any(_is_read(user) if is_view(user) else not (is_call(user, site.site) and user.args[5]) for user in weight.users)
 
 
@@ -415,7 +417,7 @@ def _scales(packed: Node | None, start: int, count: int, opaque: bool) -> Any:
 
 
 def _unpacked(packed: Node) -> tuple[Node, Node]:
-    """The scales of a graph taken apart, once, at its top: the scalars and their reciprocals. Backward does it again."""
+    """The scales of a graph, unpacked once, at its top: the scalars and their reciprocals. Backward unpacks them again."""
     for user in packed.users:
         if is_call(user, site.unpack):
             values, inverses = list(user.users)
@@ -431,5 +433,5 @@ def _unpacked(packed: Node) -> tuple[Node, Node]:
 
 
 def _replayable(ref: WeightRef) -> bool:
-    """Whether the view of a weight can be made outside of the graph: it depends on nothing but the weight."""
+    """Whether the view of a weight can be computed outside of the graph: it depends only on the weight."""
     return not ref.computed and all(n.all_input_nodes == [p] for n, p in zip(ref.chain, (ref.root, *ref.chain), strict=False))

@@ -1,7 +1,7 @@
-"""How the operands of an attention lie in memory when it runs: their fake values, made anew from the GEMMs that they come from.
+"""How the operands of an attention are laid out when it runs: their fake values, recomputed from the GEMMs that they come from.
 
-What a rule or Dynamo noted as a node's value may have strides that it has no more: linears that became one GEMM give views of one
-buffer. So the nodes between the GEMM and the attention are run again on what the GEMM gives now.
+The value that a rule or Dynamo noted for a node may have outdated strides: linears that became one GEMM give views of one buffer. So the
+nodes between the GEMM and the attention are run again on the GEMM's new result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from te_dynamo.sites import module_path
 
 
 class Structure:
-    """What a value is computed of, back to GEMMs and inputs, without names: `key` is equal for the attentions of equal layers."""
+    """What a value is computed from, back to GEMMs and inputs, without names: `key` is equal for the attentions of equal layers."""
 
     def __init__(self, value: Any) -> None:
         self.numbers: dict[Any, int] = {}  # of nodes and of memory, in the order in which they are met
@@ -53,7 +53,7 @@ class Structure:
 
 
 class ValuesInMemory:
-    """The values of one graph's nodes as they lie."""
+    """The values of one graph's nodes, with the strides that they will have."""
 
     def __init__(self, graph: Graph) -> None:
         self.fake_mode = fake_mode_of(graph)
@@ -77,7 +77,7 @@ class ValuesInMemory:
         return infer(node, self.fake_mode, self.of)
 
     def _of_gemms(self, node: Node) -> Any:
-        """What a group of linears gives: views of one buffer where they are one GEMM."""
+        """The results of a group of linears: views of one buffer if they are one GEMM."""
         op = site_of(node)
         assert op is not None
         attributes = op.all_attributes(node, None)
@@ -90,12 +90,12 @@ class ValuesInMemory:
 
 
 def described(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """How q, k and v lie where that has no name."""
+    """How q, k and v are laid out, if that has no name."""
     return "as the model left it: strides " + ", ".join(str(tuple(t.stride())).replace(" ", "") for t in (q, k, v))
 
 
 def first_copy(value: Any) -> str | None:
-    """What first writes the elements of `value` anew, after the GEMM that made them, as text; None where nothing does."""
+    """What first copies the elements of `value`, after the GEMM that made them, as text; None if nothing does."""
     found = None
     while isinstance(value, Node) and site_of(value) is None and value.all_input_nodes:
         if not is_view(value):

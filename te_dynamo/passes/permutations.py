@@ -1,6 +1,6 @@
-"""Stage 3, experts: rows that are chosen by a permutation become `ops.permute`, whose gradient is a reading in the inverse order.
+"""Stage 3, experts: selecting rows by a permutation becomes `ops.permute`, whose gradient selects them in the inverse order.
 
-A permutation is what `sort` and `argsort` of a vector give, and its inverse, by `argsort` or written out: `inverse[order] = arange(n)`.
+A permutation is the result of `sort` or `argsort` of a vector, or its inverse: by `argsort`, or as `inverse[order] = arange(n)`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLOOR = (operator.floordiv, torch.floor_divide)
 
 
 class _Permutation(NamedTuple):
-    """nodes: those that `order` follows from, besides what it sorts."""
+    """nodes: those that `order` is computed from, besides what it sorts."""
 
     order: Node
     inverse: Node | None
@@ -66,7 +66,7 @@ def _chosen(node: Node) -> tuple[Node, Node] | None:
 
 
 def _permutation(node: Any, reader: Node) -> _Permutation | None:
-    """What is known of an index as `reader` finds it."""
+    """The permutation that an index is when `reader` reads it; None if it is not known to be one."""
     if (sorted_by := _sorted(node)) is not None:
         before = _permutation(sorted_by, reader)  # sorting a permutation inverts it
         return _Permutation(node, before and before.order, (node, *(before.nodes if before else ())))
@@ -83,7 +83,7 @@ def _permutation(node: Any, reader: Node) -> _Permutation | None:
 
 
 def _sorted(node: Any) -> Node | None:
-    """The vector that `node` has the order of."""
+    """The vector whose sorting order `node` is."""
     if is_call(node, operator.getitem) and node.args[1] == 1 and (is_call(node.args[0], torch.sort) or is_method(node.args[0], "sort")):
         given = node.args[0].args[0]
     elif is_call(node, torch.argsort) or is_method(node, "argsort"):

@@ -35,17 +35,17 @@ from te_dynamo.sites import Site, Sites, module_path
 class Plan:
     """How a semantic node is computed.
 
-    provider: who computes it; recipe: None for what stays in high precision; trains: whether it has gradients, and so records its
-    amaxes. implemented: whether an implementation of the provider computes it; otherwise its definition stands.
-    opaque: whether that runs inside an operator, which sees for itself which scales were never set.
-    calibrator: who computes it while a scale was never set: the provider itself, or another where that does not calibrate.
+    provider: who computes it; recipe: None for high precision; trains: whether it has gradients, and so records its amaxes. implemented:
+    whether an implementation of the provider computes it; otherwise its definition does.
+    opaque: whether that runs inside an operator, which detects by itself which scales were never set.
+    calibrator: who computes it while a scale was never set: the provider itself, or another if that does not calibrate.
     amax_group: the name of the process group whose ranks share first scales, or "": in inference a rank may run alone.
-    shared: roles that move as one because a kernel takes one scale for them (`Implementation.shared`).
+    shared: roles that share a scale because a kernel takes one scale for them (`Implementation.shared`).
     keeps_fp8, remakes: what is kept for backward (see `Call`).
-    produces: whether the provider makes its operand together with what the model computes it with.
-    in_memory: of linears, roles whose tensor lies in memory already, as `lowering.call.Call` has them.
-    takes_gradient: of linears whose output's gradient comes quantized, what `lowering.handed` describes; hands_gradient: the same of the
-    site that hands it over, of which node the linears are: its name.
+    produces: whether the provider makes its operand by a `Producer`.
+    in_memory: for linears, roles whose tensor is already in memory, as in `lowering.call.Call`.
+    takes_gradient: for linears whose output's gradient comes quantized, its description by `lowering.handed`; hands_gradient: for the
+    site that hands it over, the name of the linears' node, and the same description.
     """
 
     provider: str
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether scales that were never set want a graph of their own: opaque implementations see them for themselves."""
+        """Whether scales that were never set need a graph of their own: opaque implementations detect them by themselves."""
         return not self.opaque or self.calibrator != self.provider
 
     @property
@@ -78,7 +78,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planner:
-    """What plans depend on beside the graph. provider: the graph's own; amax_group: the name of the ranks' process group, or ""."""
+    """What plans depend on besides the graph. provider: the graph's own; amax_group: the name of the ranks' process group, or ""."""
 
     options: Options
     provider: str
@@ -101,7 +101,7 @@ class Planner:
         )
 
     def unsupported(self, node: Node, trains: bool) -> str | None:
-        """Why nobody computes a site of weight GEMMs, or nobody should, as a clause; None where somebody does."""
+        """Why nothing computes a site of weight GEMMs, or nothing should, as a clause; None if something does."""
         op, recipe = site_of(node), node.meta[RECIPE]
         assert op is not None
         choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
@@ -132,8 +132,8 @@ class Planner:
                 self._hand_over(node, reader, read_by)
 
     def _hand_over(self, linears: Node, reader: Reader, read_by: Node) -> None:
-        """Notes on both plans where the gradient of a GEMM's output comes quantized from what reads it: where that is known to have a
-        scale and is wanted transposed, which costs a kernel of its own otherwise."""
+        """Notes on both plans that the gradient of a GEMM's output comes quantized from what reads the output: if the gradient's scale is
+        known, and its transposed copy is wanted, which would otherwise cost a separate kernel."""
         site = next((u for u in read_by.users if u.meta.get(PRODUCER) == read_by.name), read_by)
         plan, other = linears.meta[PLAN], site.meta[PLAN]
         op = op_of(linears)
@@ -162,7 +162,7 @@ class Planner:
         site.meta[PLAN] = replace(other, hands_gradient=(linears.name, described))
 
     def _hands(self, site: Node, read_by: Node, plan: Plan) -> bool:
-        """Whether what computes `read_by`, by itself or as the producer of a site, hands over a gradient."""
+        """Whether whatever computes `read_by`, by itself or as the producer of a site, hands over a gradient."""
         op = op_of(read_by)
         assert op is not None
         if site is not read_by:
@@ -172,7 +172,7 @@ class Planner:
         return found is not None and found.hands_gradient_of(self.case(read_by, op, plan.recipe, plan.trains))
 
     def _without_scales(self, node: Node, op: SemanticOp, trains: bool) -> Plan:
-        """An operation that is never in FP8 by itself: by the provider's kernel, where it has one; else by its definition."""
+        """An operation that is never in FP8 by itself: computed by the provider's kernel, if it has one; else by its definition."""
         found = registry.find(op, self.provider, None, self.device)
         if found is None or found.unsupported(self.case(node, op, None, trains)) is not None:
             return Plan(self.provider, None, trains)
@@ -198,7 +198,7 @@ class Planner:
         )
 
     def _gemms(self, node: Node, op: SemanticOp, trains: bool) -> None:
-        """A site of weight GEMMs, which is a site of the report for each."""
+        """A site of weight GEMMs; the report has a site for each GEMM."""
         recipe: Recipe = node.meta[RECIPE]
         choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
         implementation = choice.implementation
@@ -229,7 +229,7 @@ class Planner:
         node.meta[PLAN], node.meta[SITE] = plan, taken[0]
 
     def _remakes(self, gemms: Sequence[Gemm]) -> tuple[str, ...]:
-        """What backward makes again of these GEMMs, which share their input."""
+        """What backward recomputes for these GEMMs, which share their input."""
         x = gemms[0].x
         features = sum(fake(g.weight).numel() // int(fake(x).shape[-1]) for g in gemms)
         return MEMORY[self.options.memory].remakes(features, product(fake(x).shape[:-1]), in_memory=lies_in_memory(x))
@@ -244,7 +244,7 @@ class Planner:
         trains: bool,
         kept: Mapping[str, Any],
     ) -> tuple[registry.Producer | None, str | None]:
-        """The kernel that could make the operand, and why Inductor does, as a clause; "" where there is no such kernel."""
+        """The kernel that could make the operand, and why Inductor makes it instead, as a clause; "" if there is no such kernel."""
         op = op_of(maker)
         producer = None if op is None else registry.find_producer(op, provider, recipe, self.device)
         if maker is None or op is None or producer is None or not implementation.takes_producer:
@@ -257,7 +257,7 @@ class Planner:
         return producer, producer.unsupported(self.case(maker, op, recipe, trains, **facts, **kept))
 
     def _alone(self, node: Node, op: SemanticOp, trains: bool) -> None:
-        """A site without weights: an attention. In FP8 where that is wanted and possible, else in high precision."""
+        """A site without weights: an attention. In FP8 if that is wanted and possible, else in high precision."""
         site = Site(op.kind, site_path(node), origin_of(node), self.provider)
         wanted: Recipe | None = node.meta[RECIPE] if wants_fp8(node, self.options) else None
         plan = Plan(self.provider, None, trains)
@@ -284,7 +284,7 @@ class Planner:
     def _implemented(
         self, node: Node, op: SemanticOp, recipe: Recipe | None, trains: bool, detail: dict[str, str]
     ) -> tuple[Plan, dict[str, str]]:
-        """The plan of a site in a recipe, by the first of the providers that computes it; by its definition where none does."""
+        """The plan of a site in a recipe, by the first of the providers that computes it; by its definition if none does."""
         case, reasons = self.case(node, op, recipe, trains), dict[str, str]()
         for name in self._candidates(recipe):
             reason = registry.why_not(op, recipe, name, self.device)
@@ -301,7 +301,7 @@ class Planner:
         return Plan(self.provider, None, trains), detail | (declined if recipe is None else {"fp8": declined.get("kernel", "")})
 
     def _candidates(self, recipe: Recipe | None) -> list[str]:
-        """Who is asked, in order: TE, where it is there, has FP8 attention on a GPU."""
+        """The providers to ask, in order. TE, if available, is the one that has FP8 attention on a GPU."""
         if self.provider == "te":
             return ["te", "native"]
         if recipe is None:
@@ -311,19 +311,19 @@ class Planner:
 
 
 def _note_scale(site: Site, recipe: Recipe | None) -> None:
-    """`explain` warns where a site has this."""
+    """`explain` warns about a site with this detail."""
     if recipe is not None and recipe.mixes_tokens:
         site.detail["scale"] = "of all tokens of a call"
 
 
 def _declined(reasons: dict[str, str]) -> dict[str, str]:
-    """What is told of the kernels that were asked and do not compute a site."""
+    """What the report says about kernels that were asked and do not compute a site."""
     told = [("not TE's: " if name == "te" else "") + reason for name, reason in reasons.items() if reason]
     return {"kernel": "; ".join(told)} if told else {}
 
 
 def te_is_beside(device: torch.device) -> bool:
-    """Whether what the chosen provider has no kernel for may go to TE."""
+    """Whether TE may compute what the chosen provider has no kernel for."""
     return "te" in registry.fallbacks(device) and registry.PROVIDERS["te"].unavailable(device) is None
 
 
@@ -338,14 +338,14 @@ def is_learned(node: Any) -> bool:
 
 
 def lies_in_memory(node: Any) -> bool:
-    """Whether a value is an input of the graph or made by a GEMM or an attention: there is nothing that a kernel could be fused with."""
+    """Whether a value is an input of the graph, or computed by a GEMM or an attention: there is nothing to fuse a kernel with."""
     while site_of(node) is None and is_view(node):
         node = node.args[0]
     return site_of(node) is not None or node.op == "placeholder"
 
 
 def is_in_memory(value: Any) -> bool:
-    """Whether a value is an input of the graph or what an attention gives, seen as another shape at most."""
+    """Whether a value is an input of the graph or the result of an attention, at most viewed in another shape."""
     node, _ = origin(value)
     if node is None or tensor(node) is None or fake(node).dtype != fake(value).dtype or storage(node) != storage(value):
         return False
@@ -353,7 +353,7 @@ def is_in_memory(value: Any) -> bool:
 
 
 def is_returned_as_it_is(linears: Node) -> bool:
-    """Whether what a single linear gives is returned by the graph, by itself or in a sum: then its gradient is an input of backward."""
+    """Whether the graph returns the result of a single linear, by itself or in a sum: then its gradient is an input of backward."""
     if len(linears.users) != 1:
         return False
     (node,) = linears.users

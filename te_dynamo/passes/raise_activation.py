@@ -1,8 +1,8 @@
-"""Stage 2, activations: what `te_dynamo.ir.activation.SPELLINGS` writes out becomes `ops.activation`.
+"""Stage 2, activations: every spelling in `te_dynamo.ir.activation.SPELLINGS`, written out, becomes `ops.activation`.
 
-A pattern is the canonical graph of a spelling, so none is written here. Products and sums commute, and the numbers of a clamped
-SwiGLU may be any. A product of an activation and something else of its shape is a gated one; what makes the gate and the other, two
-linears or one, does not matter.
+A pattern is the canonical graph of a spelling, so none is written here. Products and sums commute, and the numbers of a clamped SwiGLU
+may be any. The product of an activation and another value of its shape is a gated activation, whether two linears or one make the gate
+and the other value.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from te_dynamo.ir.graph import EXAMPLE, emit, fake, is_call, operands, same_shap
 from te_dynamo.passes.canonicalize import canonicalize
 from te_dynamo.passes.rules import Match, Rule
 
-SENTINELS = {"alpha": 3.0625, "limit": 5.0625}  # what stands in a pattern for a number of the model
+SENTINELS = {"alpha": 3.0625, "limit": 5.0625}  # stand for the model's numbers in a pattern
 DEFAULTS = {"inplace": False, "approximate": "none", "min": None, "max": None}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
-# What the inputs (nodes) and numbers (names) of a pattern are in a graph, and which of its nodes stand for the pattern's own.
+# What the inputs (nodes) and numbers (names) of a pattern are in a graph, and which graph nodes match the pattern's other nodes.
 Bound = Mapping[Any, Any]
 
 
@@ -71,7 +71,7 @@ class _Valued(Interpreter):
 
 
 def _same(pattern: Any, found: Any, bound: Bound, last: bool = False) -> Bound | None:
-    """`bound`, and what is found where a pattern has `pattern`; None where that is something else. last: it is the pattern's last node."""
+    """`bound`, extended by what matches `pattern`; None if `found` does not match. last: it is the pattern's last node."""
     if not isinstance(pattern, Node):
         return _same_constant(pattern, found, bound)
     if pattern in bound:
@@ -92,7 +92,7 @@ def _same(pattern: Any, found: Any, bound: Bound, last: bool = False) -> Bound |
 
 
 def _orders(pattern: Node, found: Node) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """The arguments of both, in each order in which they may stand for each other."""
+    """The arguments of both, in each order in which they may match."""
     names = sorted(pattern.kwargs.keys() | found.kwargs.keys())
     if len(pattern.args) != len(found.args) or not set(names) <= DEFAULTS.keys():
         return []
@@ -141,7 +141,7 @@ def _match(node: Node, nodes: list[Node], spelling: str, inputs: tuple[Node, ...
 
 
 def _product(node: Node) -> Match | None:
-    """An activation, raised before, times something else."""
+    """An activation, already raised, times something else."""
     for gate, up in operands(node, torch.mul):
         if is_call(gate, ops.activation) and len(gate.args) == 1 and len(gate.users) == 1 and _alike(node, gate, up):
             return _match(node, [gate, node], gate.kwargs["spelling"], (gate.args[0], up))
@@ -162,7 +162,7 @@ def _spelled(node: Node) -> Match | None:
 
 
 def _is_inner(node: Node) -> bool:
-    """Whether a larger pattern has this node inside of it: that one is matched where it ends."""
+    """Whether this node is inside a larger pattern: that one is matched at its end."""
     last = node
     for _ in range(patterns()[0].size):
         if len(last.users) != 1:

@@ -5,7 +5,7 @@ It is read backwards from its last product:
     out           = probabilities @ v
     probabilities = softmax(scores) over the keys, with casts and dropout
     scores        = q @ k.T | baddbmm | scores times a constant | c tanh(scores / c) | scores + mask | masked_fill | where
-                    | cat(scores, sinks), all but the last column of whose probabilities counts
+                    | cat(scores, sinks), the last column of whose probabilities is dropped
 
 A product is any of `matmul`, `bmm`, `mm`, `einsum`, ...: read as a contraction, its labels give each dimension a name,
 so that the order in which q, k and v are stored does not matter. q and k may be scaled, cast up or have batch and heads
@@ -16,7 +16,7 @@ applied after it.
 
 Fully masked rows: where the mask sets scores to -inf, PyTorch's fused attention gives 0, and the softmax by hand gave NaN.
 Where it sets them to a very negative number, the row's softmax is uniform. PyTorch's fused backward recomputes it from the
-logarithm of the row's sum, which is lost beside 3e38, so its gradients are wrong: such a site stays as written (see
+logarithm of the row's sum, which is lost next to 3e38, so its gradients are wrong: such a site stays as written (see
 `select.masks_uniform_rows`) unless its mask is proved to leave a key in every row, or it is computed in FP8.
 """
 
@@ -67,9 +67,8 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Scores:
-    """product: the node that multiplies q and k; names: its dimensions; softcap: c where scores become c tanh(scores / c); masks:
-    what is applied after that, in order; heads: how many there are where a reshape of the scores tells; nodes: from the product to the
-    scores."""
+    """product: the node that multiplies q and k; names: its dimensions; softcap: c where scores become c tanh(scores / c); masks: what is
+    applied after that, in order; heads: their number, if a reshape of the scores shows it; nodes: from the product to the scores."""
 
     product: Node
     names: Names
@@ -82,8 +81,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """What multiplies v. names: the dimensions of the softmax; nodes: from the softmax to the product with v; without_last: all
-    columns of the softmax but its last."""
+    """What multiplies v. names: the dimensions of the softmax; nodes: from the softmax to the product with v; without_last: whether the
+    last column of the softmax is dropped."""
 
     softmax: Node
     names: Names
@@ -113,7 +112,7 @@ class ByHand(Rule):
     def rewrite(self, graph: Graph, match: Match) -> Node:
         site, masks = match.values["site"], match.values["masks"]
         mask = emit_mask(graph, masks, site, match.output)
-        fused = not site.softcap and site.sinks is None  # else its definition is the math as it stands
+        fused = not site.softcap and site.sinks is None  # else its definition is the math as written
         uniform = fused and any(m.fill not in (None, -math.inf) for m in masks)
         return emit_attention(graph, site, mask, match.output, uniform_rows=uniform)
 
@@ -172,7 +171,7 @@ def _is_weight(node: Any) -> bool:
 
 
 def _split_afterwards(node: Node, heads: set[int]) -> Node | None:
-    """The one user of `node`, where it splits batch and heads again."""
+    """The only user of `node`, if it splits batch and heads again."""
     user = next(iter(node.users), None)
     return user if user is not None and len(node.users) == 1 and split(user) and {fake(user).shape[1]} == heads else None
 
@@ -203,7 +202,7 @@ def _name_last_product(c: Contraction, side: int) -> tuple[Names, Operand, Names
     value = [x for x in right if x not in left]
     if len(summed) != 1 or not own or len(value) != 1 or value[0] not in c.out:
         return None
-    row = own[-1]  # what v lacks besides is broadcast: the heads
+    row = own[-1]  # any other dimension that v lacks is broadcast: the heads
     batch = [x for x in left if x not in (summed[0], row)]
     if len(batch) not in BATCH or any(x not in c.out for x in batch) or len(set(left)) != len(left):
         return None
@@ -236,7 +235,7 @@ def _name_first_product(scores: Scores) -> tuple[Operand, Operand] | None:
 
 
 def _looked_through(q: Operand, k: Operand, v: Operand, dtype: torch.dtype) -> tuple[Operand, Operand, Operand]:
-    """q, k and v as they were made; repeated heads are found in both k and v, or in neither."""
+    """q, k and v before the steps that were looked through; repeated heads are found in both k and v, or in neither."""
     q = look_through(q, dtype, STEPS - {"repeat"})
     for steps in (STEPS, STEPS - {"repeat"}):
         made_k, made_v = look_through(k, dtype, steps), look_through(v, dtype, steps - {"factor", "cast"})
@@ -281,8 +280,8 @@ def _all_but_last(index: Any) -> bool:
 
 @dataclass(frozen=True)
 class Sinks:
-    """scores: what the softmax is of, but for one more column; value: that column's, one for each head: a node of H elements, None
-    where there is none; nodes: from the scores to the softmax."""
+    """scores: the input of the softmax, without its extra column; value: that column, one element for each head: a node of H elements, None
+    if there is none; nodes: from the scores to the softmax."""
 
     scores: Any
     value: Node | None = None
@@ -290,7 +289,7 @@ class Sinks:
 
 
 def _sinks(p: Probabilities) -> Sinks | None:
-    """The sinks beside the scores, which are read without the maximum that may have been taken off them."""
+    """The sinks next to the scores; a row maximum that was subtracted from both is looked through."""
     node: Any = p.softmax.args[0]
     nodes: list[Node] = []
     if is_call(node, torch.sub) and len(node.args) == 2 and (largest := _largest_of(*node.args)):
@@ -308,7 +307,7 @@ def _sinks(p: Probabilities) -> Sinks | None:
 
 
 def _largest_of(x: Any, largest: Any) -> tuple[Node, ...]:
-    """The nodes that give the largest of the last dimension of `x`, where `largest` is that; else none."""
+    """The nodes that compute the maximum over the last dimension of `x`, if `largest` is that; else none."""
     nodes = (largest, largest.args[0]) if is_call(largest, operator.getitem) and largest.args[1] == 0 else (largest,)
     made = nodes[-1]
     if not (is_call(made, torch.max, torch.amax) or is_method(made, "max", "amax")) or made.args[0] is not x:
@@ -321,7 +320,7 @@ def _largest_of(x: Any, largest: Any) -> tuple[Node, ...]:
 
 
 def _moved(node: Node, names: Names) -> tuple[Names, int | None] | None:
-    """The names of the dimensions before a cast or view of scores, and the number of heads where it tells."""
+    """The names of the dimensions before a cast or view of scores, and the number of heads if it shows that."""
     if cast(node) is not None or is_method(node, "contiguous"):
         return names, None
     if names == ("g", "i", "j") and merged(node):
@@ -379,7 +378,7 @@ def _capped(scores: Scores | Declined | None, node: Node, factor: float) -> Scor
 
 
 def _is_shift(value: Any) -> bool:
-    """Whether `value` is a number, which the softmax cancels where it is added to all scores."""
+    """Whether `value` is a number, which the softmax cancels when it is added to all scores."""
     return isinstance(value, (int, float)) and abs(value) < 1e3
 
 

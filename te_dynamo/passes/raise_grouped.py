@@ -30,7 +30,7 @@ def _emit(graph: Graph, like: Node, x: Any, weight: Any, offsets: Any, path: str
 
 
 class GroupedMM(Rule):
-    """`grouped_mm(x [T, K], weight [E, K, N], offs=[E])`, and what transformers has in its place for dtypes that lack it."""
+    """`grouped_mm(x [T, K], weight [E, K, N], offs=[E])`, and transformers' fallback for dtypes that lack it."""
 
     kind = "grouped_linear"
     ends_at = frozenset(GROUPED)
@@ -59,7 +59,7 @@ class GroupedMM(Rule):
 
 
 def _is_gathered(operand: Any) -> bool:
-    """Whether an operand is matrices of a parameter [E, ...] that a tensor chooses."""
+    """Whether an operand consists of matrices of a parameter [E, ...] selected by a tensor."""
     chosen, _ = origin(operand)
     if chosen is None or not is_call(chosen, operator.getitem, torch.index_select):
         return False
@@ -68,7 +68,7 @@ def _is_gathered(operand: Any) -> bool:
 
 
 class BatchedProduct(Rule):
-    """A batch of matrices times a parameter with a matrix for each: all groups are of one size."""
+    """A batch of matrices times a parameter with a matrix for each: all groups have the same size."""
 
     kind = "grouped_linear"
     ends_at = frozenset(SPELLINGS)

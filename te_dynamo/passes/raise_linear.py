@@ -109,7 +109,8 @@ class Linear(Rule):
 
 
 def _before_flattening(x: Node) -> Node:
-    """What x [T, K] is [..., K] of, flattened for an operator that takes matrices: so a norm or an activation before it is seen."""
+    """The [..., K] tensor that x [T, K] was flattened from, for an operator that takes matrices; else x. So a norm or an activation before
+    it is recognized."""
     source = x.args[0] if is_call(x, torch.reshape, torch.flatten) else None
     whole = tensor(source)
     return source if whole is not None and whole.dim() > 2 and same_size(whole.shape[-1], fake(x).shape[-1]) else x  # type: ignore[return-value]
@@ -330,8 +331,8 @@ def find_weight(contraction: Contraction) -> tuple[int, WeightRef] | None:
 
 
 def _split(labels: Labels, weight_labels: Labels, out: Labels) -> tuple[Labels, Labels, Labels] | Declined | None:
-    """The labels of the activation alone, of the weight alone (its N), and of both, summed over (its K); in the order of the
-    result, and K in that of the activation, which is then a view."""
+    """The labels of the activation alone, of the weight alone (its N), and of both, summed over (its K). The first two are in the order of
+    the result; K is in that of the activation, which then only needs a view."""
     columns = tuple(label for label in labels if label in weight_labels and label not in out)
     rows = tuple(label for label in out if label not in labels)
     lead = tuple(label for label in out if label not in weight_labels)

@@ -1,7 +1,7 @@
 """Stage 2, `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`: opaque calls in Dynamo's graph, written out as linears,
 which the rules for linears then find, and `ops.attention`.
 
-A row that may see no key at all gives 0, as in PyTorch's own fused path; its path that also makes the weights
+A row that may attend to no key gives 0, as in PyTorch's own fused path; its path that also returns the weights
 (need_weights=True) and its encoder layer in inference give NaN there.
 """
 
@@ -142,13 +142,13 @@ def _masks(a: dict[str, Any], batched: bool) -> tuple[tuple[Mask, ...], bool]:
 
 
 def _mask(node: Any, names: Names) -> Mask:
-    """A mask of `nn.MultiheadAttention`: bool (True is masked), also where the module has made it float, or one that is added."""
+    """A mask of `nn.MultiheadAttention`: bool (True is masked), even if the module has made it float, or one that is added."""
     excluded = _excluded(node)
     return Mask(node, names) if excluded is None else Mask(excluded, names, fill=-math.inf)
 
 
 def _excluded(node: Any) -> Any:
-    """A bool mask: `node`, or that behind `zeros_like(mask).masked_fill(mask, -inf)`."""
+    """A bool mask: `node` itself, or the one behind `zeros_like(mask).masked_fill(mask, -inf)`."""
     if fake(node).dtype == torch.bool:
         return node
     if not (is_call(node, torch.masked_fill) or is_method(node, "masked_fill_")) or node.args[2] != -math.inf:
@@ -159,7 +159,7 @@ def _excluded(node: Any) -> Any:
 
 
 def _swapped(node: Any) -> Any:
-    """What `node` swaps the first two of three dimensions of; None where it does not."""
+    """The argument of `node`, if that swaps the first two of three dimensions; else None."""
     is_swap = is_call(node, torch.transpose) and fake(node).dim() == 3 and {int(d) % 3 for d in node.args[1:3]} == {0, 1}
     return node.args[0] if is_swap else None
 
@@ -234,7 +234,7 @@ def _emit_multi_head(
     dropout_p: float = 0.0,
     path: str = "",
 ) -> Node:
-    """The linears around an attention, and it. inputs: of three dimensions, the first two of which are `tokens`, in q's names."""
+    """An attention, and the linears around it. inputs: of three dimensions, the first two of which are `tokens`, in q's names."""
     dtype = fake(like).dtype if tensor(like) is not None else fake(inputs[0]).dtype
     q, k, v = _emit_projections(graph, like, inputs, p, dtype)
     keys = tuple("j" if name == "i" else name for name in tokens)
@@ -255,7 +255,7 @@ def _emit_multi_head(
 
 
 def _emit_projections(graph: Graph, like: Node, inputs: tuple[Any, Any, Any], p: Projections, dtype: torch.dtype) -> list[Node]:
-    """q, k and v as [tokens, tokens, heads, head size]: one linear for those that the user packed and that share an input."""
+    """q, k and v as [tokens, tokens, heads, head size]: one linear for packed projections that share an input."""
     embed = fake(inputs[0]).shape[-1]
     if p.packed is None:
         runs = [(x, weight, i, 1) for i, (x, weight) in enumerate(zip(inputs, p.separate, strict=True))]
@@ -276,12 +276,12 @@ def _emit_projections(graph: Graph, like: Node, inputs: tuple[Any, Any, Any], p:
 
 
 def _rows(graph: Graph, like: Node, packed: Any, first: int, count: int, embed: int) -> Any:
-    """The parameters of `count` projections of a packed one, from `first` on."""
+    """The parameters of `count` projections out of packed ones, from `first` on."""
     return packed if count == 3 else emit(graph, torch.narrow, (packed, 0, first * embed, count * embed), like=like)
 
 
 def _emit_linear(graph: Graph, like: Node, x: Any, weight: Any, bias: Any, dtype: torch.dtype) -> Node:
-    """A linear that gives `dtype`, as under autocast, which `emit` turns off."""
+    """A linear with a result of `dtype`, as under autocast, which `emit` turns off."""
     node = emit(graph, torch._C._nn.linear, (x, weight, bias), like=like)
     with fake_mode_of(graph):
         node.meta[EXAMPLE] = fake(node).to(dtype)

@@ -13,7 +13,7 @@ with casts, `contiguous` and views that keep the order of the elements in betwee
 quotient. Powers and means are read in every spelling that rounds differently (`canonicalize` has unified the others):
 `x * x`, `pow`, `sqrt`, `rsqrt`, `reciprocal`; `mean`, a sum divided by its length, `var_mean`.
 
-Where a norm is rounded before its weight is applied, so is what it becomes. Roundings inside of the statistics are not
+Where a norm is rounded before its weight is applied, so is its replacement. Roundings inside of the statistics are not
 kept: these are computed in float32, as Inductor computes them.
 """
 
@@ -49,8 +49,8 @@ from te_dynamo.passes.rules import Declined, Match, Rule
 
 @dataclass(frozen=True)
 class Norm:
-    """What a node was read as. dims: how many of the last dimensions are normalized; dtype: of the value; rounded: the
-    narrowest dtype that the value had until its weight was applied; round_before_weight: as in `ops.norm`."""
+    """How a node was read. dims: how many of the last dimensions are normalized; dtype: of the value; rounded: the narrowest dtype that the
+    value had until its weight was applied; round_before_weight: as in `ops.norm`."""
 
     x: Node
     kind: ops.NormKind
@@ -69,7 +69,7 @@ class Norm:
 
     @property
     def rounds(self) -> torch.dtype | None:
-        """To which dtype the value is rounded on its way to the weight; None where it is not."""
+        """The dtype that the value is rounded to before the weight; None if it is not."""
         return self.rounded if self.rounded.itemsize < self.computed_in.itemsize else None
 
     @property
@@ -167,7 +167,7 @@ def _through_casts(node: Any, read: Callable[[Node], Reading]) -> Norm | None:
 
 
 def _cast(norm: Norm, cast: Node) -> Norm | None:
-    """The norm whose result is cast. Once weighted it is not widened: that cast is not the norm's."""
+    """The norm with its result cast. After the weight, a widening cast is not part of the norm."""
     dtype = fake(cast).dtype
     if dtype.itemsize < norm.dtype.itemsize and norm.rounded in (norm.dtype, norm.computed_in):
         return replace(norm, dtype=dtype, rounded=dtype)
@@ -177,7 +177,7 @@ def _cast(norm: Norm, cast: Node) -> Norm | None:
 
 
 def _weighted(norm: Norm, weight: Any, dtype: torch.dtype) -> Norm | None:
-    """The norm times a weight, which gives a value of `dtype`."""
+    """The norm times a weight, with a result of `dtype`."""
     if norm.weight is not None or norm.bias is not None or not is_float(weight):
         return None
     centered = _zero_centered(norm, weight)
@@ -204,7 +204,7 @@ def _zero_centered(norm: Norm, weight: Any) -> Any:
 
 
 def _biased(norm: Norm, bias: Any, dtype: torch.dtype) -> Norm | None:
-    """The norm plus a bias, which gives a value of `dtype`."""
+    """The norm plus a bias, with a result of `dtype`."""
     bias = _vector(bias, norm)
     if norm.kind != "layer" or norm.bias is not None or bias is None or dtype != norm.dtype:
         return None
@@ -218,8 +218,8 @@ def _biased(norm: Norm, bias: Any, dtype: torch.dtype) -> Norm | None:
 
 
 def _vector(node: Any, norm: Norm) -> Any:
-    """A weight or bias of the normalized shape, before it was made to broadcast; there may be dimensions of one more in
-    front. None where it is not one."""
+    """A weight or bias of the normalized shape, before it was made to broadcast; it may have leading dimensions of size 1. None if it is
+    not one."""
     found = None
     while same_shape(fake(node).shape[-norm.dims :], norm.normalized_shape):  # each row of what is viewed or expanded is the vector
         extra = fake(node).dim() - norm.dims
@@ -235,7 +235,7 @@ def _vector(node: Any, norm: Norm) -> Any:
 
 
 def _nodes(output: Node, norm: Norm) -> list[Node]:
-    """The nodes that make `output` of the norm's tensors; sizes are left out."""
+    """The nodes that compute `output` from the norm's tensors; sizes are left out."""
     leaves = {norm.x, norm.weight, norm.bias}
 
     def inputs(node: Node) -> list[Node]:
@@ -306,7 +306,7 @@ class RaiseNorm(Rule):
 
 
 def _flat(graph: Graph, vector: Node | None, norm: Norm, like: Node) -> Node | None:
-    """A weight or bias without its dimensions of one in front."""
+    """A weight or bias without its leading dimensions of size 1."""
     extra = 0 if vector is None else fake(vector).dim() - norm.dims
     return emit(graph, torch.squeeze, (vector, tuple(range(extra))), like=like) if extra > 0 else vector
 

@@ -113,7 +113,7 @@ def _mean(node: Any) -> tuple[Any, tuple[int, ...]] | None:
 
 
 def keeps_rows(reduced: Any, x: Any, dims: tuple[int, ...]) -> bool:
-    """Whether what was reduced over `dims` stands beside `x` as one number for each of its rows."""
+    """Whether the result of a reduction over `dims` broadcasts against `x`, with one number for each of its rows."""
     value = tensor(reduced)
     return value is not None and same_shape(value.shape, [1 if d in dims else size for d, size in enumerate(fake(x).shape)])
 
@@ -158,7 +158,7 @@ def _moment(node: Any) -> Moment | None:
 
 
 def root_of(node: Any, exponent: float) -> Moment | None:
-    """The moment, plus eps or not, of which `node` is the power `exponent`: 0.5 or -0.5."""
+    """The moment, with or without eps, of which `node` is the power `exponent`: 0.5 or -0.5."""
     base, power = inner(node), 1.0
     while (step := _power(base)) is not None:
         base, power = inner(step[0]), power * step[1]

@@ -14,5 +14,5 @@ FAMILIES: list[list[Rule]] = [[*ATTENTION_RULES], [*GROUPED_RULES, *LINEAR_RULES
 
 
 def add_rule(rule: Rule) -> None:
-    """Has a rule applied after all others, in this process."""
+    """Applies a rule after all others, in this process."""
     FAMILIES[-1].append(rule)

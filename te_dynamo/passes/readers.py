@@ -1,4 +1,4 @@
-"""Stage 3, gradients: which operation alone reads what a GEMM gives, so that it could hand the GEMM's gradient over quantized."""
+"""Stage 3, gradients: which operation alone reads a GEMM's output, so that it could hand over the GEMM's gradient quantized."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from te_dynamo.passes.weights import is_view
 
 @dataclass(frozen=True)
 class Reader:
-    """node: the name of the operation that reads all of a GEMM's output, and nothing else does. starts, widths: which of its columns each
-    of the operation's first inputs is."""
+    """node: the name of the operation that reads all of a GEMM's output, as nothing else does. starts, widths: the columns that each of the
+    operation's first inputs consists of."""
 
     node: str
     starts: tuple[int, ...]
@@ -27,7 +27,7 @@ class Reader:
 
 
 class _Columns(NamedTuple):
-    """What an input is of a group of linears; chain: the nodes between the two."""
+    """The columns of a group of linears that an input is a view of; chain: the nodes in between."""
 
     group: Node
     start: int
@@ -45,12 +45,13 @@ def note_readers(graph: Graph, where: dict[Node, tuple[int, bool]]) -> None:
 
 
 def reads_a_gemm_alone(node: Node, inputs: int, where: dict[Node, tuple[int, bool]]) -> bool:
-    """Whether the first inputs of a node are all that a GEMM gives, and nothing else reads it."""
+    """Whether the first inputs of a node are a GEMM's whole output, and nothing else reads it."""
     return bool(_read_alone(node, inputs, where))
 
 
 def _read_alone(node: Node, inputs: int, where: dict[Node, tuple[int, bool]]) -> list[_Columns]:
-    """What the first inputs of a node are of the GEMM that it alone reads, all of it, in the same region; [] where it does not."""
+    """The columns of a GEMM's output that the first inputs of a node are, if the node alone reads it, all of it, in the same region; else
+    []."""
     given = node.args[:inputs]
     found = [c for c in map(_columns, given) if c is not None]
     if not found or len(found) < len(given) or len({c.group for c in found}) > 1:
@@ -72,7 +73,7 @@ def _is_alone(found: list[_Columns], reader: Node) -> bool:
 
 
 def _columns(value: Any) -> _Columns | None:
-    """The columns of a GEMM's output that `value`, whose other dimensions are the tokens, is a view of; None where it is no such view."""
+    """The columns of a GEMM's output that `value` is a view of, its other dimensions being the tokens; None if it is no such view."""
     node, chain = value, list[Node]()
     while is_view(node) and not is_call(node.args[0], ops.linears):
         chain.append(node)
@@ -99,7 +100,7 @@ def _columns(value: Any) -> _Columns | None:
 
 
 def _sizes(group: Node) -> list[int]:
-    """How many columns each linear of a group gives."""
+    """The number of columns of each linear in a group."""
     weights: Any = group.args[1]
     return [int(fake(w).shape[0]) for w in weights]
 
@@ -109,5 +110,5 @@ def _is_number(size: Any) -> bool:
 
 
 def _is_inside(stride: Any, pitch: int) -> bool:
-    """Whether a dimension goes along a row. A symbolic stride goes from row to row."""
+    """Whether a dimension runs along a row. One with a symbolic stride runs from row to row."""
     return _is_number(stride) and stride < pitch

@@ -1,4 +1,4 @@
-"""Inline regions of a Dynamo graph: autocast, grad mode and torch.func's transforms are calls that stand before the nodes they govern."""
+"""Inline regions of a Dynamo graph: autocast, grad mode and torch.func's transforms are calls that precede the nodes they govern."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""RoPE, however it is written, read as what it does to the features of a head.
+"""RoPE, however it is written, recognized by what it does to the features of a head.
 
-Between a value x [..., D] and what RoPE makes of it there are only slices, joins, signs, and products with tables of cosines and
-sines. So each feature of the result is a sum of features of x, each with a sign and at most one entry of a table. It is RoPE if
-feature d is x[d] cos[d] -+ x[partner of d] sin[d]: whether halves or neighbors turn together, all features or some, by tables with an
-entry for each feature or for each pair. The complex product is the same in another notation.
+Between a value x [..., D] and the result of RoPE there are only slices, joins, signs, and products with tables of cosines and sines. So
+each feature of the result is a sum of features of x, each with a sign and at most one entry of a table.
+It is RoPE if feature d is x[d] cos[d] -+ x[partner of d] sin[d]: whether the pairs are halves or neighbors, all features rotate or some,
+and the tables have an entry for each feature or for each pair. The complex product is the same in another notation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.fx import Node
 from te_dynamo.ir.graph import EXAMPLE, fake, is_call, is_method, operands, same_shape, tensor
 from te_dynamo.ir.qkv import Rotary
 
-NEAR = 12  # how many nodes back from its result x is looked for; it is nine in the longest spelling known
+NEAR = 12  # how many nodes before its result x is searched for; the longest spelling known takes nine
 JOINS = (torch.cat, torch.concat)
 RESHAPES = (torch.reshape, torch.flatten, torch.unflatten)
 
@@ -37,7 +37,7 @@ def same_table(a: Table, b: Table) -> bool:
 
 
 def _same(a: Any, b: Any, depth: int = 8) -> bool:
-    """Whether two values are one, or were computed in the same way of the same."""
+    """Whether two values are the same, or computed in the same way from the same values."""
     if a is b or not isinstance(a, Node) or not isinstance(b, Node):
         return a is b or (isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and _all_same(a, b, depth)) or _equal(a, b)
     if not depth or a.op != b.op or a.op not in ("call_function", "call_method") or a.target != b.target:
@@ -55,8 +55,8 @@ def _equal(a: Any, b: Any) -> bool:
 
 @dataclass(frozen=True)
 class Rope:
-    """x: what is turned; cos, sin: tables that broadcast against x, of as many entries as features turn, `width`, or half as many;
-    nodes: all between x and the result, that too."""
+    """x: what is rotated; cos, sin: tables that broadcast against x, with `width` entries, one for each feature that rotates, or half as
+    many; nodes: all after x up to the result, which is among them."""
 
     x: Node
     cos: Table
@@ -78,7 +78,7 @@ class Term:
         return Term(change(self.sign), change(self.source), change(self.entry))
 
 
-Features = dict[Table | None, Term]  # by what x's features are multiplied with; None for 1
+Features = dict[Table | None, Term]  # by the table that x's features are multiplied by; None for 1
 Complex = tuple[Features, Features]  # the real parts and the imaginary ones
 
 
@@ -96,7 +96,7 @@ def read_rope(node: Any) -> Rope | None:
 
 
 def _candidates(node: Node) -> Iterator[Node]:
-    """What could be x: values of the result's shape not far before it, the nearest first."""
+    """Candidates for x: values of the result's shape not far before it, the nearest first."""
     shape, seen, reached = fake(node).shape, {node}, [node]
     for _ in range(NEAR):
         reached = [n for node in reached for n in node.all_input_nodes if n not in seen and not seen.add(n)]  # type: ignore[func-returns-value]
@@ -104,13 +104,13 @@ def _candidates(node: Node) -> Iterator[Node]:
 
 
 class _Reader:
-    """Reads nodes as functions of the features of x; `known` has what each was read as, None where it is no such function."""
+    """Reads nodes as functions of the features of x; `known` has what each was read as, None if it is no such function."""
 
     def __init__(self, x: Node) -> None:
         n = np.arange(int(fake(x).shape[-1]))
         self.x = x
         self.tables: list[Table] = []
-        self.split: list[Node] = []  # what gives several tensors
+        self.split: list[Node] = []  # nodes with several results
         self.known: dict[Any, Any] = {x: {None: Term(np.ones_like(n), n, n)}}
 
     def nodes(self) -> tuple[Node, ...]:
@@ -169,7 +169,7 @@ class _Reader:
         return None if table.is_complex() else _times(features, self._table(by), table)
 
     def _table(self, node: Node, part: int | None = None) -> Table:
-        """A table, the same one where it was computed anew."""
+        """A table; one that was computed again is the same table."""
         table = Table(node, part)
         known = next((t for t in self.tables if same_table(t, table)), table)
         if known is table:
@@ -239,7 +239,7 @@ def _reshaped(features: Features, before: Sequence[Any], after: Sequence[Any]) -
 
 
 def _indexed(features: Features, index: Any, rank: int) -> Features | None:
-    """x[..., i]: an index of the features alone."""
+    """x[..., i]: an index into the features only."""
     parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     if None in parts or any(isinstance(p, (Node, list)) for p in parts):
         return None
@@ -255,7 +255,7 @@ def _indexed(features: Features, index: Any, rank: int) -> Features | None:
 
 
 def _axis(dim: Any, of: Any, features: Features) -> int | None:
-    """Which dimension of the features `dim` is; None where it is none of theirs."""
+    """Which dimension of the features `dim` is; None if it is not one of theirs."""
     rank, ndim = fake(of).dim(), next(iter(features.values())).sign.ndim
     axis = dim % rank - (rank - ndim) if isinstance(dim, int) else -1
     return axis if axis >= 0 else None
@@ -291,13 +291,13 @@ def _as_rope(x: Node, features: Any, nodes: tuple[Node, ...]) -> Rope | None:
 
 
 def _passes(rest: Term | None, width: int, every: np.ndarray) -> bool:
-    """Whether what does not turn is as it was."""
+    """Whether the features that do not rotate are unchanged."""
     if rest is None:
         return width == len(every)
     return not rest.sign[:width].any() and (rest.sign[width:] == 1).all() and (rest.source == every)[width:].all()
 
 
 def _covers(table: Table, entry: np.ndarray, features: np.ndarray, pairs: np.ndarray) -> bool:
-    """Whether a table has an entry for each feature that turns, or for each pair, in order."""
+    """Whether a table has an entry for each feature that rotates, or for each pair, in order."""
     size = fake(table.node).shape[-1]
     return bool((size == len(features) and (entry == features).all()) or (2 * size == len(features) and (entry == pairs).all()))

@@ -1,5 +1,5 @@
 """Which linears are routers of a mixture of experts: the largest of their results choose the experts. They stay in high precision unless
-the user includes them, since a choice that goes otherwise is an error that no precision makes good."""
+the user includes them, since no later precision makes up for a wrong choice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from te_dynamo.ir.graph import is_call, is_method, tensor
 
 CHOICES: tuple[Any, ...] = (torch.topk, torch.argmax, torch.sort, torch.argsort)
 CHOICE_METHODS = ("topk", "argmax", "sort", "argsort")
-# From a score to the choice: what keeps an entry for each expert.
+# Operations between a score and the choice that keep an entry for each expert.
 SCORES: frozenset[Any] = frozenset(
     {
         torch.add,

@@ -1,4 +1,4 @@
-"""Which of the raised sites are taken: what the user skips, the logits, what no provider can do, what would not pay."""
+"""Which of the raised sites are taken; left are those that the user skips, the logits, and what no provider can do or would not pay."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_ena
 
 
 def masks_uniform_rows(gm: GraphModule, options: Options) -> dict[str, str]:
-    """The attentions that a fused kernel would give wrong gradients, as `select` gives them; to be asked when masks are simplified."""
+    """The attentions for which a fused kernel would give wrong gradients, in the form of `select`'s result; to be called after masks are
+    simplified."""
     return {origin_of(n): UNIFORM for n in gm.graph.nodes if UNIFORM_ROWS in n.meta and _has_mask(n) and not wants_fp8(n, options)}
 
 
@@ -69,7 +70,7 @@ def _has_mask(node: Node) -> bool:
 
 
 def wants_fp8(node: Node, options: Options) -> bool:
-    """Whether a site is to be computed in FP8, if it can be. A site without weights has an option by the name of its kind."""
+    """Whether a site should be computed in FP8, if it can be. A site without weights has an option named after its kind."""
     recipe, op = node.meta[RECIPE], site_of(node)
     if recipe is None or op is None or op.gemms(node):
         return recipe is not None
@@ -93,7 +94,7 @@ def _reason(node: Node, kept: str | None, options: Options, unsupported: Unsuppo
 
 
 def against_wishes(reason: str | None) -> bool:
-    """Whether a site that was left for this reason was asked for in FP8: no norm by itself is, nor what a pattern skips."""
+    """Whether a site that was left for this reason was wanted in FP8: a norm by itself never is, nor is what a pattern skips."""
     return reason != UNREAD and not (reason or "").startswith(SKIPPED)
 
 

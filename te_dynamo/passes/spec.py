@@ -1,4 +1,4 @@
-"""What may stand in the graph after each stage: which targets, with which arguments and which metadata.
+"""What is allowed in the graph after each stage: which targets, with which arguments and which metadata.
 
 A spec is a table. `check` reads a graph against it and gives every violation as a sentence that names the node, its
 target, what is wrong and the remedy. The tests check each stage's output, and so does the option `verify`.
@@ -40,7 +40,7 @@ class SpecError(AssertionError):
 
 
 class Ban(NamedTuple):
-    """A target that may not stand, where `when` holds for the node, and what to write instead."""
+    """A target that is not allowed where `when` holds for the node, and what to write instead."""
 
     remedy: str
     when: Callable[[Node], bool] = lambda node: True
@@ -59,8 +59,8 @@ GraphCheck = Callable[[GraphModule], Iterable[tuple[Node, Problem]]]
 class Spec:
     """What a stage's output must be.
 
-    semantic: whether a semantic op may stand in it, and why the others may not; functions, methods: targets that may not stand;
-    metadata: the keys that semantic ops must carry, and the type of each; node_checks, graph_checks: what a table cannot say.
+    semantic: whether a semantic op is allowed in it, and why the others are not; functions, methods: targets that are not allowed;
+    metadata: the keys that semantic ops must carry, and the type of each; node_checks, graph_checks: what a table cannot express.
     """
 
     name: str
@@ -159,7 +159,7 @@ def _arguments(op: SemanticOp, node: Node) -> Iterator[Problem]:
     misfits = [(name, value, kind) for name, value, kind in given if not fits(value, kind)]
     for name, value, kind in misfits:
         yield Problem(f"{name}={value!r} is not {_spelled(kind)}", "see the docstring of the op")
-    if not misfits and example(node) is not None:  # no value at all is told by `_has_value`
+    if not misfits and example(node) is not None:  # `_has_value` reports a missing value
         for broken in op.broken_invariants(node):
             yield Problem(f"invariant violated: {broken}", "the rule that makes the node must see to it, or decline")
 
@@ -230,7 +230,7 @@ def _canonical_shape(node: Node) -> Iterator[Problem]:
 
 
 def _state_inputs_last(gm: GraphModule) -> Iterator[tuple[Node, Problem]]:
-    """The state's inputs come after the user's, in their order, and are what AOTAutograd and Dynamo want to see."""
+    """The state's inputs come after the user's, in their order, and are what AOTAutograd and Dynamo expect."""
     reached = -1
     for node in (n for n in gm.graph.nodes if n.op == "placeholder"):
         rank = _rank(node)
@@ -253,7 +253,7 @@ def _rank(node: Node) -> int:
 
 def _state_input(node: Node) -> Iterator[Problem]:
     value, name = tensor(node), str(node.target)
-    kept = name.startswith("te_weight") and not node.meta.get("tensor_dict")  # weights of training: made anew when they have changed
+    kept = name.startswith("te_weight") and not node.meta.get("tensor_dict")  # training's weights: remade when they have changed
     if not kept and node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") != "unguarded":
         yield Problem("not marked as a static input", 'meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}')
     if value is None:
@@ -348,7 +348,7 @@ CANONICAL = Spec(
 
 
 def _stands_alone(op: SemanticOp) -> bool:
-    """Whether it is as a rule makes it, and no group."""
+    """Whether it is an op that a rule makes, not a group."""
     return op.name not in {other.grouped for other in all_ops()}
 
 
@@ -376,7 +376,7 @@ STATEFUL = replace(
 )
 LOWERED = Spec(
     name="lower",
-    semantic=lambda op: not op.owns_gemms,  # what nobody implements is computed by its definition: Inductor fuses it
+    semantic=lambda op: not op.owns_gemms,  # what nothing implements is computed by its definition: Inductor fuses it
     no_other_semantic="the provider's lowering replaces it",
     node_checks=(_has_value, _lowered_target, _not_lowered),
     graph_checks=(_state_inputs_last,),

@@ -1,4 +1,4 @@
-"""Undoing rewrites: a site that is not taken after all becomes again what the user wrote."""
+"""Undoing rewrites: a site that is not taken after all becomes what the user wrote again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from te_dynamo.sites import Sites
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A pattern and what it became. output: the node that was replaced, called name; new: what replaced it; added: all new nodes;
-    quiet: whether it is no declined site when it is put back."""
+    """A pattern and what it became. output: the node that was replaced, called name; new: its replacement; added: all new nodes; quiet:
+    whether restoring it records no declined site."""
 
     kind: str
     output: Node
@@ -67,7 +67,7 @@ class Rewrites:
         made: dict[Node, Node] = {}
 
         def original(node: Node) -> Node:
-            """`node` as it was: itself, what still stands for it, or a copy."""
+            """`node` as it was: itself, a replacement that is still in place, or a copy."""
             if node in made:
                 return made[node]
             if not node._erased and node not in gone:

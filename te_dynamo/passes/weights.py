@@ -35,8 +35,8 @@ METHOD_VIEWS = ("to", "type", "contiguous", "detach")
 
 @dataclass(frozen=True)
 class WeightRef:
-    """root: the parameter's placeholder; chain: the casts and views that lead from it to the node asked about, in order.
-    computed: it is more than cast and viewed on the way, and others may go into it too."""
+    """root: the parameter's placeholder; chain: the casts and views that lead from it to the node asked about, in order. computed: more
+    than casts and views lead there, and other parameters may go into it too."""
 
     root: Node
     chain: tuple[Node, ...]
@@ -44,14 +44,14 @@ class WeightRef:
 
 
 def weight_of(node: Any) -> WeightRef | None:
-    """The parameter behind `node`, or None where there is none, or where it is more than cast and viewed."""
+    """The parameter behind `node`; None if there is none, or if it is more than cast and viewed."""
     root, chain = origin(node)
     return WeightRef(root, chain) if root is not None and is_parameter(root) else None
 
 
 def weight_of_gemm(node: Any) -> WeightRef | None:
-    """The parameter by which the weight of a GEMM is known: the one that it is, or, where it is computed from parameters (weight norm,
-    pruning and other parametrizations, a merged adapter), the first of them that has its shape. None where there is none."""
+    """The parameter that stands for the weight of a GEMM: the weight itself or, if that is computed from parameters (weight norm, pruning
+    and other parametrizations, a merged adapter), the first of them that has its shape. None if there is none."""
     ref, value = weight_of(node), tensor(node)
     if ref is not None or value is None or not depends_on_weights_only(node):
         return ref
@@ -61,7 +61,7 @@ def weight_of_gemm(node: Any) -> WeightRef | None:
 
 
 def origin(node: Any) -> tuple[Node | None, tuple[Node, ...]]:
-    """The node that `node` is a cast or view of, and what leads from it to `node`."""
+    """The node that `node` is a cast or view of, and the nodes that lead from it to `node`."""
     chain: list[Node] = []
     while is_view(node):
         chain.append(node)
@@ -95,7 +95,7 @@ def is_owned(node: Node) -> bool:
 
 
 def is_frozen(node: Node) -> bool:
-    """Whether a placeholder is a parameter that does not learn."""
+    """Whether a placeholder is a parameter that is not trained."""
     return is_owned(node) and not fake(node).requires_grad
 
 

@@ -78,7 +78,7 @@ class Arena:
     # -- slots
 
     def take(self, direction: int, count: int) -> range:
-        """Unset slots, side by side."""
+        """Takes `count` unset slots with consecutive numbers."""
         free = self.free[direction]
         reused = next((run for i in sorted(free) if set(run := range(i, i + count)).issubset(free)), None)
         if reused is not None:
@@ -112,9 +112,9 @@ class Arena:
 
     @torch.no_grad()
     def configure(self, direction: int, indices: Sequence[int], recipe: DelayedScaling, roles: Sequence[str] = ()) -> None:
-        """Gives slots their recipe. A history keeps what fits its new length, a scale is adapted to the new range.
+        """Gives slots their recipe. A history keeps the entries that fit its new length; a scale is adapted to the new range.
 
-        roles: of each slot, for its margin; without them the recipe's own, or 0.
+        roles: one for each slot, which decides its margin; without them the recipe's own margin, or 0.
         """
         role = dict(zip(indices, roles, strict=True)) if roles else {}
         where = [i for i in indices if self.recipes[direction].get(i) != recipe]
@@ -153,7 +153,7 @@ class Arena:
 
     @torch.no_grad()
     def write(self, direction: int, index: int, scale: Tensor, history: Tensor) -> None:
-        """Sets a slot's scale, and its history [length] in TE's order. What entry 0 holds is recorded again."""
+        """Sets a slot's scale, and its history [length] in TE's order. Entry 0 becomes the recorded amax."""
         self.scale[direction, index] = scale
         self.cursor[direction, index] = 0
         self.history[direction, index] = 0
@@ -165,7 +165,7 @@ class Arena:
 
     @torch.no_grad()
     def unite(self, direction: int, indices: Sequence[int]) -> None:
-        """These slots have one scale from now on, that of the largest amax: the tensors of one GEMM do."""
+        """Makes these slots share one scale from now on, that of the largest amax, as the tensors of one GEMM do."""
         union, where = self.union[direction], list(indices)
         if bool((union[where] == union[where[:1]]).all()):
             return
@@ -180,7 +180,7 @@ class Arena:
                 self.write(direction, i, smallest, history)
 
     def _leave_union(self, direction: int, index: int) -> None:
-        """Takes a slot out of its union, whose number it may have given."""
+        """Takes a slot out of its union, which may have that slot's number."""
         union = self.union[direction]
         others = (union == union[index]).nonzero().flatten().tolist()
         others.remove(index)
@@ -192,7 +192,7 @@ class Arena:
 
     @torch.no_grad()
     def roll(self, reduce: Callable[[Tensor], None] | None = None, *, first_stays_unset: bool = False) -> None:
-        """Recorded amaxes enter the histories, and new scales come out. A slot without a new amax does not move.
+        """Moves the recorded amaxes into the histories and computes new scales. A slot without a new amax does not move.
 
         A fixed number of kernels, however many slots there are; on a GPU one for the update itself. reduce: max-reduces the
         amaxes [2, n] over a group's ranks. first_stays_unset: a slot that rolls for the first time gets no scale yet.
@@ -291,6 +291,6 @@ def ordered(history: Tensor, cursor: Tensor, length: int) -> Tensor:
 
 
 def _resized(history: Tensor, length: int) -> Tensor:
-    """A history in TE's order, made shorter (the oldest go) or longer."""
+    """A history in TE's order, made shorter (the oldest entries go) or longer."""
     newest = history[1:][max(0, len(history) - length) :]
     return torch.cat([history[:1], history.new_zeros(length - 1 - len(newest)), newest])

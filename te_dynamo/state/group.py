@@ -1,4 +1,4 @@
-"""The slots of one graph's sites for one set of weights, packed as the graph wants them."""
+"""The slots of one graph's sites for one set of weights, packed as the graph takes them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Group:
             self.sink.register_post_accumulate_grad_hook(_drop_gradient)
 
     def complete(self, gradients: bool) -> bool:
-        """Whether all scales are set. Looked up once for each version of the arena, since on a GPU it waits for the device."""
+        """Whether all scales are set. Checked once for each version of the arena, since on a GPU the check waits for the device."""
         if self._complete != self.arena.version:
             scales = (self.arena.scale[d][self.where[d]] for d in (DIRECTIONS if gradients else (FORWARD,)))
             if all(bool((scale > 0).all()) for scale in scales):
@@ -51,8 +51,8 @@ class Group:
         return not owners or any(owner.training for owner in owners)
 
     def scales(self, direction: int, snapshot: bool, alone: bool = False) -> Tensor:
-        """[slots] f32; a snapshot is a copy that no later roll reaches. alone: other ranks may not make this call, so what is unset
-        is -0: a first scale is not waited for."""
+        """[slots] f32; a snapshot is a copy that later rolls do not change. alone: other ranks may not make this call, so unset scales are
+        -0: the first scale is not agreed on with them."""
         where = self.where[direction]
         scale = self.arena.scale[direction]
         if isinstance(where, slice):
@@ -62,8 +62,8 @@ class Group:
         return torch.where(result == 0, -0.0, result) if alone else result
 
     def sink_place(self, node: Any) -> int | None:
-        """Where the sink is among the inputs of an autograd function; None where it is not. Looked up once for each compiled graph,
-        which is a class of these: autograd makes an object of every input to tell."""
+        """The position of the sink among the inputs of an autograd function; None if it is not one. Looked up once for each compiled graph,
+        which has its own class of autograd function: the lookup has autograd make an object for every input."""
         if type(node) not in self._sink_places:
             edges = [getattr(function, "variable", None) is self.sink for function, _ in node.next_functions]
             self._sink_places[type(node)] = edges.index(True) if any(edges) else None
@@ -71,7 +71,7 @@ class Group:
 
     @torch.no_grad()
     def record(self, direction: int, amax: Tensor) -> None:
-        """Max-writes the amaxes [slots] of a call or of a backward."""
+        """Records the amaxes [slots] of a call or of a backward: the maximum with what was recorded before."""
         where, target = self.where[direction], self.arena.amax[direction]
         if isinstance(where, slice):
             torch.maximum(target[where], amax, out=target[where])
@@ -96,7 +96,7 @@ class FakeGroup(Group):
 
 @torch.compiler.disable
 def _drop_gradient(sink: Tensor) -> None:
-    """What arrives at a sink was taken on the way (`ScaleState.watch_backward`)."""
+    """The gradient that arrives at a sink was already taken on the way (`ScaleState.watch_backward`)."""
     sink.grad = None
 
 

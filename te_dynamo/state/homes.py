@@ -1,11 +1,11 @@
-"""Which slots belong to a weight. A slot's owner is the module that holds the weight, under the attribute by which it does.
+"""Which slots belong to a weight. A slot's owner is the module that holds the weight, with the attribute that holds it.
 
-A compiled graph gets tensors only, so slots are looked up by the weight's id; at its first call the garbage collector is
-asked which modules hold it. So a weight that replaces another takes over its slots, a deep copy gets slots of its own, and
-modules that share a weight share its slots.
+A compiled graph gets only tensors, so slots are looked up by the weight's id; at its first call the garbage collector is asked which
+modules hold it. So a weight that replaces another takes over its slots, a deep copy gets its own slots, and modules that share a weight
+share its slots.
 
-An id may become another tensor's, so what is found by it must still hold the weight (`Holders.has`). No weight that a module
-holds is referred to weakly, since `torch.utils.swap_tensors` refuses such tensors.
+An id may be reused for another tensor, so whatever is found by id must still hold the weight (`Holders.has`). No weight that a module
+holds is referenced weakly, since `torch.utils.swap_tensors` refuses such tensors.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Slot = tuple[int, str]  # (ordinal of the visit in a call, role)
 
 
 class Holders:
-    """Who holds a weight: modules, each under an attribute; of a weight that no module holds, this does, weakly."""
+    """What holds a weight: modules, each under an attribute. If no module does, this object refers to the weight, weakly."""
 
     def __init__(self, places: Sequence[tuple[nn.Module, str]], weight: Tensor | None = None) -> None:
         self.modules: dict[Place, weakref.ref[nn.Module]] = {(id(m), attribute): weakref.ref(m) for m, attribute in places}
         self.weight = None if places or weight is None else weakref.ref(weight)
 
     def has(self, identity: int) -> bool:
-        """Whether the tensor of this id is held."""
+        """Whether the tensor with this id is held."""
         if self.weight is not None and id(self.weight()) == identity:
             return True
         for (_, attribute), reference in self.modules.items():
@@ -41,13 +41,13 @@ class Holders:
         return False
 
     def alive(self) -> list[Any]:
-        """The modules that are still there; the weight, where none holds it."""
+        """The modules that still exist; the weight itself, if no module holds it."""
         references = self.modules.values() if self.weight is None else [self.weight]
         return [thing for reference in references if (thing := reference()) is not None]
 
 
 class Location(NamedTuple):
-    """Where a slot is. direction, number: in the tensors of its arena."""
+    """Where a slot is. direction, number: its position in the tensors of its arena."""
 
     arena: Any
     direction: int
@@ -57,8 +57,8 @@ class Location(NamedTuple):
 class Home:
     """The slots of one weight: `slots[ordinal, role]`.
 
-    identity: the id of the weight. routes: by ordinal, the relative path from the weight's module to a site without weights whose
-    slots are kept here too (an attention): how many names to strip from the module's path, and which to append.
+    identity: the id of the weight. routes: by ordinal, for a site without weights (an attention) whose slots are kept here too, the
+    relative path from the weight's module to it: how many names to strip from the module's path, and which to append.
     """
 
     def __init__(self) -> None:
@@ -75,8 +75,8 @@ class Homes:
     """All homes, by weight and by the places that hold it."""
 
     def __init__(self, release: Callable[[Home], None], forget: Callable[[int], None]) -> None:
-        """release: called with a home that has no owner left; forget: with the id of a module or weight that is gone, or of a weight
-        that another replaced."""
+        """release: called with a home that has no owner left; forget: called with the id of a module or weight that is gone, or of a weight
+        that was replaced."""
         self.by_weight: dict[int, Home] = {}
         self.by_place: dict[Place, Home] = {}
         self.watched: dict[int, weakref.finalize] = {}
@@ -104,16 +104,16 @@ class Homes:
         return home
 
     def _vacant(self, holders: Holders) -> Home | None:
-        """The home in these places whose weight was replaced."""
+        """The home at these places, if its weight was replaced."""
         homes = (self.by_place.get(place) for place in holders.modules)
         return next((home for home in homes if home is not None and not home.holders.has(home.identity)), None)
 
     def holders(self, weight: Tensor) -> Holders:
-        """Who holds a weight."""
+        """What holds a weight."""
         return self.all_holders([weight])[0]
 
     def all_holders(self, weights: Sequence[Tensor]) -> list[Holders]:
-        """Who holds each weight; searches again, once, if those of the last search do not."""
+        """What holds each weight; searches again, once, if the last search does not answer that."""
         if not all(map(self._is_known, weights)):
             self.known = {i: holders for i, holders in self.known.items() if holders.weight is not None} | _all_holders()
         for weight in weights:
@@ -125,7 +125,7 @@ class Homes:
         return id(weight) in self.known and self.known[id(weight)].has(id(weight))
 
     def watch(self, weight: Tensor) -> list[int]:
-        """Calls `forget` when one of those who hold this weight is gone: with one of these ids."""
+        """Calls `forget` with the id of any holder of this weight that is gone; returns these ids."""
         things = self.holders(weight).alive()
         for thing in things:
             if id(thing) not in self.watched:
@@ -153,7 +153,7 @@ class Homes:
 
 
 def _all_holders() -> dict[int, Holders]:
-    """Who holds which parameter, by the parameter's id: every module of this process."""
+    """What holds each parameter, by the parameter's id: over every module of this process."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in MODULES.all():
         for attribute, parameter in (module.__dict__.get("_parameters") or {}).items():
@@ -171,9 +171,9 @@ def _modules_among(objects: Iterable[Any]) -> list[nn.Module]:
 
 
 class Modules:
-    """Every module of this process; of those that `gc.freeze()` hid from the garbage collector's list, the ones that can be reached.
+    """Every module of this process; of those that `gc.freeze()` hid from the garbage collector's list, only the ones that can be reached.
 
-    To reach them takes seconds, so it is done once after each freeze, which is noticed by a marker.
+    Reaching them takes seconds, so it is done once after each freeze, which a marker detects.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ MODULES = Modules()
 
 
 def _hidden(visible: Sequence[Any]) -> list[Any]:
-    """Every object that can be reached and that the garbage collector does not list."""
+    """Every reachable object that the garbage collector does not list."""
     reached = {id(thing): thing for thing in visible}
     hidden: list[Any] = []
     layer: list[Any] = [*visible, _variables()]
@@ -208,7 +208,7 @@ def _hidden(visible: Sequence[Any]) -> list[Any]:
 
 
 def _variables() -> list[Any]:
-    """Where a search for what is reached begins: what modules of Python and the functions that are running hold."""
+    """Where the search for reachable objects begins: what Python's modules and the running functions hold."""
     found: list[Any] = [sys.modules]
     for thread, frame in sys._current_frames().items():
         step: Any = frame.f_back if thread == threading.get_ident() else frame  # not this function's own, which would hold itself

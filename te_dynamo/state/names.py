@@ -24,7 +24,7 @@ Model = nn.Module | Mapping[str, Any]
 
 
 def modules_of(model: Model) -> Iterator[tuple[str, nn.Module | Tensor]]:
-    """A model's modules by path, wrappers apart. A mapping gives names to modules, and to tensors, which come as they are."""
+    """A model's modules by path, without wrappers. A mapping names modules and tensors; tensors are yielded as they are."""
     roots = {"": model} if isinstance(model, nn.Module) else model
     for name, root in roots.items():
         if isinstance(root, Tensor):
@@ -88,13 +88,13 @@ def slots_of(state: ScaleState, model: Model) -> dict[str, tuple[Home, Slot]]:
 
 
 def roles() -> Iterator[str]:
-    """Every role that an operation has, as names end in it."""
+    """Every role of any operation, as slot names end in it."""
     for op in all_ops():
         yield from (*op.roles.saved_forward, *op.roles.saved_gradient)
 
 
 def kind_of(role: str) -> str:
-    """ "attention" of "attention.q": what has no weight of its own, and stands at the path of its module; "" of a linear's."""
+    """ "attention" of "attention.q": a site without a weight of its own, named by the path of its module; "" for a linear's role."""
     return role.rpartition(".")[0]
 
 

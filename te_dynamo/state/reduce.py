@@ -1,7 +1,7 @@
-"""Data parallel: the amaxes of all ranks count, so that all have the same scales. One collective at each roll.
+"""Data parallel: amaxes are reduced over all ranks, so that all have the same scales. One collective for each roll.
 
-Ranks agree on the order of slots by the order in which they were made, which is the program's. A slot that is given back
-keeps its place in that order, since each rank collects its garbage in its own time.
+Ranks agree on the order of slots because they create them in the order of the program. A slot that is given back keeps its place in that
+order, since each rank collects its garbage in its own time.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Reduction:
             self.slots.setdefault((arena, process_group), _ReducedSlots()).add(slots)
 
     def of(self, arena: Arena) -> Callable[[Tensor], None] | None:
-        """What reduces the amaxes [2, n] of an arena, None if no other rank counts."""
+        """A function that reduces the amaxes [2, n] of an arena, None if no other rank counts."""
         reduced = [(slots, process_group) for (owner, process_group), slots in self.slots.items() if owner is arena]
 
         def reduce(amax: Tensor) -> None:

@@ -1,10 +1,10 @@
 """All slots of this process: how a call finds its own, and when they roll.
 
-The contract is Transformer Engine's delayed scaling: the scale used at step n comes from the amaxes before n; a roll moves
-the recorded amaxes into the histories and makes new scales. All slots of a device roll at once: when a backward of a call
-that recorded has ended, or, for a forward whose backward never came, when one of its slots is visited again. A recomputed
-forward runs inside a backward, reads the scales that the first one read and records the same amaxes: nothing moves, nor between
-the calls of a block that are checkpointed.
+The contract is Transformer Engine's delayed scaling: the scale used at step n comes from the amaxes before n; a roll moves the recorded
+amaxes into the histories and computes new scales. All slots of a device roll at once: when the backward of a call that recorded has
+ended or, if a forward's backward never came, when one of its slots is visited again. A recomputed forward runs inside a backward, reads
+the same scales as the first one and records the same amaxes, so nothing moves; nor does anything move between the calls of a
+checkpointed block.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ScaleState:
     def __init__(self) -> None:
         self.arenas: dict[torch.device, Arena] = {}
         self.homes = Homes(self._release, self._forget)
-        # By who holds a weight: the entries of tables that are dropped when that is gone: (id of the table, key) -> the table.
+        # By the id of a weight or of its holder: the table entries to drop when that is gone, as (id of the table, key) -> the table.
         self.cache_entries: dict[int, dict[tuple[int, Any], dict[Any, Any]]] = {}
         self.pending_loads: list[Any] = []  # scale states that were loaded before their slots existed
         self.reduction = Reduction()
@@ -70,12 +70,12 @@ class ScaleState:
         self.steps = 0  # of training: the rolls after a backward
         self.visited: set[tuple[torch.device, int, int]] = set()
         self.backward_seen = False
-        self.will_recompute = False  # a checkpoint in backward what forward computed, by the scales that it read
-        self.backward_task = -1  # the backward at whose end a roll will happen
+        self.will_recompute = False  # a checkpoint recomputes in backward what forward computed, with the same scales
+        self.backward_task = -1  # the backward that a roll will follow
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """While open there is no scale state; what is recorded meanwhile is dropped at the end."""
+        """While open, this state is empty; what is recorded meanwhile is dropped at the end."""
         before = dict(vars(self))
         self.__init__()  # type: ignore[misc]
         try:
@@ -156,7 +156,7 @@ class ScaleState:
             self.reduction.join(arena, direction, where, process_group if recipe.reduce_amax else None)
 
     def watch(self, weight: Tensor, table: dict[Any, Any], key: Any) -> None:
-        """Removes `table[key]` when one of those who hold the weight is gone, or the weight from its place."""
+        """Removes `table[key]` when a holder of the weight is gone, or the weight is replaced."""
         for identity in (id(weight), *self.homes.watch(weight)):
             self.cache_entries.setdefault(identity, {})[id(table), key] = table
 
@@ -175,8 +175,8 @@ class ScaleState:
     # -- when slots roll
 
     def visit(self, group: Group | None) -> None:
-        """Announces a call that will record in `group`, or not at all. Inside a backward it is a recomputed forward: nothing
-        moves. A call that does not record may be the only one outside (a reentrant checkpoint's first pass)."""
+        """Announces a call that will record in `group`; None: in nothing. Inside a backward it is a recomputed forward: nothing moves. A
+        call that does not record may be the only one outside of a backward (a reentrant checkpoint's first pass)."""
         if torch._C._current_graph_task_id() != -1:
             return
         slots = frozenset() if group is None else group.slots
@@ -188,8 +188,8 @@ class ScaleState:
     def roll(self, *, within_step: bool = False) -> None:
         """Moves all recorded amaxes into the histories.
 
-        within_step: a weight is used again before any backward: in its first step it is given a batch of its own for its scale, since
-        it may be used for something else (DoRA multiplies an adapter with the identity matrix before the activations).
+        within_step: a weight is used again before any backward. In its first step a slot then stays unset, so that each use is scaled by
+        its own batch: the uses may differ (DoRA multiplies an adapter with the identity matrix before the activations).
         """
         for arena in self.arenas.values():
             arena.roll(self.reduction.of(arena), first_stays_unset=within_step)
@@ -198,11 +198,11 @@ class ScaleState:
         self.steps += not within_step
 
     def watch_backward(self, outputs: Sequence[Any], group: Group) -> None:
-        """Takes the gradients' amaxes out of every backward of these outputs, and rolls at its end.
+        """Takes the gradients' amaxes out of every backward of these outputs, and rolls when it ends.
 
-        They are what the compiled backward gives as the gradient of the group's sink: under `backward()`, `autograd.grad` and
-        `backward(inputs=...)` alike. A forward that was recomputed inside a backward has a nested backward of its own, whose end
-        is not the end: its roll waits for the next forward.
+        The compiled backward returns them as the gradient of the group's sink: under `backward()`, `autograd.grad` and
+        `backward(inputs=...)` alike. A forward that was recomputed inside a backward has a nested backward of its own, whose end is not
+        the end of the outer one: its roll waits for the next forward.
         """
         recomputed = torch._C._current_graph_task_id() != -1
         for node in _backwards(outputs):
@@ -228,20 +228,20 @@ STATE = ScaleState()
 
 
 def _backwards(outputs: Sequence[Any]) -> set[Any]:
-    """The autograd functions that gave these outputs, or what these are views of: among them that of the compiled call."""
+    """The autograd functions that made these outputs, or the tensors that these are views of: one of them is the compiled call's."""
     found: set[Any] = set()
     for output in outputs:
         node: Any = output.grad_fn if isinstance(output, Tensor) else None
         while node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction):
             node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
-        if node is not None and not hasattr(node, "te_watched"):  # else it is of another call: the output is a view of an input
+        if node is not None and not hasattr(node, "te_watched"):  # else it belongs to another call: the output is a view of an input
             found.add(node)
     return found
 
 
 @torch.compiler.disable
 def _after_backward(state: ScaleState, recomputed: bool, group: Group, place: int, gradients: Sequence[Tensor | None], _: Any) -> None:
-    """A hook after the backward of a call. gradients: of its inputs; place: of the sink among these."""
+    """A hook after the backward of a call. gradients: of the call's inputs; place: the sink's position among them."""
     if (amax := gradients[place]) is not None:
         group.record(GRADIENT, amax)
     state.backward_seen = True
@@ -255,7 +255,7 @@ def _indices(slots: tuple[list[_Wanted], list[_Wanted]]) -> tuple[list[int], lis
 
 
 def hooks_saved_tensors() -> bool:
-    """Whether something decides what is saved for backward, as a checkpoint that is not reentrant does."""
+    """Whether hooks decide what is saved for backward, as those of a non-reentrant checkpoint do."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 

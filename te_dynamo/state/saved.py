@@ -20,14 +20,14 @@ Entry = tuple[Tensor, Tensor]  # scale, history
 
 
 class LoadResult(NamedTuple):
-    """missing: entries that the model's sites wanted; unexpected: entries that belong to no site that can be there."""
+    """missing: entries that the model's sites need; unexpected: entries of no site that the model can have."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 def scale_state(model: Model) -> ModelScaleState:
-    """The FP8 scale state of a model: what to save beside its `state_dict()`, by `torch.save`, safetensors or
+    """The FP8 scale state of a model: what to save along with its `state_dict()`, by `torch.save`, safetensors or
     `torch.distributed.checkpoint`.
 
     model: the module, wrapped (by `torch.compile`, DDP, FSDP, ...) or not; for a compiled function that closes over modules
@@ -71,11 +71,10 @@ class ModelScaleState:
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
-        """Sets the scales and histories. Entries of sites that were not called yet are set when they are.
+        """Sets the scales and histories. Entries of sites that have not been called yet are set when they are.
 
-        Raises RuntimeError, naming every entry, for one of a wrong shape or without its counterpart; with `strict` also
-        for one that a site of this model needs and does not find, and for one that belongs to no module of this model.
-        Nothing is loaded then.
+        Raises RuntimeError, listing every entry that has a wrong shape or lacks its counterpart; with `strict` also every entry that a
+        site of this model needs and does not find, and every one that belongs to no module of this model. Nothing is loaded then.
         """
         entries, problems = _paired(state_dict)
         slots = slots_of(STATE, self.model)
@@ -103,10 +102,10 @@ class ModelScaleState:
         """Sets the scales and histories from a Transformer Engine model's `state_dict()` (its `_extra_state` entries).
 
         names: a mapping or a function from the path of a TE module to the path of the linear here, or to a tuple of paths,
-        one for each GEMM of the module in its order (a LayerNormMLP has two). Paths that a mapping does not have are the same
-        here; None leaves a module out. The entries are read by an unpickler that admits tensors and plain containers only.
+        one for each GEMM of the module in its order (a LayerNormMLP has two). Paths that a mapping lacks stay the same
+        here; None leaves a module out. The entries are read by an unpickler that admits only tensors and plain containers.
 
-        Raises ValueError for an entry that holds anything else, and RuntimeError as `load_state_dict(strict=False)`; entries
+        Raises ValueError for an entry that holds anything else, and RuntimeError as does `load_state_dict(strict=False)`; entries
         without a counterpart are returned as unexpected.
         """
         return self.load_state_dict(entries_of_te(state_dict, names), strict=False)

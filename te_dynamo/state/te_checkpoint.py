@@ -19,7 +19,7 @@ from te_dynamo.ir import linear
 from te_dynamo.state.names import join
 
 SUFFIX = "_extra_state"
-# By pass: the roles that are kept of each GEMM, and how many scales TE has for it (the roles' come first).
+# By pass: the roles that we keep for each GEMM, and how many scales TE has for it (those of the roles come first).
 PER_GEMM = {"fwd": (linear.FORWARD, 3), "bwd": (linear.GRADIENT, 2)}
 
 Names = Mapping[str, Any] | Callable[[str], Any] | None
@@ -80,7 +80,7 @@ def _read(key: str, value: Any) -> dict[str, Any] | None:
 
 
 class _Inert:
-    """Stands for an object of Transformer Engine's own (the recipe), and does nothing."""
+    """Stands in for one of Transformer Engine's own objects (the recipe), and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -103,7 +103,7 @@ _ADMITTED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits tensors and plain containers. The recipe, which TE stores beside them, becomes an inert object."""
+    """Admits tensors and plain containers. The recipe, which TE stores with them, becomes an inert object."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -122,7 +122,7 @@ def _load_storage(data: bytes) -> Any:
 
 
 class _Restricted:
-    """What `torch.load` wants of a pickle module."""
+    """What `torch.load` requires of a pickle module."""
 
     Unpickler = _Unpickler
     load = staticmethod(lambda file, **kwargs: _Unpickler(file, **kwargs).load())

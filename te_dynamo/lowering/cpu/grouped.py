@@ -1,4 +1,4 @@
-"""Experts with one scale a tensor on a CPU: the C++ of linears for the rows of each expert, with the scales of all."""
+"""Experts with one scale per tensor on a CPU: the C++ for linears runs on the rows of each expert, with scales that all experts share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from te_dynamo.lowering.registry import Backward, Forward, Needs
 
 @cache
 def _plan(call: Call, n: int) -> Plan:
-    """Of one expert's linear, with weights [n, K]. The scales are given, so that no ranks need to agree."""
+    """The plan of one expert's linear, with weights [n, K]. The scales are given, so no ranks need to agree."""
     attributes = {**call.attributes, "sizes": (n,), "merged": False, "interleave": 0}
     return plan_of(call.but(op="linears", inputs=(call.inputs[0], (call.inputs[1],), (None,)), attributes=attributes, amax_group=""))
 
@@ -37,7 +37,7 @@ class CPUGroups(PerTensorGroups):
             return super().forward(call, inputs, scales, needs)
         x, kept = x.contiguous(), weight[0] if call.cached else None
         of_x, peak = _measured(x[: int(offsets[-1])], scales.at("input"))
-        amaxes, matrices, of_w = [peak], weight, of_x  # of weights that are kept no scale is read
+        amaxes, matrices, of_w = [peak], weight, of_x  # a kept weight's scale is not read
         if kept is None:
             of_w, peak = _measured(weight, scales.at("weight"))
             amaxes.append(peak)
@@ -98,6 +98,6 @@ class CPUGroups(PerTensorGroups):
 
 
 def _measured(t: Tensor, scale_of: ScaleOf) -> tuple[Scale, Tensor]:
-    """The scale of a tensor, that of its slot where this is set, and its amaxes."""
+    """The scale of a tensor (its slot's, if that is set) and its amaxes."""
     amaxes = row_amax(t)
     return scale_of.of(amaxes), amaxes

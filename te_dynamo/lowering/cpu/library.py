@@ -1,4 +1,4 @@
-"""The kernels for a CPU: C++ that the compiler of Inductor compiles once, called through ctypes."""
+"""The kernels for a CPU: C++ that Inductor's compiler compiles once, called through ctypes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LinearsStruct(Structure):
 
 @cache
 def library() -> CDLL | None:
-    """None where it cannot be compiled."""
+    """None if it cannot be compiled."""
     try:
         return compiled()
     except Exception as error:  # Inductor raises its own where it finds no compiler
@@ -38,7 +38,7 @@ def library() -> CDLL | None:
 
 
 def compiled() -> CDLL:
-    """For the processor at hand, or for that which Inductor is told to compile for."""
+    """For the processor at hand, or the one that Inductor is told to compile for."""
     from torch._inductor.codecache import CppCodeCache
 
     source = "".join((Path(__file__).parent / name).read_text() for name in SOURCES)

@@ -1,7 +1,7 @@
-"""Linears with one scale a tensor on a CPU: a C++ function for forward and one for backward (`linears.cpp`).
+"""Linears with one scale per tensor on a CPU: a C++ function for forward and one for backward (`linears.cpp`).
 
-Saved for backward: the input in FP8, and all scales in one tensor. Where no compiler is found, and where ranks must agree on a first
-scale, what the base class does with torch's own kernels stands in.
+Saved for backward: the input in FP8, and all scales in one tensor. If no compiler is found, or ranks must agree on a first scale, the
+base class takes over, with torch's own kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from te_dynamo.recipe import margin_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What the C++ is told of a call. widths: the rows of each GEMM; address: of the struct; given: what it points to."""
+    """What the C++ is told about a call. widths: the rows of each GEMM; address: of the struct; given: the struct and what it points to."""
 
     gemms: list[tuple[int, ...]]
     widths: list[int]
@@ -158,7 +158,7 @@ class CPULinears(PerTensorLinears):
         )
         return None if undone else Packed(amaxes, [t for t in (dx, *dws, *dbs) if t is not None])
 
-    # -- what stands in, and tells of shapes: the base class's, with results that lie in memory as those above
+    # -- the fallback, and shape inference: the base class's, with results laid out as above
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         done = super().forward(call, inputs, scales, needs)
@@ -166,7 +166,7 @@ class CPULinears(PerTensorLinears):
             return done._replace(saved=[])
         x8, *w8s = done.saved
         scales_of_weights = [t for w8 in w8s for t in w8.scales]
-        inverse = scales_of_weights[0] if x8.scale_inv is None else x8.scale_inv  # is not read where the input is not
+        inverse = scales_of_weights[0] if x8.scale_inv is None else x8.scale_inv  # not read if the input is not
         kept = torch.stack([inverse, *scales_of_weights])
         return done._replace(saved=[Quantized(_by_rows(x8.data), scale=kept)])
 
@@ -179,13 +179,13 @@ class CPULinears(PerTensorLinears):
 
 
 def _rows(t: Tensor) -> Tensor:
-    """[..., N] -> [tokens, N], each row side by side in memory."""
+    """[..., N] -> [tokens, N], with a column stride of 1."""
     flat = t if t.dim() == 2 else matrix(t)
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _by_rows(t: Tensor | None) -> Tensor | None:
-    """With the strides of a new tensor, also where a size is 1."""
+    """Contiguous, with the strides of a new tensor even where a size is 1."""
     return None if t is None else t.clone(memory_format=torch.contiguous_format)
 
 
@@ -198,7 +198,7 @@ def _pointer(t: Tensor | None) -> int | None:
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:
-    """Of tensors in memory, as C++ takes a list of them. They must outlive the call."""
+    """The addresses of tensors as a C array. The tensors must outlive the call."""
     return (c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 

@@ -1,7 +1,9 @@
-"""An activation whose result is an FP8 operand, and its gradient as one: each read once, written both ways by one kernel.
+"""An activation whose result is an FP8 operand, and the gradient of an activation as one. In each direction one kernel reads the inputs
+once and writes FP8 both ways: the matrix and its transposed copy.
 
-Hopper's FP8 GEMM takes both operands with the summed dimension innermost, so an operand of forward is wanted transposed by wgrad,
-and a gradient both ways. Inductor fuses an activation with its cast, and leaves the transposed copy to a kernel that reads it again.
+Hopper's FP8 GEMM takes both operands with the summed dimension innermost, so wgrad needs the transposed copy of a forward operand, and a
+gradient is needed both ways. Inductor fuses an activation with its cast, but leaves the transposed copy to a kernel that reads the
+result again.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ def activation(
     transposed: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """call: of an `ops.activation`; inputs: x and up, [T, N], whose rows may lie apart, or none where they were `kept`, as
-    `tiles.KeptInputs`; scale: f32, 0-d -> (FP8 [T', N], FP8 [N, T'], amaxes f32, *`tiles.KeptInputs` of x and up).
+    """call: an `ops.activation`; inputs: x and up, [T, N], of any row stride, or none if `kept` holds the fields of `tiles.KeptInputs` for
+    them; scale: f32, 0-d -> (FP8 [T', N], FP8 [N, T'], amaxes f32, the fields of `tiles.KeptInputs` for x and up).
 
-    T': T up to a multiple. saturate: infinities become the largest number, not NaN. data, transposed, keep: which are wanted.
+    T': T rounded up to `multiple`. saturate: infinities become the largest number, not NaN. data, transposed, keep: which results are
+    wanted.
     """
     both, keeping = _empty(inputs, kept, dtype, multiple, data, transposed, keep)
     if scale.device.type == "cuda":
@@ -85,10 +88,10 @@ def activation_gradient(
     transposed: bool,
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad: [T, N], of an activation's result; inputs: x and up, or none where they are `kept` (`tiles.KeptInputs`); the rest as above ->
+    """grad: [T, N], of an activation's result; inputs: x and up, or none if `kept` holds them (`tiles.KeptInputs`); the rest as above ->
     `tiles.Both` of the gradients of x and up side by side.
 
-    starts: the column at which each begins. data, transposed, sums: which are wanted.
+    starts: the column at which each begins. data, transposed, sums: which results are wanted.
     """
     both = _empty_gradient(grad, len(starts), dtype, multiple, data, transposed, sums)
     if grad.device.type == "cuda":
@@ -111,7 +114,7 @@ def _empty_gradient(grad: Tensor, parts: int, dtype: torch.dtype, multiple: int,
 
 
 def inputs_of(inputs: Sequence[Tensor | None], kept: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """x and up, by definition: f32 of what was kept."""
+    """x and up: as given, or dequantized to f32 if they were kept."""
     if kept:
         made = KeptInputs(*kept)
         return made.part(0), made.part(1) if made.data.shape[0] > 1 else None
@@ -121,7 +124,7 @@ def inputs_of(inputs: Sequence[Tensor | None], kept: Sequence[Tensor]) -> tuple[
 
 
 def _told(call: Call) -> tuple[tuple[float, float], dict[str, Any]]:
-    """What a kernel is told of an activation: numbers, and constants."""
+    """The arguments that describe an activation to a kernel: numbers, and constants."""
     function = SPELLINGS[call["spelling"]].function
     limited = function == "clamped_swiglu"
     alpha = call["alpha"] if limited else 1.702 if function == "quick_gelu" else 1.0
@@ -129,7 +132,7 @@ def _told(call: Call) -> tuple[tuple[float, float], dict[str, Any]]:
 
 
 def _read(inputs: Sequence[Tensor | None], kept: Sequence[Tensor]) -> list[Tensor]:
-    """What a kernel reads, each row side by side."""
+    """The tensors that a kernel reads, with a column stride of 1."""
     return list(kept[0]) if kept else [t if t.stride(1) == 1 else t.contiguous() for t in inputs if t is not None]
 
 

@@ -1,5 +1,5 @@
-"""The cast of an activation or a gradient that lies in memory already: FP8 both ways, the amax and the sums of its columns, in one
-reading. Where a kernel of Inductor's makes the values, the cast is left to that."""
+"""The cast of an activation or a gradient that is already in memory: one read gives FP8 both ways (the matrix and its transposed copy), the
+amax and the column sums. If an Inductor kernel computes the values, Inductor does the cast."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A batch of matrices in FP8 with a scale for each row, or one for all, and their transposed copies, in one read: the weights of experts.
+"""Casts a batch of matrices, the weights of experts, to FP8 with one scale for each row or one for all; also writes transposed copies, in
+the same read.
 
-Forward sums over columns, and reads the matrices; dgrad sums over rows, and reads the transposed copies. Both hold the same values, so
-the scale of a row goes, in dgrad, into what it is multiplied with.
+Forward sums over columns and reads the matrices; dgrad sums over rows and reads the transposed copies. Both hold the same values, so in
+dgrad the scale of a row is multiplied into the other operand.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from te_dynamo.lowering.fp8 import FLOAT32_MAX, FP8_MAX, power_of_2, quantize, row_amax, scale_of
 
-# A row's amax comes before its cast: the rows of a program are read twice, the second time out of the L2 cache. 32 of them are a sector in
-# a transposed copy, and with 4,096 columns those of all programs that run at once fit in an H100's 50 MB.
+# A row's amax must precede its cast: a program reads its rows twice, the second time from the L2 cache. 32 rows fill a sector of a
+# transposed copy; with 4,096 columns, the rows of all programs that run at once fit in an H100's 50 MB.
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 256
 
 
@@ -23,11 +24,11 @@ BLOCK_ROWS, BLOCK_COLUMNS = 32, 256
 def cast_matrices(
     x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x: [E, N, K], of any strides -> (FP8 [E, N, K], FP8 [E, K, N], scale_inv f32 [E, N], amaxes f32 [blocks], of which the largest is
-    the tensor's).
+    """x: [E, N, K], of any strides -> (FP8 [E, N, K], FP8 [E, K, N], scale_inv f32 [E, N], amaxes f32 [blocks], the largest is the
+    tensor's).
 
-    scale: f32, 0-d, of the whole tensor; then scale_inv has no elements. None: each row has its own, as `granularity.Blocks` gives it, but
-    that the scale_inv of a row of zeros is 0. transposed: whether the second is wanted, which else has no elements.
+    scale: f32, 0-d, for the whole tensor; scale_inv is then empty. None: each row has its own, as in `granularity.Blocks`, except that
+    the scale_inv of a row of zeros is 0. transposed: whether the second result is wanted; else it is empty.
     """
     if x.device.type != "cuda":
         return _reference(x, scale, dtype, power_of_2_scale, transposed)
@@ -58,7 +59,7 @@ def _programs(x: Tensor, scale: Tensor | None) -> Any:
 def _reference(
     x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition, for devices without Triton. Only the last amax is set, so that tests notice a reader of the first alone."""
+    """The definition, for devices without Triton. Only the last amax is set, so that tests catch code that reads only the first."""
     by_row = row_amax(x)
     inverse = x.new_empty((0, 0), dtype=torch.float32)
     scales = scale

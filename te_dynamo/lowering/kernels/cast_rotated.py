@@ -1,4 +1,5 @@
-"""q or k of FP8 attention: what its keys have in common taken off, rotated, and cast, in one read (see `lowering.rotation`)."""
+"""The cast of q or k for FP8 attention: the keys' mean is subtracted from k, the result rotated and cast, in one read (see
+`lowering.rotation`)."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from te_dynamo.lowering.fp8 import FP8_MAX, Casting, amax
 from te_dynamo.lowering.rotation import mixed_channels, rotated
 
 BLOCK = 64  # rows in a program
-WIDEST = 128  # channels: a matrix of 256 x 256 does not fit beside the rows
+WIDEST = 128  # channels: a matrix of 256 x 256 does not fit next to the rows
 
 
 @torch.library.custom_op("te_dynamo::cast_rotated", mutates_args=())
 def cast_rotated(x: Tensor, center: Tensor | None, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x: 16 bits, [.., .., H, D] of any strides; center: as x, of size 1 where all share one; scale: f32, 0-d -> (FP8 as x, contiguous;
-    amaxes f32 [programs], of which the largest is that of the values before the cast)."""
+    """x: 16 bits, [.., .., H, D] of any strides; center: as x, with size 1 in dimensions that share it; scale: f32, 0-d -> (FP8 as x,
+    contiguous; amaxes f32 [programs], the largest is that of the values before the cast)."""
     made = _empty(x, dtype)
     if x.device.type == "cuda" and x.shape[-1] <= WIDEST:
         launch(x, center, scale, *made)
@@ -39,7 +40,7 @@ def _empty(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _reference(x: Tensor, center: Tensor | None, scale: Tensor, data: Tensor, amaxes: Tensor) -> None:
-    """The definition, for devices without Triton. Only the last amax is set, so that tests notice a reader of the first alone."""
+    """The definition, for devices without Triton. Only the last amax is set, so that tests catch code that reads only the first."""
     values = rotated((x.float() if center is None else x.float() - center.float()).bfloat16().float())
     data.copy_(Casting().saturated(values, scale, data.dtype).to(data.dtype))
     amaxes.zero_()

@@ -26,7 +26,7 @@ def cast_transpose(
     """parts: [N_i, C] of one dtype; scale: f32, 0-d -> (FP8 [N, C], FP8 [C, N], amaxes f32 [blocks], the largest is the tensor's).
 
     N: sum of N_i. interleave: 0, or the head size: the rows of the parts then alternate head by head. data, transposed:
-    which of the two to write; the other is empty. One kernel a part: one read, and a write for each.
+    which of the two to write; the other is empty. One kernel for each part: one read, and one write for each result.
     """
     if parts[0].device.type != "cuda":
         return _reference(parts, scale, dtype, interleave, data, transposed)
@@ -55,7 +55,7 @@ def _blocks(part: Tensor) -> Any:
 def _reference(
     parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, interleave: int, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, for devices without Triton. Only the last amax is set, so that tests notice a reader of the first alone."""
+    """The definition, for devices without Triton. Only the last amax is set, so that tests catch code that reads only the first."""
     whole = torch.cat(list(parts)) if not interleave else torch.stack([p.unflatten(0, (-1, interleave)) for p in parts], 1).flatten(0, 2)
     q, nothing = quantize(whole, scale, dtype), whole.new_empty((0, 0), dtype=dtype)
     amax = whole.new_zeros(sum(_blocks(p) for p in parts), dtype=torch.float32)

@@ -1,6 +1,7 @@
-"""q and k normalized head by head and turned by their positions, and written, with v, where attention reads them: one kernel.
+"""One kernel that normalizes q and k head by head (QK-norm), applies RoPE to them, and writes them and v in the layout that attention
+reads.
 
-A program takes some heads of one token. RoPE's partner of a feature is in the same head, so it is loaded beside it: from the cache.
+A program takes a few heads of one token. A feature's RoPE partner is in the same head, so loading it as well hits the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NORM = {"": 0, "rms": 1, "layer": 2}
 
 @torch.library.custom_op("te_dynamo::qkv", mutates_args=())
 def write_qkv(call: str, inputs: list[Tensor | None]) -> list[Tensor]:
-    """call, inputs: of an `ops.qkv` -> the buffers in which its results lie (see `te_dynamo.ir.qkv.views`)."""
+    """call, inputs: of an `ops.qkv` -> the buffers that hold its results (see `te_dynamo.ir.qkv.views`)."""
     parsed = Call.parse(call)
     buffers = _empty(parsed, inputs)
     targets = views(buffers, parsed["form"], parsed["packing"])

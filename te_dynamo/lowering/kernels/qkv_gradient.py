@@ -1,5 +1,5 @@
-"""The gradient of q, k and v taken back through RoPE, as the FP8 gradient of the GEMM that made them: one kernel, which writes it both
-ways."""
+"""One kernel that takes the gradients of q, k and v back through RoPE and writes the FP8 gradient of the GEMM that made them, both as it is
+and transposed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def qkv_gradient(
     transposed: bool,
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """call: of an `ops.qkv` that normalizes nothing; grads: of its results, q [B, H, S, D], k and v [B, H_kv, S, D]; tables: cos and sin ->
+    """call: an `ops.qkv` without a norm; grads: of its results, q [B, H, S, D], k and v [B, H_kv, S, D]; tables: cos and sin ->
     `tiles.Both` of the gradients of q, k and v side by side, [B S, ...].
 
-    starts: the column at which each begins. data, transposed, sums: which are wanted.
+    starts: the column at which each begins. data, transposed, sums: which results are wanted.
     """
     both = _empty(grads, dtype, multiple, data, transposed, sums)
     parsed = Call.parse(call)

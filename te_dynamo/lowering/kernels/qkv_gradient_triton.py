@@ -13,7 +13,7 @@ def part(
     D: tl.constexpr, ROTARY: tl.constexpr, COS_PAIRS: tl.constexpr, SIN_PAIRS: tl.constexpr, TOP: tl.constexpr, DATA: tl.constexpr,
     ACROSS: tl.constexpr, SUMS: tl.constexpr, SATURATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one of q, k and v. turned: how many features of a head turn."""
+    """A tile of one of q, k and v. turned: how many features of a head RoPE rotates."""
     row, column, inside = place(block_row, block_column, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
     b, s = (row // tokens).to(tl.int64)[:, None], (row % tokens).to(tl.int64)[:, None]
     h, d = (column // D).to(tl.int64)[None, :], (column % D)[None, :]

@@ -1,11 +1,12 @@
-"""Kept FP8 weights on a GPU, quantized again where the weights have changed, however that came about; the host learns nothing of it.
+"""Keeps FP8 copies of weights on a GPU up to date: requantizes them when the weights have changed, for whatever reason, without involving
+the host.
 
-Two kernels at each call. `look` compares `SAMPLES` elements of each weight with what they were, bit by bit, and measures the weights of
-a GEMM of which any differ. `write` quantizes those again, in place, and leaves at once where there are none. Nothing waits for the
-device, nothing is allocated: a CUDA graph may hold both, and looks at each replay.
+Each call runs two kernels. `look` compares `SAMPLES` elements of each weight with their last values, bit by bit; if any differ, it measures
+that GEMM's weights. `write` requantizes those GEMMs in place, and exits at once if there are none. Nothing waits for the device and nothing
+is allocated, so a CUDA graph can contain both, and checks at each replay.
 
-The samples are spread over rows and columns, so every change of a whole tensor is seen; that all of them miss a change of 2% of a weight
-happens once in 30,000 times.
+The samples are spread over rows and columns, so every change of a whole tensor is seen; a change of 2% of a weight escapes all of them
+once in 30,000 times.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from te_dynamo.lowering.quantized import Kept, Quantized
 
 DEVICES = ("cuda",)
 SAMPLES = 512  # elements of each weight that are looked at
-SLICES = 8  # of a GEMM's weights, each of which a program measures
+SLICES = 8  # of a GEMM's weights, each measured by one program
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernels number them
-LONGEST = 1 << 23  # stride, so that a tile is addressed in 32 bits
+LONGEST = 1 << 23  # largest stride, so that a tile is addressed in 32 bits
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it spread evenly, modulo 1
 
 
 @dataclass(eq=False)
 class KeptGemm:
-    """The weights [N_i, K] of a GEMM, as they lie in memory, and the copy that is made of them.
+    """The weights [N_i, K] of a GEMM, in place in memory, and the copy made of them.
 
-    samples: int32 [weights, SAMPLES], elements of the weights as they were when the copy was made; None before a `Refresh` took them. They
-    belong to the copy: whoever keeps it current reads and writes them.
+    samples: int32 [weights, SAMPLES], elements of the weights when the copy was made; None until a `Refresh` records them. They belong
+    to the copy: whatever keeps it current reads and writes them.
     """
 
     how: Kept
@@ -46,7 +47,7 @@ class KeptGemm:
 
 
 def readable(view: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels can read a view [N, K] of a weight where that lies: it is no cast, and no other kind of tensor."""
+    """Whether the kernels can read a view [N, K] of a weight in the weight's own memory: not a cast copy, and not a tensor subclass."""
     if weight.device.type not in DEVICES or type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
         return False
     if view.dim() != 2 or not view.numel() or view.dtype != weight.dtype:
@@ -56,10 +57,10 @@ def readable(view: Tensor, weight: Tensor) -> bool:
 
 
 class Refresh:
-    """Keeps the copies of some GEMMs, all of one device, up to date. Holds the copies; the weights must stay where they are."""
+    """Keeps the copies of some GEMMs, all on one device, up to date. Holds the copies; the weights must not move."""
 
     def __init__(self, gemms: Sequence[KeptGemm]) -> None:
-        """The copies are of the weights as they are now; those that have samples, of the weights that these are of."""
+        """Copies without samples must match the weights as they are now; copies with samples, the weights that were sampled."""
         self.device = gemms[0].weights[0].device
         self.programs = _programs(self.device)
         if new := [gemm for gemm in gemms if gemm.samples is None]:
@@ -106,7 +107,7 @@ class Refresh:
 
 
 def by_device(gemms: Iterable[KeptGemm]) -> list[Refresh]:
-    """One for all GEMMs of each device."""
+    """One `Refresh` for all GEMMs of each device."""
     found = dict[torch.device, list[KeptGemm]]()
     for gemm in gemms:
         found.setdefault(gemm.weights[0].device, []).append(gemm)
@@ -114,7 +115,8 @@ def by_device(gemms: Iterable[KeptGemm]) -> list[Refresh]:
 
 
 def _gemm(gemm: KeptGemm, first: int) -> list[int]:
-    """first part, parts, by row; copy, its strides; transposed copy, its strides; scale_inv, scale, amax; power of two"""
+    """A row of the GEMM table: first part, number of parts, by row; copy, its strides; transposed copy, its strides; scale_inv, scale,
+    amax; power of two"""
     how, made = gemm.how, gemm.made
     assert made.data is not None
     across = (0, 0, 0) if made.transposed is None else (made.transposed.data_ptr(), *made.transposed.stride())
@@ -124,8 +126,8 @@ def _gemm(gemm: KeptGemm, first: int) -> list[int]:
 
 
 def _parts(gemm: KeptGemm) -> list[list[int]]:
-    """address, dtype, rows, columns, strides; row r is row r // group * pitch + offset + r % group of the copy: group, pitch, offset;
-    address of the samples"""
+    """Rows of the part table: address, dtype, rows, columns, strides; group, pitch, offset
+    (row r is row r // group * pitch + offset + r % group of the copy); address of the samples"""
     assert gemm.samples is not None
     interleave, found, start = gemm.how.interleave if len(gemm.weights) > 1 else 0, [], 0
     for i, (w, samples) in enumerate(zip(gemm.weights, gemm.samples, strict=True)):
@@ -136,7 +138,7 @@ def _parts(gemm: KeptGemm) -> list[list[int]]:
 
 
 def _step(elements: int) -> int:
-    """Between samples, modulo the number of elements: coprime to it, so that no element is taken twice before all were."""
+    """The step between samples, modulo the number of elements: coprime to it, so that no element repeats before all were taken."""
     step = max(1, round(elements * GOLDEN))
     while math.gcd(step, elements) != 1:
         step += 1
@@ -144,7 +146,7 @@ def _step(elements: int) -> int:
 
 
 def _offsets(parts: Tensor, steps: Tensor) -> Tensor:
-    """Where the samples of each weight lie, in elements from its address: int64 [P, SAMPLES]."""
+    """The offsets of each weight's samples from its address, in elements: int64 [P, SAMPLES]."""
     rows, columns, row_stride, column_stride = parts[:, 2:6].unsqueeze(-1).unbind(1)
     at = torch.arange(SAMPLES, device=parts.device) * steps % (rows * columns)
     return at // columns * row_stride + at % columns * column_stride
@@ -152,7 +154,7 @@ def _offsets(parts: Tensor, steps: Tensor) -> Tensor:
 
 @cache
 def _programs(device: torch.device) -> int:
-    """As many as run at once."""
+    """The number of programs that run at once."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 

@@ -1,7 +1,7 @@
 """The kernels of `refresh`. Imported where they are launched: Triton is not needed elsewhere.
 
-gemms int64 [G, 13], parts int64 [P, 10], ranges f32 [G, 2]: see `refresh`. Weights, their copies and samples are addressed by what
-stands in these tables.
+gemms int64 [G, 13], parts int64 [P, 10], ranges f32 [G, 2]: see `refresh`. The tables hold the addresses of weights, copies and
+samples.
 """
 
 import triton
@@ -71,13 +71,13 @@ def sampled(parts, offsets, part):
 
 @triton.jit
 def last_samples(parts, part):
-    """Where those stand that were seen last."""
+    """Pointers to the samples that were recorded last."""
     return tl.load(parts + part * PART + 9).to(tl.pointer_type(tl.int32)) + tl.arange(0, SAMPLES)
 
 
 @triton.jit
 def look_kernel(gemms, parts, offsets, amaxes, changed, RECORD: tl.constexpr):
-    """A program for each slice of each GEMM: sees whether a sample of its weights changed, and measures its slice of them then."""
+    """One program for each slice of each GEMM: checks whether a sample of the weights changed and, if so, measures its slice."""
     gemm, piece = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
     row = gemms + gemm * GEMM
     first, count, by_row = tl.load(row), tl.load(row + 1), tl.load(row + 2)
@@ -132,7 +132,7 @@ def store_scalar(address, value):
 
 @triton.jit
 def placed(part, row):
-    """The row of the GEMM's operand that a weight's row is."""
+    """The row of the GEMM's operand that holds a row of the weight."""
     group, pitch, offset = tl.load(part + 6), tl.load(part + 7), tl.load(part + 8)
     return row // group * pitch + offset + row % group
 
@@ -178,9 +178,10 @@ def write_by_row(gemm, parts, range_top, epsilon, program, programs):
 
 @triton.jit
 def write_kernel(gemms, ranges, parts, offsets, amaxes, changed, count, COUNT: tl.constexpr):
-    """Programs that stay: each quantizes its share of every GEMM whose weights changed, and leaves at once where there is none.
+    """Persistent programs: each quantizes its share of every GEMM whose weights changed, and exits at once if there is none.
 
-    COUNT: `count` GEMMs, rounded up to a power of two."""
+    COUNT: `count` GEMMs, rounded up to a power of two.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     everyone = tl.arange(0, COUNT)
     if tl.max(tl.load(changed + everyone, mask=everyone < count, other=0), 0) != 0:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from te_dynamo.lowering.fp8 import FLOAT32_MAX
 
-LONGEST = 1 << 14  # history that fits in registers
-MOST_GROWTH = 16.0  # that is extrapolated from a step that saturated
+LONGEST = 1 << 14  # longest history that fits in registers
+MOST_GROWTH = 16.0  # largest growth extrapolated from a step that saturated
 
 
 def launch(

@@ -1,6 +1,6 @@
-"""How kernels that write an FP8 matrix both ways divide it: into tiles, one to a program, each with an amax of its own.
+"""How kernels that write an FP8 matrix both ways (as it is and transposed) divide it: into tiles, one per program, each with its own amax.
 
-The matrix [rows, columns] consists of parts side by side (dgate and dup; dQ, dK and dV), and no tile has two of them.
+The matrix [rows, columns] consists of parts side by side (dgate and dup; dQ, dK and dV), and no tile spans two parts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 
 
 class Both(NamedTuple):
-    """data: FP8 [rows, columns]; transposed: FP8 [columns, rows]; amaxes: f32 [tiles], the largest is the matrix's; sums: f32
-    [blocks of rows, columns], of the values before the cast: their sum is that of all rows. Empty where not wanted."""
+    """data: FP8 [rows, columns]; transposed: FP8 [columns, rows]; amaxes: f32 [tiles], the largest is the matrix's; sums: f32 [blocks of
+    rows, columns], the column sums of each block of rows before the cast. Empty if not wanted."""
 
     data: Tensor
     transposed: Tensor
@@ -26,7 +26,7 @@ class Both(NamedTuple):
     sums: Tensor
 
     def constants(self, saturate: bool) -> dict[str, Any]:
-        """What every kernel is told that writes these. saturate: see `cast`."""
+        """The constants of every kernel that writes these. saturate: see `cast`."""
         blocks = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS, "num_warps": 8}
         return {"TOP": FP8_MAX[self.data.dtype], "DATA": bool(self.data.numel()), "SATURATE": saturate, **blocks}
 
@@ -59,7 +59,7 @@ def cast(values: Tensor, scale: Tensor, dtype: torch.dtype, saturate: bool) -> T
 
 
 class KeptInputs(NamedTuple):
-    """Matrices [rows, columns] that backward reads, empty where none is kept so.
+    """Matrices [rows, columns] that backward reads, kept in FP8; empty if none is kept.
 
     data: E4M3 [parts, rows, columns]; scale_inv: f32 [parts, rows, blocks], one for each row of a tile.
     """
@@ -68,7 +68,7 @@ class KeptInputs(NamedTuple):
     scale_inv: Tensor
 
     def part(self, i: int) -> Tensor:
-        """By definition: f32 [rows, columns]."""
+        """Matrix i, dequantized: f32 [rows, columns]."""
         data, columns = self.data[i].float(), self.data.shape[2]
         return data * self.scale_inv[i].repeat_interleave(BLOCK_COLUMNS, 1)[:, :columns]
 
@@ -81,7 +81,7 @@ def empty_kept(like: Tensor, parts: int, rows: Any, columns: Any) -> KeptInputs:
 
 
 def fill_kept(kept: KeptInputs, parts: Sequence[Tensor]) -> None:
-    """The definition. A NaN stays one and counts towards no amax; of a row with an infinity no value is finite."""
+    """The definition. NaN stays NaN and counts towards no amax; an infinity leaves no finite value in its row of a tile."""
     for data, scale_inv, part in zip(kept.data, kept.scale_inv, parts, strict=True):
         columns = part.shape[1]
         tiles = torch.nn.functional.pad(part.float(), (0, -columns % BLOCK_COLUMNS)).unflatten(1, (-1, BLOCK_COLUMNS))
@@ -92,8 +92,8 @@ def fill_kept(kept: KeptInputs, parts: Sequence[Tensor]) -> None:
 
 
 def fill_both(both: Both, values: Tensor, quantized: Tensor) -> None:
-    """The definition, for devices without Triton: of `values` [rows, columns] in float32, and what their cast gives. Only the last amax
-    and the last sums are set, so that tests notice a reader of the first alone."""
+    """The definition, for devices without Triton, from `values` [rows, columns] in float32 and their cast. Only the last amax and the last
+    sums are set, so that tests catch code that reads only the first."""
     rows = values.shape[0]
     for target, made in ((both.data, quantized), (both.transposed.t(), quantized)):
         if target.numel():

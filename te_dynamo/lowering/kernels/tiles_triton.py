@@ -1,4 +1,4 @@
-"""What kernels that write an FP8 matrix both ways have in common. Imported by them alone: Triton is not needed elsewhere."""
+"""What kernels that write an FP8 matrix both ways have in common. Imported only by them: Triton is not needed elsewhere."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def place(block_row, block_column, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """The rows and columns of a tile of a matrix [rows, width], and where it is inside of that."""
+    """The rows and columns of a tile of a matrix [rows, width], and a mask of the elements inside the matrix."""
     row = block_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = block_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     return row, column, (row[:, None] < rows) & (column[None, :] < width)
@@ -17,8 +17,8 @@ def write_both(
     values, scale, data, across, amaxes, sums, tile, block_row, row, column, width, total, columns,
     TOP: tl.constexpr, DATA: tl.constexpr, ACROSS: tl.constexpr, SUMS: tl.constexpr, SATURATE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of values, 0 outside of the matrix: cast, both ways, with its amax and the sums of its columns. column: in the whole;
-    width: where its part ends. No min, max or clamp of values: see `cast_transpose.py`."""
+    """Writes a tile of values, 0 outside of the matrix: its cast, both ways, its amax and its column sums. column: in the whole matrix;
+    width: where the tile's part ends. No min, max or clamp of values: see `cast_transpose.py`."""
     magnitude = tl.where(values == values, tl.abs(values), 0.0)  # a NaN does not count
     tl.store(amaxes + tile, tl.max(tl.max(magnitude, 1), 0))
     scaled = values * scale

@@ -1,7 +1,6 @@
 """The transposed copy of an FP8 matrix, as a separate kernel.
 
-Inductor would write such a copy in the kernel that makes the matrix; if that is a row reduction (for the amax), with
-scattered stores.
+Inductor would write this copy in the kernel that computes the matrix: with scattered stores, if that is a row reduction (for the amax).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Rows of an FP8 matrix, in another order and with gaps, as the columns of its transposed copy: what a GEMM reads that sums over the tokens
-of each expert by itself."""
+"""The transposed copy of an FP8 matrix, with its rows reordered and gaps between them: the operand of a GEMM that sums over the tokens of
+each expert separately."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCK = 128
 def transpose_rows(x: Tensor, rows: Tensor, factor: Tensor | None) -> Tensor:
     """x: FP8 [T, C], contiguous; rows: int32 [P] -> FP8 [C, P], contiguous: column p is row rows[p] of x, zeros where that is negative.
 
-    factor: f32 [P], of at most 1, what column p is multiplied by; powers of two leave all but the smallest numbers exact.
+    factor: f32 [P], at most 1, multiplies column p; powers of two leave all but the smallest numbers exact.
     """
     return launch(x, rows, factor) if x.device.type == "cuda" else _reference(x, rows, factor)
 
@@ -39,7 +39,7 @@ def launch(x: Tensor, rows: Tensor, factor: Tensor | None) -> Tensor:
     columns, places = x.shape[1], rows.shape[0]
     out = x.new_empty(columns, places)
     if out.numel():
-        # Bits where nothing is computed
+        # As raw bytes where nothing is multiplied
         source, target = (x, out) if factor is not None else (x.view(torch.uint8), out.view(torch.uint8))
         blocks = -(-places // BLOCK) * -(-columns // BLOCK)
         multiply = factor is not None

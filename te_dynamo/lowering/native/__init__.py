@@ -1,4 +1,4 @@
-"""On a GPU torch's own FP8 GEMM, among kernels that Inductor generates; on a CPU C++ in opaque operators (`lowering.cpu`)."""
+"""On a GPU, torch's own FP8 GEMM among kernels that Inductor generates; on a CPU, C++ in opaque operators (`lowering.cpu`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""An activation as the producer of an FP8 operand on a GPU: in forward one kernel writes it and its transposed copy, in backward one
-takes the gradient through it and writes that of the GEMM before it both ways.
+"""An activation as the producer of an FP8 operand on a GPU. In forward, one kernel writes the operand and its transposed copy; in backward,
+one kernel takes the gradient through the activation and writes the gradient of the preceding GEMM, and its transposed copy.
 
-Only where the transposed copy is wanted, so that a kernel is saved: without one Inductor fuses an activation and its cast as well.
+Used only if the transposed copy is wanted, which saves a kernel: otherwise Inductor fuses an activation and its cast just as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from te_dynamo.lowering.quantized import Quantized, Scale, ScaleOf
 from te_dynamo.lowering.registry import Case, Needs, Producer, Quantize, produces
 from te_dynamo.recipe import DelayedScaling
 
-_Read = tuple[list[Tensor | None], list[Tensor]]  # x and up, or what was kept of them
+_Read = tuple[list[Tensor | None], list[Tensor]]  # x and up, or what was kept of them in FP8
 
 
 @produces("activation", provider="native", recipes=(DelayedScaling,), devices=("cuda",))
@@ -73,7 +73,7 @@ class FusedActivation(Producer):
 def _made(
     call: Call, read: _Read, scale: Scale, casting: Casting, *, data: bool, transposed: bool, keep: bool
 ) -> tuple[Quantized, Quantized]:
-    """The operand, as far as it is wanted, and what is kept of the inputs."""
+    """The copies of the operand that are wanted, and what is kept of the inputs."""
     given = (scale.value, casting.forward, casting.saturates_infinite, ALIGNMENT_ON_GPU)
     made, across, amaxes, *keeping = torch.ops.te_dynamo.activation(call.key, *read, *given, data, transposed, keep)
     operand = Quantized(made if data else None, scale.inverse, across if transposed else None, scale=scale.value, amax=amaxes)

@@ -1,9 +1,9 @@
-"""Attention with a mask, capped scores or sinks by torch's `flex_attention`, which Inductor generates a kernel for.
+"""Attention with a mask, capped scores or sinks by torch's `flex_attention`, for which Inductor generates a kernel.
 
-The mask is a formula over rows, columns and what it reads (`te_dynamo.passes.masks.attends`), computed where the kernel needs it: blocks of
-keys that nothing in a block of rows attends to are skipped, and only blocks that a mask's edge goes through are masked. So padding, packed
-sequences and windows save time, whatever the padding looks like, and no S x S tensor is made. Rows that see nothing give 0 and have no
-gradient, as `scaled_dot_product_attention` has it.
+The mask is a formula over rows, columns and the tensors that it reads (`te_dynamo.passes.masks.attends`), computed inside the kernel:
+blocks of keys that no row of a block attends to are skipped, and only blocks that a mask's edge crosses are masked. So padding, packed
+sequences and windows save time, whatever the padding looks like, and no S x S tensor is made. Rows that attend to nothing give 0 and
+have no gradient, as in `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class FlexAttention(Implementation):
 
 
 def flex(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, reads: Sequence[Tensor]) -> Tensor:
-    """The attention of a call, inputs as the operation has them."""
-    from torch._higher_order_ops.flex_attention import flex_attention  # what `flex_attention()` calls once Dynamo has read it
+    """The attention of a call; inputs: as the operation has them."""
+    from torch._higher_order_ops.flex_attention import flex_attention  # what `flex_attention()` becomes when Dynamo traces it
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, columns, cap = q.shape[2], k.shape[2], call["softcap"]
@@ -84,14 +84,14 @@ def flex(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, read
             lambda b, h, i, j: mask_mod(b, h, i, j, *buffers), batch, heads, rows, columns, device=str(q.device)
         ).as_tuple()
     out, lse, *_ = flex_attention(q, k, v, score_mod, (*blocks[:-1], mask_mod), softmax_scale(call, q), dict(OPTIONS), (), buffers)
-    if sinks is not None:  # one more key, whose value is 0: the others share what it leaves them
+    if sinks is not None:  # a sink is one more key, with value 0: the other keys share the weight that it leaves
         natural = lse * math.log(2)
         out = (out * torch.sigmoid(natural - sinks.to(natural.dtype)[:, None]).unsqueeze(-1)).to(q.dtype)
     return out
 
 
 def formula_of(attends: Any, rows: Any, columns: Any, causal: bool) -> Callable[..., Tensor]:
-    """A `mask_mod`: whether row i attends to column j, out of indices (0-d integer tensors) and `buffers_of` what the formula reads."""
+    """A `mask_mod`: whether row i attends to column j, from indices (0-d integer tensors) and `buffers_of` the formula's tensors."""
     alternatives, elements = attends or ((((),),), ())
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor, *buffers: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def formula_of(attends: Any, rows: Any, columns: Any, causal: bool) -> Callable[
 
 
 def buffers_of(attends: Any, reads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """For each element that a formula reads the tensor that it is of, without the dimensions in which it is always the same."""
+    """For each element that a formula reads, the tensor that holds it, without the dimensions along which its index is constant."""
     _, elements = attends or ((), ())
     buffers = []
     for tensor, position in elements:
@@ -130,7 +130,7 @@ def _index(total: Any, may_lie_outside: bool, size: Any, known: dict[str, Any]) 
 
 
 def _at_most_0(total: Any, known: dict[str, Any]) -> Tensor:
-    """`sum(total) <= 0`, with what is subtracted on the other side: the sum itself could overflow."""
+    """`sum(total) <= 0`, with the negative terms moved to the other side: the sum itself could overflow."""
     return _sum([t for t in total if t[1] > 0], known) <= _sum([(name, -c) for name, c in total if c < 0], known)
 
 
@@ -140,7 +140,7 @@ def _sum(total: Any, known: dict[str, Any]) -> Any:
 
 
 def _size_of(attends: Any, name: str, size: Any) -> Any:
-    """How many blocks masks there must be: one for each batch, or head, where the formula tells them apart; None for one."""
+    """The number of block masks: one for each batch, or head, if the formula depends on it; None for one."""
     return size if name in _names(attends) else None
 
 

@@ -1,16 +1,17 @@
-"""Experts by torch's grouped GEMMs on a GPU, all three of a training step in FP8; no offset is read by the host.
+"""Experts by torch's grouped GEMMs on a GPU, all three of a training step in FP8; the host reads no offsets.
 
-`_scaled_grouped_mm` takes E4M3 alone, with a scale for each row of both operands, both with the summed dimension innermost, and gives
-bfloat16. What follows from this:
+`_scaled_grouped_mm` takes only E4M3, with a scale for each row of both operands, both with the summed dimension innermost, and returns
+bfloat16. As a consequence:
 
-- Gradients are E4M3 whatever the recipe's format, and each row has a scale of its own, a power of two, which makes good for the exponent
-  bit that E5M2 has more (docs/experts.md has the measurements).
-- The weights are cast once, both ways (`cast_matrices`). In dgrad, which sums over what were the weights' rows, the scale of a row is
-  multiplied into the gradient's column before this is cast.
-- Wgrad sums over an expert's tokens. Its operands are transposed copies (`transpose_rows`) of the input as forward has it, and of a
-  gradient that the input's scales are multiplied into before the cast; its own scales, powers of two, are when it is copied.
-- In wgrad a group begins at a multiple of 16, as TMA asks, and is not empty, as CUTLASS does: the copies have zeros in between.
-- Rows after the last group are not written: they hold anything, as those of `torch._grouped_mm` do.
+- Gradients are E4M3 whatever the recipe's format. Each row has its own scale, a power of two, which makes up for E5M2's extra exponent bit
+  (docs/experts.md has the measurements).
+- The weights are cast once, with their transposed copies (`cast_matrices`). Dgrad sums over what were the weights' rows, so the scale of a
+  row is multiplied into the gradient's column before the cast.
+- Wgrad sums over an expert's tokens. Its operands are transposed copies (`transpose_rows`): of the input as forward has it, and of a
+  gradient that the input's scales were multiplied into before the cast; the gradient's own scales, powers of two, are multiplied in when it
+  is copied.
+- In wgrad a group begins at a multiple of 16, as TMA requires, and is not empty, as CUTLASS requires: the copies have zeros in between.
+- Rows after the last group are not written: their contents are undefined, as with `torch._grouped_mm`.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ GRADIENT = Blocks(E4M3, 1, None, power_of_2=True)  # each row
 
 
 def multiply(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, fast: bool = False) -> Tensor:
-    """In bfloat16: a [T, C], b [E, R, C] -> [T, R], the rows of each group times a matrix of their own; or a [M, P], b [N, P] -> [E, M, N],
-    each group of columns a product of its own. rows [T] or [E * M], columns [E, R] or [E * N]: float32, the operands' scale_inv."""
+    """In bfloat16: a [T, C], b [E, R, C] -> [T, R], the rows of each group times its own matrix; or a [M, P], b [N, P] -> [E, M, N], one
+    product for each group of columns. rows [T] or [E * M], columns [E, R] or [E * N]: float32, the operands' scale_inv."""
     return torch._scaled_grouped_mm(
         a, b.transpose(-2, -1), rows.contiguous(), columns.contiguous(), offs=offsets, out_dtype=torch.bfloat16, use_fast_accum=fast
     )
@@ -83,7 +84,7 @@ class NativeGroups(Implementation):
         return [w8._replace(scale=None, amax=None if w8.amax is None else w8.amax.amax())]
 
     def kept_as(self, call: Call) -> Kept | None:
-        """All matrices as one, below each other; not with copies of each transposed, as training has them."""
+        """All matrices as one, stacked by rows; not for training, which has a transposed copy of each."""
         if call.cached != "inference":
             return None
         if not isinstance(call.scaling, Float8RowwiseScaling):
@@ -113,7 +114,7 @@ class NativeGroups(Implementation):
         groups = Groups(offsets, grad.shape[0])
         by_tensor = isinstance(call.scaling, PER_TENSOR)
         one = grad.new_ones((), dtype=torch.float32)
-        for_both = GRADIENT.quantize(grad) if by_tensor else None  # else each has scales of the other operand in it
+        for_both = GRADIENT.quantize(grad) if by_tensor else None  # else each GEMM's has the scales of the other operand in it
         dx = dw = None
         if needs[0]:
             if call.remakes_weights:
@@ -137,7 +138,7 @@ def _wgrad_in_bf16(call: Call) -> bool:
 
 
 def _wgrad(g8: Quantized, x8: Quantized, groups: Groups, x_inv: Tensor, like_inputs: bool) -> Tensor:
-    """[E, N, K], which lies in memory as [E, K, N] if `like_inputs`. x_inv: what all of x8 is still to be multiplied by, f32, 0-d."""
+    """[E, N, K], stored as [E, K, N] if `like_inputs`. x_inv: f32, 0-d, what all of x8 is still to be multiplied by."""
     ends, rows, group = groups.spread
     inverse = _of_rows(g8, groups.tokens)
     largest = groups.largest(inverse)
@@ -150,7 +151,7 @@ def _wgrad(g8: Quantized, x8: Quantized, groups: Groups, x_inv: Tensor, like_inp
 
 
 def _of_rows(t: Quantized, rows: Any) -> Tensor:
-    """The scale_inv of each row, [rows], where a tensor has one or its rows have one each."""
+    """The scale_inv of each row, [rows], from one for the tensor or one for each row."""
     assert t.scale_inv is not None
     return t.scale_inv.expand(rows) if t.scale_inv.dim() == 0 else t.scale_inv.reshape(rows)
 
@@ -186,7 +187,7 @@ def _weight(call: Call, weight: Tensor, scale_of: ScaleOf, both_ways: bool) -> Q
 
 
 def _cast(call: Call, weight: Tensor, scale: Tensor | None, both_ways: bool) -> Sequence[Tensor]:
-    """scale: None for one of each row."""
+    """scale: None for one per row."""
     return torch.ops.te_dynamo.cast_matrices(
         weight, scale, E4M3, getattr(call.scaling, "power_2_scale", False) and scale is None, both_ways
     )

@@ -29,7 +29,7 @@ implements("linears", provider="native", recipes=(Float8RowwiseScaling,), device
 
 @implements("linears", provider="native", recipes=(Float8RowwiseScaling,), devices=("cuda",), multiply=native)
 class RowwiseLinears(FineGrainedLinears):
-    """Traced: operator by operator, each quantization would pass over its tensor twenty times."""
+    """Traced, not opaque: run operator by operator, each quantization would pass over its tensor twenty times."""
 
     opaque = False
 

@@ -1,5 +1,5 @@
-"""`ops.qkv` on a GPU: forward in one kernel. Backward in plain torch, which Inductor fuses with the cast of what it gives; or, where
-nothing is normalized and all of it comes from one GEMM, in one kernel that writes that one's gradient both ways."""
+"""`ops.qkv` on a GPU: one kernel in forward. Backward is plain torch, which Inductor fuses with the cast of its result; or, if nothing is
+normalized and q, k and v come from one GEMM, one kernel that writes that GEMM's FP8 gradient and its transposed copy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class QKV(Implementation):
         return Backward([dq, dk, dv, None, None, dq_weight, dk_weight, dq_bias, dk_bias], [])
 
     def hands_gradient_of(self, case: Case) -> bool:
-        """Of rows that are the tokens of one sequence after the other."""
+        """If nothing is normalized and the GEMM's rows are the tokens of one sequence after the other."""
         q = case.inputs["q"]
         b, _, s, d = q.shape
         by_sequence = same_size(b, 1) or same_size(q.stride(0), s * q.stride(2))
@@ -71,7 +71,7 @@ class QKV(Implementation):
 def _through(
     call: Call, x: Tensor | None, grad: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x [B, H, S, D], which only a norm reads, and of its norm's weight and bias [D]."""
+    """The gradients of x [B, H, S, D], which is read only for a norm, and of its norm's weight and bias [D]."""
     dtype = call.inputs[0]
     computed_in = torch.promote_types(dtype, torch.float32)
     g, d_weight, d_bias = grad.to(computed_in), None, None

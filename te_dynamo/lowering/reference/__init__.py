@@ -1,4 +1,4 @@
-"""The definition: quantize, dequantize, high-precision maths. On any device; what tests compare with."""
+"""The definition: quantize, dequantize, compute in high precision. Runs on any device; tests compare with it."""
 
 from te_dynamo.lowering.registry import provider
 

@@ -12,8 +12,8 @@ one scale; o leaves in FP8 under delayed scaling and in high precision under cur
 and v have a scale each (TE quantizes the three with one), and S and dP may take theirs from their own amax (TE's
 kernels keep delayed scaling for those two under every per-tensor recipe, only its emulation does not).
 
-The products are computed in float32 from FP8 operands, exactly but for the accumulation: at no time is there a
-[B, H, S, S_kv] tensor of a long sequence.
+The products are computed in float32 from FP8 operands, exactly except for the accumulation. A long sequence never has a full
+[B, H, S, S_kv] tensor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Block(NamedTuple):
 
 
 def _blocks(b: int, h: int, s: int, s_kv: int, causal: bool) -> Iterator[Block]:
-    """Whole rows, less the future, up to `BLOCK` scores in a block: of one head, of more or of batches where there is room."""
+    """Whole rows, less the future if causal, up to `BLOCK` scores in a block: of one head, or of several heads or batches if they fit."""
     row = max(1, s_kv)
     rows = max(1, min(s, BLOCK // row))
     heads = max(1, min(h, BLOCK // (rows * row)))
@@ -62,7 +62,7 @@ def _blocks(b: int, h: int, s: int, s_kv: int, causal: bool) -> Iterator[Block]:
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, block: Block, factor: Tensor, causal: bool) -> Tensor:
-    """The masked scores of a block, float32. q, k: FP8 data as float32; factor: what a product is worth."""
+    """The masked scores of a block, float32. q, k: FP8 data as float32; factor: multiplies the products."""
     rows, columns = block.queries[2], block.keys[2]
     scores = (q[block.queries] @ k[block.keys].mT) * factor
     if mask is not None:
@@ -70,8 +70,8 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, block: Block, factor: Ten
         if part.dtype == torch.bool:
             scores = scores.masked_fill(~part, -torch.inf)
         else:
-            # "Never" is spelled as the lowest float as often as -inf. Beside 3e38 the log of the sum would be lost, and a row
-            # in which nothing may be seen (uniform, as in high precision) could not be recomputed from its lse.
+            # A mask spells "never" as the lowest float as often as -inf. Next to 3e38 the log of the sum would be lost, and a row that may
+            # attend to nothing (uniform, as in high precision) could not be recomputed from its lse.
             scores = scores + part
             scores = torch.where(scores == -torch.inf, scores, scores.clamp(min=masked.LEAST_SCORE))
     if causal:
@@ -82,7 +82,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, block: Block, factor: Ten
 
 
 def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse); 0 in a row in which nothing is seen, as `scaled_dot_product_attention` has it."""
+    """exp(scores - lse); 0 in a row that attends to nothing, as in `scaled_dot_product_attention`."""
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
 
 
@@ -92,18 +92,18 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _of_shared_heads(gradient: Tensor, heads: int) -> Tensor:
-    """The gradient of what `_per_head` repeated."""
+    """The gradient of heads that `_per_head` repeated: summed over the copies."""
     return gradient.unflatten(1, (heads, -1)).sum(2) if gradient.shape[1] != heads else gradient
 
 
 def _empty(like: Tensor, shape: Any, form: Form, dtype: torch.dtype) -> Tensor:
-    """An empty [B, H, S, D] tensor that lies in memory as `form` says."""
+    """An empty [B, H, S, D] tensor, laid out in memory as `form` says."""
     return as_bhsd(like.new_empty([shape[i] for i in ORDER[form]], dtype=dtype), form)
 
 
 OPERATIONS = ("attention", "fp8_forward_attention")
 _NO_SCALE = "FP8 attention has one scale a tensor, and {!r} is no such recipe"
-# By definition it is many times slower there than in high precision.
+# The definition is many times slower there than high precision.
 _NO_KERNEL = "on a GPU only Transformer Engine has kernels for FP8 attention"
 for _op in OPERATIONS:
     missing(_op, "native", dict.fromkeys(PER_TENSOR, _NO_KERNEL))
@@ -117,14 +117,14 @@ class FP8Attention(Implementation):
     """q: [B, H, S, D]; k: [B, H_kv, S_kv, D]; v: [B, H_kv, S_kv, D_v], H a multiple of H_kv; mask: None, bool (True attends) or
     float (added), broadcastable to [B, H, S, S_kv].
 
-    Attributes, beside those of `te_dynamo.ir.attention`: form: a key of `te_dynamo.ir.layout.ORDER`, how all 4-d results lie in memory;
+    Attributes, besides those of `te_dynamo.ir.attention`: form: a key of `te_dynamo.ir.layout.ORDER`, the layout of all 4-d results;
     quantize_output, quantize_gradients: whether o, and dq, dk and dv, are rounded through FP8.
     """
 
     opaque = True
 
     def operands(self, call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k as they are rounded."""
+        """q and k as they will be rounded."""
         return q, k
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
@@ -163,7 +163,7 @@ class FP8Attention(Implementation):
         def scores(i: int) -> Tensor:
             return _scores(qf, kf, mask, blocks[i], factor, causal)
 
-        # The scale of S needs its largest element; a row has its own where its score is largest.
+        # The scale of S needs its largest element; each row's is where its score is largest.
         lse = q.new_empty((b, h, s), dtype=torch.float32)
         peak_s = q.new_zeros((), dtype=torch.float32)
         for i, block in enumerate(blocks):
@@ -269,9 +269,9 @@ class FP8Attention(Implementation):
 @implements("fp8_forward_attention", provider="native", recipes=PER_TENSOR, devices=("cpu",))
 @implements("fp8_forward_attention", provider="reference", recipes=PER_TENSOR)
 class FP8ForwardAttention(FP8Attention):
-    """The same forward; its backward is that of attention in high precision, of the same q, k and v. (TE's kernels take the
-    softmax's statistics from the forward in FP8 instead, which costs accuracy where scores are large.) q and k are rotated before they are
-    rounded, and k's mean is taken off (see `lowering.rotation`)."""
+    """The same forward; backward is that of high-precision attention, with the same q, k and v. (TE's kernels take the softmax's statistics
+    from the FP8 forward instead, which costs accuracy where scores are large.) q and k are rotated before they are rounded, and k's mean
+    is subtracted (see `lowering.rotation`)."""
 
     def operands(self, call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return prepared(call, q, k, keys=2)
@@ -321,14 +321,14 @@ def _quantized(x: Tensor, scale: Scale, casting: Casting, form: str) -> Quantize
 
 
 def modified(case: Case) -> str | None:
-    """What is done to the scores that kernels of plain attention, and FP8 attention, do not do; None where that is nothing."""
+    """What is done to the scores that kernels of plain attention, and FP8 attention, do not support; None if nothing is."""
     if case.attributes["softcap"]:
         return f"the scores are soft-capped (tanh, {case.attributes['softcap']:g})"
     return None if case.inputs["sinks"] is None else "it has attention sinks"
 
 
 def no_gradients(call: Call) -> list[Any]:
-    """Those of what follows q, k and v among the inputs."""
+    """The gradients (None) of the inputs after q, k and v."""
     return [None, None, [None] * len(call.inputs[5])]
 
 

@@ -1,11 +1,11 @@
 """TE's fused attention (cuDNN), in 16 bits and in FP8: four operators, and the implementations that call them.
 
-The calls are those of TE 2.20 (pytorch/cpp_extensions/fused_attn.py). Tensors lie as a layout says, in TE's spelling: each of q, k
-and v is [B, S, H, D] or [S, B, H, D], contiguous or a view of one buffer that holds the three.
+The calls are those of TE 2.20 (pytorch/cpp_extensions/fused_attn.py). A `layout`, in TE's spelling, says how tensors are laid out: each of
+q, k and v is [B, S, H, D] or [S, B, H, D], contiguous or a view of one buffer that holds all three.
 
-FP8 follows TE's delayed scaling: q, k and v share a scale, S and O have one each, and so have dO, dP and the three gradients
-together; O and the gradients leave the kernels in FP8. What goes in is quantized by the kernels that make it, which Inductor
-generates; what comes out is dequantized by the kernels that read it.
+FP8 follows TE's delayed scaling: q, k and v share one scale; S, O, dO and dP have one each; the three gradients share one. O and the
+gradients leave the kernels in FP8. Inductor's kernels that compute the inputs also quantize them; the kernels that read the outputs
+dequantize them.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from te_dynamo.lowering.te.library import api, capability, cudnn_version, runnin
 from te_dynamo.lowering.te.linear import quantizer
 from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling
 
-EXACT = (torch.Tag.needs_exact_strides,)  # a layout is a claim about memory; one tag alone is a sequence only from torch 2.12 on
+EXACT = (torch.Tag.needs_exact_strides,)  # a layout describes memory; before torch 2.12 tags must be a sequence, even a single one
 
 
 def _lengths(batch: int, length: int, device: torch.device) -> Tensor:
-    """Where each sequence begins, and the last ends: int32 [batch + 1]."""
+    """The offset at which each sequence begins, and the end of the last: int32 [batch + 1]."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
 def _common(
     q: Tensor, k: Tensor, layout: str, causal: bool, softmax_scale: float, window: int = -1
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first four arguments of both calls, and keywords that both have."""
+    """The first four arguments of both calls (forward and backward), and the keywords that they share."""
     form = _form(layout)
     b, s, s_kv = q.shape[form.index("b")], q.shape[form.index("s")], k.shape[form.index("s")]
     keywords = {
@@ -56,18 +56,18 @@ def _common(
 
 
 def _form(layout: str) -> str:
-    """How q lies, and o is to lie: "bshd" or "sbhd"."""
+    """The layout of q, which o gets too: "bshd" or "sbhd"."""
     return layout[:2] + "hd"
 
 
 def packed(layout: str) -> bool:
-    """Whether a layout has q, k and v in one buffer."""
+    """Whether q, k and v share one buffer in a layout."""
     return "3" in layout
 
 
 def _buffers(gradients: Sequence[Tensor], written: str, layout: str) -> list[Tensor]:
-    """The memory of gradients that TE wrote in the layout `written`, as `layout` has it: one tensor [.., 3, H, D] or
-    [.., H, 3, D] where it is packed, else three."""
+    """The memory of gradients that TE wrote in the layout `written`, rearranged to `layout`: one tensor [.., 3, H, D] or [.., H, 3, D] if
+    packed, else three."""
     if not packed(layout):
         return list(gradients)
     if written != layout:
@@ -81,9 +81,9 @@ def _buffers(gradients: Sequence[Tensor], written: str, layout: str) -> list[Ten
 
 
 def as_claimed(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[list[Tensor], str]:
-    """q, k and v, and how they lie in fact: copied apart where they are not the parts of one buffer that `layout` says they are.
+    """q, k and v, and their actual layout: copied to separate buffers if they are not the parts of one buffer that `layout` says they are.
 
-    Whoever compiles the graph may have given them memory of their own.
+    The compiler of the graph may have given them separate memory.
     """
     if not packed(layout):
         return [q, k, v], layout
@@ -95,7 +95,7 @@ def as_claimed(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[list[Tenso
 
 
 def lies(q: Tensor, k: Tensor, v: Tensor, layout: str) -> bool:
-    """Whether shapes and strides are those of the parts of a packed layout."""
+    """Whether the shapes and strides are those of the parts of a packed layout."""
     _, b, h, d = q.shape
     rows = (3 * d, 1) if layout.endswith("h3d") else (d, 1)
     return q.shape == k.shape == v.shape and all(t.stride() == (b * 3 * h * d, 3 * h * d, *rows) for t in (q, k, v))
@@ -107,7 +107,7 @@ def _packed_shape(shape: Sequence[int], layout: str) -> list[int]:
 
 
 def parts(buffers: Sequence[Tensor], layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v out of the buffers of a layout."""
+    """The gradients of q, k and v, taken from the buffers of a layout."""
     if not packed(layout):
         dq, dk, dv = buffers
         return dq, dk, dv
@@ -129,11 +129,11 @@ def _fp8(t: Tensor, inverse: Tensor, dtype: torch.dtype) -> Any:
 def te_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, layout: str, causal: bool, softmax_scale: float, training: bool, window: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v: 16 bits, as `layout` says -> (o [B, S, H, D_v] or [S, B, H, D_v], contiguous; and for backward, empty without
+    """q, k, v: 16 bits, laid out as `layout` says -> (o [B, S, H, D_v] or [S, B, H, D_v], contiguous; for backward, empty without
     `training`: the log of the sum of exponentials f32 [B, H, S, 1], the random state int64 [2]).
 
     window: with `causal`, how many columns before its own a row attends to, -1 for all.
-    cuDNN's kernel, and one or two that write the lengths.
+    Runs cuDNN's kernel, and one or two that write the sequence lengths.
     """
     te = api()
     with running():
@@ -170,7 +170,7 @@ def te_attention_bwd(
     softmax_scale: float,
     window: int = -1,
 ) -> list[Tensor]:
-    """What forward took and gave, and do as o -> the gradients of q, k and v, in the buffers of `layout` (see `parts`)."""
+    """Forward's inputs and outputs, and do, laid out as o -> the gradients of q, k and v, in the buffers of `layout` (see `parts`)."""
     te = api()
     with running():
         (q, k, v), lying = as_claimed(q, k, v, layout)
@@ -215,8 +215,9 @@ def te_fp8_attention_fwd(
     dtype: torch.dtype,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v: E4M3, as `layout` says, with one scale_inv; scales f32, 0-d; dtype: what they stand for -> (o in E4M3, scaled by
-    `o_scale`, the log of the sum of exponentials and the random state as in `te_attention_fwd`, the amaxes of S and o f32 [2])."""
+    """q, k, v: E4M3, laid out as `layout` says, with one scale_inv; scales f32, 0-d; dtype: their high-precision dtype -> (o in E4M3,
+    scaled by `o_scale`, the log of the sum of exponentials and the random state as in `te_attention_fwd`, the amaxes of S and o f32
+    [2])."""
     te = api()
     amaxes = qkv_inv.new_zeros(2)
     with running():
@@ -255,8 +256,8 @@ def te_fp8_attention_bwd(
     softmax_scale: float,
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], Tensor]:
-    """do: FP8, as o; the rest as forward took and gave it -> (the gradients of q, k and v in do's format, scaled by
-    `dqkv_scale`, as they lie; the amaxes of dP and of the three f32 [2])."""
+    """do: FP8, laid out as o; the rest: forward's inputs and outputs -> (the gradients of q, k and v in do's format, scaled by
+    `dqkv_scale`, as TE laid them out; the amaxes of dP and of the three f32 [2])."""
     te = api()
     amaxes = qkv_inv.new_zeros(2)
     with running():
@@ -338,8 +339,8 @@ missing("attention", "te", {Float8CurrentScaling: "in backward its kernels want 
 
 @implements("attention", provider="te", recipes=(HIGH_PRECISION,))
 class TEAttention(Implementation):
-    """`scaled_dot_product_attention` by TE's kernels in 16 bits: where q, k and v share a buffer, which torch's cannot profit from, or the
-    mask is a sliding window, which torch's would read in full."""
+    """`scaled_dot_product_attention` by TE's 16-bit kernels, used where q, k and v share a buffer (torch's gain nothing from that) or the
+    mask is a sliding window (torch's would read the full mask)."""
 
     def unsupported(self, case: Case) -> str | None:
         if not packed(case.attributes["qkv_layout"]) and case.attributes["window"] < 0:
@@ -374,7 +375,7 @@ class TEAttention(Implementation):
 
 
 class Operands(NamedTuple):
-    """scales: by role; tensors: q, k and v in FP8, contiguous; peaks: f32, of each amaxes of which the largest is the tensor's."""
+    """scales: by role; tensors: q, k and v in FP8, contiguous; peaks: f32, the amaxes of each, the largest is the tensor's."""
 
     scales: dict[str, Any]
     tensors: Sequence[Tensor]
@@ -383,9 +384,9 @@ class Operands(NamedTuple):
 
 @implements("attention", provider="te", recipes=(DelayedScaling,))
 class TEFP8Attention(Implementation):
-    """The same in FP8: q, k and v share a scale; S and O have one each, and so have dO, dP and the three gradients together."""
+    """The same in FP8: q, k and v share one scale; S, O, dO and dP have one each; the three gradients share one."""
 
-    calibrates = False  # its kernels know nothing of a scale that was never set
+    calibrates = False  # its kernels cannot handle a scale that was never set
     shared = (("q", "k", "v"),)
 
     def unsupported(self, case: Case) -> str | None:
@@ -395,7 +396,7 @@ class TEFP8Attention(Implementation):
         return f"TE's fused attention, {_apart(case.attributes['form'])}"
 
     def forward_scales(self, scales: Scales, largest: Sequence[Tensor]) -> dict[str, Any]:
-        """By role; that of k and v is q's. largest: bounds of q, k and v, 0-d."""
+        """By role; k and v use q's. largest: upper bounds of q, k and v, 0-d."""
         return {role: scales.at(role).known for role in scales.roles.forward}
 
     def operands(self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> Operands:
@@ -434,8 +435,8 @@ class TEFP8Attention(Implementation):
 
 @implements("fp8_forward_attention", provider="te", recipes=(DelayedScaling,))
 class TEFP8ForwardAttention(TEFP8Attention):
-    """The forward in FP8; the backward in 16 bits, of q, k, v and o as they are, with the forward's statistics: what TE does with
-    NVTE_FP8_DPA_BWD=0. q and k are rotated before they are rounded, and k's mean is taken off (see `lowering.rotation`)."""
+    """Forward in FP8; backward in 16 bits, from q, k, v and o in high precision and the forward's softmax statistics, as TE does with
+    NVTE_FP8_DPA_BWD=0. q and k are rotated before they are rounded, and k's mean is subtracted (see `lowering.rotation`)."""
 
     def operands(self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         if like_te(call):
@@ -458,7 +459,7 @@ class TEFP8ForwardAttention(TEFP8Attention):
     ) -> Backward:
         order = ORDER[call["form"]]
         do, q, k, v, o = (t.permute(order).contiguous() for t in (grads[0], *inputs[:3], *inputs[-1]))
-        k = centered(call, k, _keys(call))  # whose scores' statistics forward took
+        k = centered(call, k, _keys(call))  # forward's softmax statistics are those of the centered k
         lse, rng = (t.data for t in saved)
         common = _common_attributes(call, q, _apart(call["form"]))
         made = torch.ops.te_dynamo.te_attention_bwd(do, q, k, v, o, lse, rng, *common, call["window"])
@@ -467,7 +468,7 @@ class TEFP8ForwardAttention(TEFP8Attention):
 
 @implements("fp8_forward_attention", provider="te", recipes=(Float8CurrentScaling,))
 class TECurrentForwardAttention(TEFP8ForwardAttention):
-    """Scales without state, before S and O are there: a softmax gives one at most, and what it averages is at most the largest of V."""
+    """Stateless scales, set before S and O exist: a softmax is at most 1, and O, an average of V, is at most V's amax."""
 
     calibrates = True
 
@@ -477,10 +478,10 @@ class TECurrentForwardAttention(TEFP8ForwardAttention):
 
 
 def _keys(call: Call) -> int:
-    """The dimension of k that counts the keys, as it lies in memory."""
+    """The dimension of k, in its memory layout, that indexes the keys."""
     return ORDER[call["form"]].index(2)
 
 
 def _apart(form: str) -> str:
-    """The layout of q, k and v with memory of their own."""
+    """The layout in which q, k and v have separate buffers."""
     return Layout(form).name

@@ -19,7 +19,7 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class AttentionCase:
     """One attention call. head_qk, head_v: head sizes; mask: one that is neither causal nor a window; window: of a causal mask, -1 for
-    none; fp8_backward: where it is in FP8, whether its backward is too; capability: of the device; cudnn: 91002 is 9.10.2."""
+    none; fp8_backward: if it is in FP8, whether its backward is too; capability: of the device; cudnn: 91002 is 9.10.2."""
 
     dtype: torch.dtype
     head_qk: int

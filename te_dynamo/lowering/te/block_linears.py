@@ -1,10 +1,9 @@
-"""Linears by the recipes that TE computes with a scale for each block: blocks of 128, and MXFP8.
+"""Linears for the recipes that TE computes with one scale per block: blocks of 128, and MXFP8.
 
-What TE's own linear does (2.20.2, pytorch/module/linear.py) is done here, kernel for kernel. An input is quantized once, for
-forward and for wgrad, which reads its column-wise copy: that is saved, nothing else of it. So is a weight, for forward and for
-dgrad, and its column-wise copy is saved too: a byte an element from forward to backward, instead of another kernel that reads
-the weight, unless backward is to make it again (`Call.remakes`). A gradient is quantized once, for dgrad and for wgrad. Copies that
-nobody asks for are not made.
+This does what TE's own linear does (2.20.2, pytorch/module/linear.py), kernel for kernel. An input is quantized once, for forward and
+for wgrad, which reads its column-wise copy; nothing else of the input is saved. A weight is quantized once, for forward and for dgrad.
+Its column-wise copy is saved too, a byte per element from forward to backward, which saves a kernel that reads the weight again; unless
+backward is to remake it (`Call.remakes`). A gradient is quantized once, for dgrad and for wgrad. Copies that nothing reads are not made.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Copy(NamedTuple):
 
 @implements("linears", provider="te", recipes=(Float8BlockScaling, MXFP8BlockScaling))
 class BlockLinears(Implementation):
-    """Two operators, a kernel each; Inductor pads and joins what they read. A site has neither scales nor amaxes."""
+    """Two operators, one kernel each; Inductor pads and joins their inputs. A site has neither scales nor amaxes."""
 
     cached = frozenset({"inference"})
 
@@ -125,7 +124,7 @@ class BlockLinears(Implementation):
 
 
 class _Kernels:
-    """TE's two operators as one recipe wants them."""
+    """TE's two operators, called as one recipe requires."""
 
     def __init__(self, recipe: Recipe) -> None:
         operands = operands_of(recipe)
@@ -142,11 +141,11 @@ class _Kernels:
         return Copy(rows, rows_inv, _square(how)), Copy(columns, columns_inv, _square(how))
 
     def visible(self, t: Tensor) -> Tensor:
-        """`t` with NaN for what is infinite: TE's cast of blocks of 128 saturates that, and a GradScaler would not find the overflow."""
+        """`t` with NaN in place of infinities: TE's cast for blocks of 128 saturates them, and a GradScaler would miss the overflow."""
         return t if self.mx else torch.where(t.isinf(), torch.nan, t)
 
     def gemm(self, a: Copy, b: Copy, layout: str, out_dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
-        """layout: what it would be of the matrices themselves. Of blocks of 128 column-wise copies lie transposed."""
+        """layout: for matrices that are not transposed. With blocks of 128, column-wise copies are stored transposed, so the GEMM is TN."""
         return torch.ops.te_dynamo.te_block_gemm(
             a.data, b.data, a.scale_inv, b.scale_inv, a.square, b.square, layout if self.mx else "TN", bias, out_dtype, fast
         )

@@ -1,10 +1,10 @@
 """TE's GEMM of operands that have a scale for each block, and the cast that makes them: blocks of 128, and MXFP8's of 32.
 
 A matrix [R, C] has up to two copies in FP8: the row-wise one for GEMMs that sum over C, the column-wise one for those that sum
-over R. Each is quantized from high precision, with scales of its own, both by one kernel. Scales lie as the GEMM reads them:
+over R. Each is quantized from high precision with its own scales, both by one kernel. Scales are laid out as the GEMM reads them:
 
     block of                     128                                         32
-    column-wise copy             [C, R]: lies transposed                     [R, C]
+    column-wise copy             [C, R]: transposed                          [R, C]
     scale_inv                    float32                                     uint8, the bytes of E8M0
       row-wise                   [C/128, R to 4]                             [R to 128, C/32 to 4]
       column-wise                [R/128, C to 4]                             [R/32 to 4, C to 128]
@@ -12,7 +12,7 @@ over R. Each is quantized from high precision, with scales of its own, both by o
       square, column-wise        [C/128, R/128 to 4]                         as above: equal for 32 columns
     their order                  row by row                                  cuBLAS's: tiles of 128 x 4
 
-(a/b is rounded up, "to b" is rounded up to a multiple; padding is undefined.) So of blocks of 128 the column-wise copy of a matrix
+(a/b is rounded up, "to b" is rounded up to a multiple; padding is undefined.) So with blocks of 128 the column-wise copy of a matrix
 is the row-wise one of its transpose, and every GEMM is TN.
 
 The calls are those of TE 2.20 (pytorch/tensor/float8_blockwise_tensor.py, pytorch/tensor/mxfp8_tensor.py,
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from te_dynamo.lowering.te.library import api, running
 
-MX = 32  # the block of MXFP8; the other is of 128
+MX = 32  # MXFP8's block size; the other one is 128
 
 
 @torch.library.custom_op("te_dynamo::te_block_quantize", mutates_args=())
@@ -39,8 +39,8 @@ def te_block_quantize(
     """x [R, C] in high precision -> (data, scale_inv) of the row-wise copy and of the column-wise one, data in `dtype`, FP8.
 
     One kernel. block: 128 or 32 (R and C are multiples of 32 then); square: a scale for each block x block, not for each 1 x
-    block; power_of_2, epsilon: of blocks of 128, whether scales are powers of two, and the least amax. row_wise, column_wise:
-    which copies are wanted; another's tensors are empty.
+    block; power_of_2, epsilon: for blocks of 128, whether scales are powers of two, and the least amax. row_wise, column_wise:
+    which copies are wanted; the tensors of any other are empty.
     """
     te = api()
     # The kernel of 128 x 128 always writes the row-wise copy.
@@ -80,7 +80,7 @@ def _scale_dtype(block: int) -> torch.dtype:
 
 
 def _scale_shape(rows: Any, columns: Any, block: int, square: bool, across: bool) -> tuple[Any, Any]:
-    """Of a copy of a matrix [rows, columns]; TE's `get_scale_shape`."""
+    """The shape of the scale_inv of a copy of a matrix [rows, columns]; TE's `get_scale_shape`."""
     if block == MX:
         if across:
             return _up(_count(rows, block), 4), _up(columns, 128)
@@ -119,7 +119,7 @@ def te_block_gemm(
         NN      a [M, C], b [C, N]      a @ b           b column-wise, of MXFP8
         NT      a [C, M], b [C, N]      a.T @ b         both column-wise, of MXFP8
 
-    a_square, b_square: how they were quantized; not both, of blocks of 128. bias [N] in 16 bits, added in the epilogue. fast:
+    a_square, b_square: how they were quantized; not both, for blocks of 128. bias [N] in 16 bits, added in the epilogue. fast:
     accumulates with fewer bits (TE's use_split_accumulator=False), which blocks of 128 never do.
     """
     te = api()
@@ -149,7 +149,7 @@ def _sizes(a_shape: Any, b_shape: Any, layout: str) -> tuple[Any, Any, Any]:
 
 
 def _operand(te: Any, data: Tensor, scale_inv: Tensor, square: bool, row_wise: bool, dtype: torch.dtype) -> Any:
-    """TE's tensor with this one copy."""
+    """A TE tensor that holds only this copy."""
     copy, other = ("rowwise", "columnwise") if row_wise else ("columnwise", "rowwise")
     arguments: dict[str, Any] = {"fp8_dtype": te.dtype[data.dtype], "quantizer": None, "fake_dtype": dtype}
     arguments |= {f"{copy}_data": data.view(torch.uint8), f"{copy}_scale_inv": scale_inv}

@@ -1,10 +1,8 @@
-"""Experts by Transformer Engine's grouped GEMM on a Blackwell, all three of a training step; no offset is read by the host.
+"""Experts on a Blackwell by Transformer Engine's grouped GEMM, for all three GEMMs of a training step; the host reads no offsets.
 
-A Blackwell multiplies FP8 matrices of any layout, so forward, dgrad and wgrad read the same two copies, and nothing is transposed. One
-scale for each tensor, as for any linear. On a Hopper cuBLAS has this GEMM from 13.5 on, of transposed copies; torch's is used there
-(`native.grouped`). Groups begin at multiples of 16 rows, as TE's own padding has them: the cast writes them so.
-
-The calls are those of TE 2.20 (pytorch/cpp_extensions/gemm.py, pytorch/module/grouped_linear.py).
+A Blackwell multiplies FP8 matrices of any layout, so forward, dgrad and wgrad read the same two copies, and nothing is transposed. Each
+tensor has one scale, as for any linear. On a Hopper cuBLAS has this GEMM from 13.5 on, for transposed copies; torch's is used there
+(`native.grouped`). Groups begin at multiples of 16 rows, as with TE's own padding: the cast writes them there.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ FORWARD, DGRAD, WGRAD = "TN", "NN", "NT"  # as TE names the layouts of A and B, 
 def te_grouped_gemm(
     a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, ends: Tensor, layout: str, out_dtype: torch.dtype, fast: bool
 ) -> Tensor:
-    """cuBLAS's grouped FP8 GEMM, after a small kernel that finds the groups' pointers.
+    """cuBLAS's grouped FP8 GEMM, after a small kernel that computes the groups' pointers.
 
     a: rows [P, C], those of group e ending before ends[e] (int32 [E]); b: matrices [E, N, K], or rows [P, K] for the layout "NT". Both FP8,
     not both E5M2; scale_inv f32, 0-d. Returns, in out_dtype: "TN" the rows times b[e].T, [P, N]; "NN" the rows times b[e], [P, K]; "NT"
@@ -97,7 +95,7 @@ def _(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why there is no such GEMM on a device, as a clause: asked of its capability and of cuBLAS, then tried."""
+    """Why a device has no such GEMM, as a clause: its capability and cuBLAS's version are checked, then the GEMM is tried."""
     return _why_not(device, capability(device))
 
 
@@ -115,7 +113,7 @@ def _why_not(device: torch.device, found: Capability) -> str | None:
 
 
 def _tried(device: torch.device) -> str | None:
-    """Why it is not to be trusted here: it raises, or does not give what it should. Exact numbers, one group empty but for its gap."""
+    """Why the GEMM is not to be trusted here: it raises, or gives wrong results. Exact numbers; one group is empty except for its gap."""
     generator = torch.Generator().manual_seed(0)
     groups = Groups(torch.tensor([5, 5, 32], dtype=torch.int32, device=device), 40)
 
@@ -199,13 +197,13 @@ class TEGroups(Implementation):
 
 
 def _multiply(a: Quantized, b: Quantized, groups: Groups, layout: str, dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """Of rows that are spread out; the result's are not."""
+    """The rows of the operands are spread out; those of the result are not."""
     y = torch.ops.te_dynamo.te_grouped_gemm(a.data, b.data, a.scale_inv, b.scale_inv, groups.spread[0], layout, dtype, fast)
     return y if layout == WGRAD else y[groups.place_of_row]
 
 
 def _rows(call: Call, t: Tensor, groups: Groups, scale_of: ScaleOf, keeps: bool) -> Quantized:
-    """t [T, any], spread out. keeps: whether backward reads it, unless it is remade there."""
+    """t [T, any], quantized and spread out. keeps: whether backward reads it, unless it is remade there."""
     amax = row_amax(groups.only(t))
     scale = scale_of.of(amax)
     with recomputed_in_backward() if keeps and "input" in call.remakes else nullcontext():
@@ -222,6 +220,6 @@ def _weight(weight: Tensor, scale_of: ScaleOf) -> Quantized:
 
 
 def _cast(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[E, N, K], of any strides, and amaxes."""
+    """weight [E, N, K], of any strides -> its FP8 copy, and amaxes."""
     data, _, _, amax = torch.ops.te_dynamo.cast_matrices(weight, scale, dtype, False, False)
     return data, amax

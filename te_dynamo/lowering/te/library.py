@@ -57,7 +57,7 @@ def import_error() -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an exception's message; its type if there is none."""
+    """The first line of an exception's message; its type if there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -125,7 +125,7 @@ def cudnn_version() -> int:
 
 
 def running() -> AbstractContextManager[Any]:
-    """The context for calls into TE: no-op on a GPU; a stand-in's makes TE take the CPU for a CUDA device."""
+    """The context for calls into TE: a no-op on a GPU; a stand-in's makes TE treat the CPU as a CUDA device."""
     extension = stand_in()
     if extension is None:
         return contextlib.nullcontext()

@@ -68,7 +68,7 @@ def _(x, scale, dtype, data, transposed):
 
 @torch.library.custom_op("te_dynamo::te_bgrad_quantize", mutates_args=())
 def te_bgrad_quantize(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """TE's cast and transpose that sums the columns on its way, one kernel and one that adds up its partial sums:
+    """TE's cast and transpose that also sums the columns: one kernel, and one that adds up its partial sums:
 
     grad [T, N], scale f32, 0-d -> (FP8 [T, N], FP8 [N, T], the sum over T [N] in grad's dtype, amax f32 [1]).
     """
@@ -84,7 +84,7 @@ def _(grad, scale, dtype):
 
 
 def quantizer(scale: Tensor, amax: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> Any:
-    """TE's delayed-scaling quantizer of one tensor; it max-writes `amax` [1]. scale: f32, 0-d."""
+    """TE's delayed-scaling quantizer for one tensor; `amax` [1] becomes its maximum with the tensor's. scale: f32, 0-d."""
     te = api()
     if transposed:  # TE's cast and transpose writes both; where it does not transpose, `plain` does
         data, transposed = True, casts_transpose(scale.device)
@@ -94,9 +94,9 @@ def quantizer(scale: Tensor, amax: Tensor, dtype: torch.dtype, data: bool, trans
 
 
 def plain(made: Any, like: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor]:
-    """What TE quantized as plain tensors: as it is, and transposed; empty where it is not wanted.
+    """What TE quantized, as plain tensors: as it is, and transposed; each is empty if not wanted.
 
-    Where its casts do not transpose, a kernel of ours does: GEMMs here are TN on every device.
+    Where TE's casts do not transpose, a kernel of ours does: GEMMs here are TN on every device.
     """
     empty = like.new_empty((0, 0), dtype=dtype)
     across = made._transpose
@@ -106,7 +106,7 @@ def plain(made: Any, like: Tensor, dtype: torch.dtype, data: bool, transposed: b
 
 
 def plain_fake(x: Tensor, dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor]:
-    """What `plain` gives of an x [R, C]."""
+    """The fake result of `plain` for x [R, C]."""
     rows, columns = x.shape
     return x.new_empty((rows, columns) if data else (0, 0), dtype=dtype), x.new_empty(
         (columns, rows) if transposed else (0, 0), dtype=dtype
@@ -123,8 +123,8 @@ def gemm(a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, out_dtype: torch.dt
 def cast(
     parts: list[Tensor], scale: Tensor, dtype: torch.dtype, interleave: int, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A `per_tensor.Cast`: TE's kernel for one matrix; ours where matrices are joined, which TE's would have copied first, and for the
-    transposed copy alone, beside which TE's writes the other."""
+    """A `per_tensor.Cast`: TE's kernel for one matrix; ours for matrices to be joined, which TE's would need copied first, and for a
+    transposed copy alone, since TE's would write the other copy as well."""
     if len(parts) > 1 or not data:
         return torch.ops.te_dynamo.cast_transpose(parts, scale, dtype, interleave, data, transposed)
     return torch.ops.te_dynamo.te_quantize(parts[0], scale, dtype, data, transposed)
@@ -132,10 +132,10 @@ def cast(
 
 @dataclass(frozen=True)
 class TEKernels(OnePassKernels):
-    """TE's GEMM, its fused cast and transpose of weights, and of gradients that a bias wants summed.
+    """TE's GEMM, its fused cast and transpose of weights, and that of gradients if the bias gradient is wanted too.
 
-    Other activations and gradients are quantized by the kernels that make them, which Inductor generates, since a kernel of
-    their own would read and write them once more.
+    Other activations and gradients are quantized by the Inductor kernels that compute them: a separate kernel would read and write them
+    once more.
     """
 
     def gradient(self, grad: Tensor, scale_of: ScaleOf, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:

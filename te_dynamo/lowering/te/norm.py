@@ -1,9 +1,9 @@
-"""TE's norms that write FP8 and the amax, with what backward needs, in one kernel.
+"""TE's norms, which write FP8, the amax and what backward needs in one kernel.
 
-The calls are those of TE 2.20 (pytorch/module/_common.py, apply_normalization). TE rounds once, to FP8, from float32. Asked for the
-transposed copy too, TE runs its transpose kernel after the norm (C/normalization/rmsnorm/rmsnorm_api.cpp): it is made in backward
-instead, as for other inputs. Backward is plain torch: what it computes Inductor fuses with the gradients that are added to it, where
-a kernel of TE's would write its result for a kernel of the sum to read again.
+The calls are those of TE 2.20 (pytorch/module/_common.py, apply_normalization). TE rounds once, from float32 to FP8. Asked for the
+transposed copy too, TE would run its transpose kernel after the norm (C/normalization/rmsnorm/rmsnorm_api.cpp); instead, backward makes
+that copy, as for other inputs. Backward is plain torch: Inductor fuses it with the addition of other gradients, whereas TE's kernel
+would write its result for the kernel of the sum to read again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy, x [..., H]; mean, inverse: as `te_norm` gave them -> (dx [..., H] in x's dtype, dweight f32 [H], dbias f32 [H]).
 
-    In x's own shape: where the residual's gradient, which has it, is added, Inductor makes one kernel of it all.
+    It keeps x's shape, which the residual's gradient has too, so that Inductor fuses their sum into the same kernel.
     """
     each, tokens = (*x.shape[:-1], 1), tuple(range(x.dim() - 1))
     inverse, dy, normal = inverse.reshape(each), dy.float(), x.float()
@@ -71,9 +71,9 @@ def backward(
 
 @produces("norm", provider="te", recipes=PER_TENSOR)
 class TENorm(Producer):
-    """A norm that writes FP8 by itself: only where its scale is known before, which is delayed scaling.
+    """A norm that writes FP8 by itself: only where its scale is known beforehand, which means delayed scaling.
 
-    Elsewhere Inductor's kernel of the norm writes FP8 too, so TE's is worth having only where there is nothing to fuse it with.
+    Elsewhere Inductor's kernel of the norm writes FP8 too, so TE's pays only where there is nothing to fuse the norm with.
     """
 
     kernel = "TE's kernel"

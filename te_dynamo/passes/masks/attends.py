@@ -1,7 +1,7 @@
 """Where a mask attends, as data: a formula over batch, head, row, column and the sizes, and over the elements of tensors that it reads.
 
-It says what the mask says without an S x S tensor, and stands in the text of a call, so that an implementation can compute it where it
-needs it (`te_dynamo.lowering.native.attention`).
+It says what the mask says without an S x S tensor, and is part of a call's text, so that an implementation can compute it where it needs
+it (`te_dynamo.lowering.native.attention`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from te_dynamo.passes.masks.formulas import ONE, Datum, Expr, Formula, Integers,
 MAX_INEQUALITIES = 24  # an implementation computes each for every score near the mask's edges
 
 Sum: TypeAlias = tuple[tuple[str, int], ...]  # of integers times coefficients; "" is 1, "datum0" the first element that is read
-# Which element of which tensor: for each dimension the position, and whether it may lie outside (where the formula does not depend on it).
+# Which element of which tensor: for each dimension the index, and whether it may be out of range (where the formula does not depend on it).
 Element: TypeAlias = tuple[int, tuple[tuple[Sum, bool], ...]]
 
 
 @dataclass(frozen=True)
 class Attends:
-    """alternatives: in one of which all sums are at most 0; elements: what is read, of `tensors`."""
+    """alternatives: it attends where, in one of them, all sums are at most 0; elements: what is read, from `tensors`."""
 
     alternatives: tuple[tuple[Sum, ...], ...]
     elements: tuple[Element, ...] = ()
@@ -36,7 +36,7 @@ class Attends:
 
 
 def as_attends(formula: Formula, integers: Integers, names: Mapping[Expr, str]) -> Attends | None:
-    """A formula as data, names being those of its indices and sizes; None where it is long, or has other integers in it."""
+    """A formula as data, given the names of its indices and sizes; None if it is long, or has other integers in it."""
     if sum(map(len, formula)) > MAX_INEQUALITIES:
         return None
     symbols = sorted((s for s in symbols_of(formula) if s in integers.data), key=str)
@@ -56,7 +56,7 @@ def window(width: int) -> Attends:
 
 
 def given(mask: Node, shape: tuple[Expr, ...]) -> Attends:
-    """What a bool mask of this shape says, read from it."""
+    """What a bool mask of this shape says, read from the mask itself."""
     names = ("batch", "head", "row", "column")[-len(shape) :]
     position = tuple((() if size == 1 else ((name, 1),), False) for name, size in zip(names, shape, strict=True))
     return Attends((((("", 1), ("datum0", -1)),),), ((0, position),), (mask,))

@@ -1,4 +1,4 @@
-"""Masks of static size that read no data, computed: on the CPU, and only where that says what they are on any device."""
+"""Computes masks of static size that read no data: on the CPU, and only if the result holds for any device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BYTES = 2**28  # of each tensor on the way
 
 
 def compute(nodes: Sequence[Node]) -> torch.Tensor:
-    """The value of the last of `nodes`, which are all that it needs, in order. Raises Unproven where it is not certain."""
+    """The value of the last of `nodes`, which are all that it depends on, in order. Raises Unproven if it is not certain."""
     for node in nodes:
         if not _is_computable(node):
             raise Unproven(f"{node.name} is not a function of constants, or too large")
@@ -40,7 +40,7 @@ def compute(nodes: Sequence[Node]) -> torch.Tensor:
 
 
 def _is_computable(node: Node) -> bool:
-    """Whether a node is torch's own function of constants, its tensor of a size that may be computed."""
+    """Whether a node applies one of torch's own functions to constants, and its result is small enough to compute."""
     if node.op not in ("call_function", "call_method"):
         return False
     values = example(node)

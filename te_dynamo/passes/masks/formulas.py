@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import sympy  # type: ignore[import-untyped]
 import torch
 
-UNBOUNDED = 2**40  # no size is larger: what rules out overflow where a size is symbolic
+UNBOUNDED = 2**40  # no size is larger: this rules out overflow where a size is symbolic
 MAX_INEQUALITIES = 400
 MAX_ALTERNATIVES = 300
 
@@ -85,8 +85,8 @@ def _negated(inequality: Inequality) -> Inequality:
 
 @dataclass(frozen=True)
 class Datum:
-    """An element of a tensor of the graph. source: its node; shape: of the tensor; index: of the element; why: what kept it from
-    being anything but data."""
+    """An element of a tensor of the graph. source: its node; shape: of the tensor; index: of the element; why: the reason that nothing more
+    is known of it."""
 
     source: Any
     shape: tuple[Expr, ...]
@@ -134,7 +134,7 @@ class Integers:
         return self._symbols[key]
 
     def bound(self, expr: Expr) -> float:
-        """What the absolute value is at most; infinity where nothing is known."""
+        """An upper bound of the absolute value; infinity where nothing is known."""
         return sum(
             abs(coefficient) * math.prod(max(map(abs, self._range(factor))) for factor in sympy.Mul.make_args(monomial) if monomial != 1)
             for monomial, coefficient in _row(expr).items()
@@ -159,7 +159,7 @@ class Integers:
         return all(_contradictory(map(dict, self._with_facts(alternative))) for alternative in formula)
 
     def _with_facts(self, inequalities: frozenset[Inequality]) -> list[Inequality]:
-        """The inequalities, and those known of their symbols and of the symbols in what is known."""
+        """The inequalities, what is known of their symbols, and of the symbols that this brings in."""
         found, known = list(inequalities), set[Expr]()
         for inequality in found:  # which grows
             for symbol in {s for monomial, _ in inequality for s in monomial.free_symbols} - known:
@@ -211,7 +211,7 @@ def _eliminated(unknown: Any, above: Row, below: Row) -> Row:
 
 
 def _tightened(row: Row) -> Row:
-    """The same for integers: the coefficients divided by their greatest divisor, the constant rounded up."""
+    """An equivalent row for integers: the coefficients divided by their greatest common divisor, the constant rounded up."""
     divisor = math.gcd(*(c for m, c in row.items() if m != 1))
     if divisor <= 1:
         return row

@@ -39,8 +39,8 @@ from te_dynamo.sites import Sites
 
 log = logging.getLogger(__name__)
 
-DROPPED = ("causal", "all")  # what an attention says without a mask
-SIZES = ("size", "dim", "numel", operator.floordiv, operator.mod)  # what else computes only sizes
+DROPPED = ("causal", "all")  # what an attention can say without a mask
+SIZES = ("size", "dim", "numel", operator.floordiv, operator.mod)  # other functions that compute only sizes
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Prover:
         proof = self._classified(attends, i, j)
         sees_something = sinks or (rows == columns and integers.holds(_at(attends, j, i)))
         if mask.dtype != torch.bool and not sees_something:
-            return proof  # where a row adds the same to all of its scores, it hides none
+            return proof  # a row that adds the same to all of its scores hides none
         return replace(proof, attends=as_attends(attends, integers, {s: n for s, n in names.items() if not isinstance(s, int)}))
 
     def _classified(self, attends: Formula, i: Expr, j: Expr) -> Proof:
@@ -187,7 +187,7 @@ class _Prover:
         return Proof("unknown", "the mask hides more than what comes later")
 
     def _with_data(self, attends: Formula, i: Expr, j: Expr) -> Proof | None:
-        """A mask of which all that is data tells of keys, or compares a row's with a column's."""
+        """A mask in which data only concerns keys, or is compared between a row and a column; None for any other."""
         data = self.reader.integers.data
         if len(attends) != 1:
             return None
@@ -222,7 +222,7 @@ class _Prover:
 
 
 def compare(mask: torch.Tensor, rows: int, columns: int) -> Proof | None:
-    """What a mask is whose values are known; None where it is neither causal, nor a window, nor hides nothing."""
+    """What a mask with known values is; None if it is neither causal, nor a window, nor attends everywhere."""
     mask = mask.expand((*mask.shape[:-2], rows, columns))
     attended = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((attended | (mask <= _lowest(mask.dtype))).all()):
@@ -243,7 +243,7 @@ def _symbols(inequality: Inequality) -> set[Expr]:
 
 
 def _at(formula: Formula, symbol: Expr, value: Expr) -> Formula:
-    """A formula in which one index has a value. What is read at that index may be anything."""
+    """A formula with one index replaced by a value. What is read at that index may be anything."""
     return frozenset(frozenset(frozenset(_substituted(dict(q), symbol, value).items()) for q in alternative) for alternative in formula)
 
 
@@ -255,7 +255,7 @@ def _substituted(terms: dict[Any, int], symbol: Expr, value: Expr) -> dict[Any, 
 
 
 def _lowest(dtype: torch.dtype) -> float:
-    """What a mask of this dtype adds to hide, or less."""
+    """A mask of this dtype hides by adding this, or less."""
     if not dtype.is_floating_point:
         raise Unproven(f"the mask is of {dtype}")
     return masked.lowest(dtype)

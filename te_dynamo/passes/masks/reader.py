@@ -1,4 +1,4 @@
-"""The graph's tensors as functions of their indices, each as it stands where it is read."""
+"""The graph's tensors as functions of their indices, each with the contents that it has where it is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Reader:
         self.writers = {node: written for node in graph.nodes if (written := writes(node))}
         self.read: dict[Node | None, Tensor | Unproven] = {}
         state: dict[Node, Tensor | Unproven] = {}
-        origin: dict[Node, Node] = {}  # of what an in-place function gave back: the tensor that it wrote to
+        origin: dict[Node, Node] = {}  # result of an in-place function -> the tensor that it wrote to
         needed = self.needed(masks.values())
         for node in (*graph.nodes, None):
             if node in masks:
@@ -45,7 +45,7 @@ class Reader:
                     state[other] = state[node] if known else reason
 
     def needed(self, masks: Iterable[Node]) -> set[Node]:
-        """All that masks are computed from, and what writes to its memory, wherever that is."""
+        """Everything that masks are computed from, and everything in the graph that writes to its memory."""
         found = set(upstream(*masks))
         while more := [w for w, ts in self.writers.items() if w not in found and any(_shares(n, t) for n in found for t in ts)]:
             found.update(upstream(*more))
@@ -81,15 +81,15 @@ class Reader:
             return stop
 
     def _datum(self, node: Node, place: Place, stop: Unproven) -> Value:
-        """An element of a tensor that depends on data, of which no more is known than its dtype. Raises `stop` for any other, and where it
-        could not be read later on: it is no integer, or something writes to its memory."""
+        """An element of a tensor that depends on data, known only by its dtype. Raises `stop` for any other tensor, and if the element
+        could not be read later: it is not an integer, or something writes to its memory."""
         if place.dtype.is_floating_point or place.dtype.is_complex or self.is_written(node) or not self.origin(node):
             raise stop
         symbol = self.integers.datum(Datum(node, place.shape, place.index, place.dtype, str(stop)))
         return at_most(1, symbol) if place.dtype == torch.bool else symbol
 
     def _tells_of_one_datum(self, found: Value, index: tuple[Expr, ...]) -> bool:
-        """Whether a value asks of data at its own index alone, such as whether it is not 0: it is simpler to read the answer."""
+        """Whether a value depends on data only at its own index, such as whether it is nonzero: it is simpler to read the answer."""
         read = [self.integers.data.get(symbol) for symbol in symbols_of(found)]
         return len(found) > 1 and bool(read) and all(datum is not None and datum.index == index for datum in read)
 
@@ -97,7 +97,7 @@ class Reader:
         return next(self.integers.data[symbol].why for symbol in symbols_of(found))
 
     def origin(self, node: Node) -> str:
-        """What a user calls the first tensor that a node is computed of; "" where it is computed of none."""
+        """The user's name for the first tensor that a node is computed from; "" if there is none."""
         found, seen = [node], {node}
         for n in found:  # which grows
             known = [i for i in n.all_input_nodes if i not in seen and not isinstance(example(i), (int, float, torch.SymInt, torch.Size))]
@@ -129,7 +129,7 @@ class Reader:
 
 
 def _shares(node: Node, other: Node) -> bool:
-    """Whether a write to the one may be seen in the other."""
+    """Whether a write to one may be seen in the other."""
     memory = (storage(node), storage(other))
     return tensor(node) is not None and (None in memory or memory[0] == memory[1])
 
@@ -139,7 +139,7 @@ def _name(target: Any) -> str:
 
 
 def _description(node: Node) -> str:
-    """What a user calls the tensor that a placeholder brings in."""
+    """The user's name for the tensor of a placeholder."""
     source = getattr(getattr(node, "_dynamo_source", None), "name", "") or str(node.target)
     if isinstance(example(node), torch.nn.Parameter):
         what = "parameter"

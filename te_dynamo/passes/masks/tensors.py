@@ -62,7 +62,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a handler is asked for a value: an index into the result of a call, of which shape and dtype are known."""
+    """Where a handler is asked for a value: an index into the result of a call, whose shape and dtype are known."""
 
     shape: tuple[Expr, ...]
     dtype: torch.dtype
@@ -70,7 +70,7 @@ class Place:
     index: Index
 
     def read(self, x: Any) -> Value:
-        """The value here of an argument, a tensor or a scalar, broadcast to this shape."""
+        """The value here of an argument: a tensor or a scalar, broadcast to this shape."""
         if not isinstance(x, Tensor):
             return scalar(x)
         offset = len(self.shape) - len(x.shape)
@@ -144,7 +144,7 @@ def _merged(cases: Iterable[tuple[Formula, Number]]) -> Cases:
 
 
 def _select(choices: Iterable[tuple[Formula, Value]]) -> Value:
-    """The value whose condition is true: that of exactly one is."""
+    """The value whose condition is true; exactly one condition is."""
     choices = [(c, v) for c, v in choices if c]
     if len(choices) == 1:
         return choices[0][1]
@@ -164,10 +164,10 @@ IRRELEVANT = frozenset(["dtype", "device", "layout", "pin_memory", "requires_gra
 
 
 def handles(*names: str) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
-    """Makes a function the meaning of the torch functions, operators and methods of these names.
+    """Makes a function the meaning of the torch functions, operators and methods with these names.
 
-    It is called with the place where a value is asked for, and the call's arguments: tensors as `Tensor`, symbolic integers
-    as expressions, without those that only say where and in which dtype (the place does).
+    It is called with the place where a value is asked for, and the call's arguments: tensors as `Tensor`, symbolic integers as
+    expressions, without those that only say where the result is and in which dtype (the place does).
     """
 
     def register(handler: Callable[..., Value]) -> Callable[..., Value]:
@@ -253,7 +253,7 @@ def _getitem(p: Place, x: Tensor, items: Any) -> Value:
     taken = sum(item is not None and item is not Ellipsis for item in items)
     items[ellipsis : ellipsis + 1] = [slice(None)] * (len(x.shape) - taken)
 
-    # Index tensors are broadcast together; what they make stands where they stand side by side, otherwise first.
+    # Index tensors are broadcast together; the dimensions that they make take their place if they are adjacent, and otherwise come first.
     rank = max((len(item.shape) for item in items if isinstance(item, Tensor)), default=0)
     kept = [isinstance(item, Tensor) for item in items if not isinstance(item, (int, sympy.Expr))]
     together = [key for key, _ in itertools.groupby(kept)].count(True) == 1
@@ -344,7 +344,7 @@ elementwise("masked_fill")(lambda p, x, mask, value: _where(p, mask, value, x))
 
 
 def _as_torch(number: Number, x: Any) -> Any:
-    """A constant as torch is given it where it stands for the argument `x`."""
+    """A constant as torch gets it in place of the argument `x`."""
     if isinstance(x, Tensor):
         return torch.full((1,) if x.shape else (), number, dtype=x.dtype, device="cpu")
     return float(number) if isinstance(x, float) else number
