@@ -112,7 +112,8 @@ class Kernels:
         return self.gradient(grad, scale_of, data, True, bias)
 
     def gradient(self, grad: Tensor, scale_of: ScaleOf, data: bool, transposed: bool, bias: bool) -> tuple[Quantized, Tensor | None]:
-        """grad [T, N], padded and quantized: for dgrad, and for wgrad, if these are wanted; and its sum over the tokens [N], float32."""
+        """grad [T, N], padded and quantized: for dgrad (without `data` it may be omitted), for wgrad if `transposed`, and its sum over the
+        tokens [N], float32, if `bias`."""
         amax = row_amax(grad)
         scale = scale_of.of(amax)
         g8 = self.stored(pad_rows(scale_of.casting.saturated(grad, scale.value, scale_of.dtype), self.multiple).to(scale_of.dtype))

@@ -40,7 +40,7 @@ FAR = 12  # steps
 
 
 def find_routers(gm: GraphModule) -> set[Node]:
-    """The linears of a raised graph whose result chooses among experts: logits chosen from are not asked about."""
+    """The linears of a raised graph from whose result the graph takes a top-k or the like: routers, and logits that it samples from."""
     return {n for n in gm.graph.nodes if (op := op_of(n)) is not None and op.gemms(n) and tensor(n) is not None and _chooses(n)}
 
 

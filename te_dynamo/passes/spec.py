@@ -286,7 +286,7 @@ def _members(node: Node) -> Iterator[Problem]:
 
 
 def _recipe_has_slots(node: Node) -> Iterator[Problem]:
-    """A delayed site that was given no slots runs on its own amax; lowering copes, but its scale would be lost."""
+    """Slots hold scales of earlier steps, which only a stateful recipe reads."""
     plan = node.meta.get(PLAN)
     if op_of(node) is not None and isinstance(plan, Plan) and plan.recipe is not None and not plan.recipe.stateful and SLOTS in node.meta:
         yield Problem(f"{plan.recipe.name} scaling with slots", "only delayed scaling has state")

@@ -77,7 +77,8 @@ def last_samples(parts, part):
 
 @triton.jit
 def look_kernel(gemms, parts, offsets, amaxes, changed, RECORD: tl.constexpr):
-    """One program for each slice of each GEMM: checks whether a sample of the weights changed and, if so, measures its slice."""
+    """One program for each slice of each GEMM: checks whether a sample of the weights changed and, if so, measures its slice of a weight
+    with one scale."""
     gemm, piece = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
     row = gemms + gemm * GEMM
     first, count, by_row = tl.load(row), tl.load(row + 1), tl.load(row + 2)

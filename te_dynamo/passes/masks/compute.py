@@ -57,7 +57,7 @@ def _bytes(value: torch.Tensor) -> float:
 
 
 class _Deterministic(TorchDispatchMode):
-    """Lets nothing run that reads the generator, memory that no one wrote, or another device."""
+    """Raises at operators that read a random generator or uninitialized memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags or "empty" in func.name():
