@@ -28,13 +28,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.packed import in_blocks, pack, unpack
+from te_dynamo.lowering.tolerant import COPIES, tolerates
 
 MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
 aten = torch.ops.aten
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.mean, aten.var, aten.var_mean, aten.any, aten.all}
 OF_THE_SHAPE = {aten.rand_like, aten.randn_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
 SCALING = {aten.mul, aten.div, aten.clamp, aten.clamp_min, aten.clamp_max, aten.clone, torch.ops.prims.convert_element_type}
-COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, though their tags do not say so
 
 
 def kept_in_fp8(y: Tensor) -> Tensor:
@@ -115,6 +115,10 @@ def _scales(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.target.overloadpacket in SCALING | COPIES)
 
 
+def _adds(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in (aten.add, aten.sub)
+
+
 def _wants_the_largest(node: Node) -> bool:
     """Whether it reads only the largest element of each of its inputs."""
     return node.target is torch.ops.te_dynamo.largest.default or (node.target is aten.amax.default and len(node.args) == 1)
@@ -133,8 +137,8 @@ class _Rewrite:
         closed = self._closed()
         self.results = {r for r in results if closed[r]}
         self.inside = self._inside()
-        while inconsistent := self._inconsistent():
-            self.results -= inconsistent
+        while unfit := self._read_by({n for n in self.inside - self.results if not tolerates(n, self.inside)} | self._inconsistent()):
+            self.results -= unfit
             self.inside = self._inside()
         self.remade: dict[Node, Node] = {}  # node inside -> what backward reads in its place
         self.traced: dict[Any, GraphModule] = {}
@@ -184,8 +188,10 @@ class _Rewrite:
 
     def _inconsistent(self) -> set[Node]:
         """Results that backward would read in FP8 together with an exact statistic of them, or of what forward computes from them: a norm's
-        mean, a softmax's sum, a maximum to be located. The difference between the two would be rounding error."""
+        mean, a softmax's sum, a maximum to be located. The difference between the two would be rounding error. So would that from a mean
+        which backward takes again."""
         statistics, remade = set[Node](), set[Node]()
+        again, averaged = self._computed_again()
         for node in self.nodes:
             inputs = node.all_input_nodes
             if node in self.inside or _ends_in_fp8(node) or any(map(_is_fp8, inputs)):
@@ -196,17 +202,32 @@ class _Rewrite:
         scaled = self._scaled_to_fp8()
         bad = set[Node]()
         for node in reversed(self.nodes):
-            read = [n for n in node.all_input_nodes if n in self.inside]
+            inputs = node.all_input_nodes
+            read = [n for n in inputs if n in self.inside or n in again]
             if _is_backward(node) or node in remade:
-                remade |= {n for n in read if n not in self.results}
-                if read and node not in scaled and not statistics.isdisjoint(node.all_input_nodes):
+                remade |= {n for n in read if n in self.inside and n not in self.results}
+                compares = not statistics.isdisjoint(inputs) and node not in scaled
+                if read and (compares or (_adds(node) and not averaged.isdisjoint(inputs))):
                     bad |= {node, *read}
-        found = set[Node]()
+        return bad
+
+    def _computed_again(self) -> tuple[set[Node], set[Node]]:
+        """What backward computes from nodes inside alone: element-wise, and by reductions."""
+        again, averaged = set[Node](), set[Node]()
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            if _is_backward(node) and inputs and all(n in self.inside or n in again or n in averaged for n in inputs):
+                of_averages = not averaged.isdisjoint(inputs) and all(n in averaged for n in inputs)
+                (again if _is_elementwise(node) and not of_averages else averaged).add(node)
+        return again, averaged
+
+    def _read_by(self, nodes: set[Node]) -> set[Node]:
+        """The results from which these are computed."""
+        reached = set(nodes)
         for node in reversed(self.nodes):
-            if node in bad:
-                found |= {node} & self.results
-                bad |= {n for n in node.all_input_nodes if n in self.inside}
-        return found
+            if node in reached:
+                reached |= {n for n in node.all_input_nodes if n in self.inside or _is_backward(n)}
+        return reached & self.results
 
     def _scaled_to_fp8(self) -> set[Node]:
         """Nodes that are scaled and cast to FP8. Their scale is a statistic too, but a product keeps the relative error of its factors."""
