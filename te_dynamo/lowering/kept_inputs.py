@@ -34,7 +34,8 @@ MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracin
 aten = torch.ops.aten
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.mean, aten.var, aten.var_mean, aten.any, aten.all}
 OF_THE_SHAPE = {aten.rand_like, aten.randn_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
-SCALING = {aten.mul, aten.div, aten.clamp, aten.clamp_min, aten.clamp_max, aten.clone, torch.ops.prims.convert_element_type}
+SATURATING = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.gt, aten.lt, aten.isinf, aten.where, aten.masked_fill}
+SCALING = SATURATING | {aten.mul, aten.div, aten.clone, torch.ops.prims.convert_element_type}
 
 
 def kept_in_fp8(y: Tensor) -> Tensor:
@@ -137,7 +138,10 @@ class _Rewrite:
         closed = self._closed()
         self.results = {r for r in results if closed[r]}
         self.inside = self._inside()
-        while unfit := self._read_by({n for n in self.inside - self.results if not tolerates(n, self.inside)} | self._inconsistent()):
+        scaled = self._scaled_to_fp8()
+        while unfit := self._read_by(
+            {n for n in self.inside - self.results - scaled if not tolerates(n, self.inside)} | self._inconsistent(scaled)
+        ):
             self.results -= unfit
             self.inside = self._inside()
         self.remade: dict[Node, Node] = {}  # node inside -> what backward reads in its place
@@ -186,7 +190,7 @@ class _Rewrite:
                 inside.add(node)
         return inside
 
-    def _inconsistent(self) -> set[Node]:
+    def _inconsistent(self, scaled: set[Node]) -> set[Node]:
         """Results that backward would read in FP8 together with an exact statistic of them, or of what forward computes from them: a norm's
         mean, a softmax's sum, a maximum to be located. The difference between the two would be rounding error. So would that from a mean
         which backward takes again."""
@@ -199,7 +203,6 @@ class _Rewrite:
             of_forward = [n for n in inputs if n in statistics or (n in self.inside and not _is_backward(node))]
             if of_forward and (not _is_backward(node) or len(of_forward) == len(inputs)):  # in backward: only another view of it
                 statistics.add(node)
-        scaled = self._scaled_to_fp8()
         bad = set[Node]()
         for node in reversed(self.nodes):
             inputs = node.all_input_nodes
@@ -207,6 +210,7 @@ class _Rewrite:
             if _is_backward(node) or node in remade:
                 remade |= {n for n in read if n in self.inside and n not in self.results}
                 compares = not statistics.isdisjoint(inputs) and node not in scaled
+                read = [n for n in read if not _is_fp8(n)]  # whose scale is a factor of what is read
                 if read and (compares or (_adds(node) and not averaged.isdisjoint(inputs))):
                     bad |= {node, *read}
         return bad
