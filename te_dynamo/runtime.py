@@ -22,7 +22,7 @@ from te_dynamo.lowering.graph_passes import joint_graph_passes
 from te_dynamo.lowering.registry import functions_in_graphs, modules
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, Unset
-from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, hooks_saved_tensors, is_fake
+from te_dynamo.state import FORWARD, GRADIENT, STATE, FakeGroup, Group, checkpoint_around, is_fake
 from te_dynamo.state.homes import Holders
 from te_dynamo.state.reduce import ranks
 from te_dynamo.weight_cache import WeightCache
@@ -99,19 +99,19 @@ class Calibration:
         self.forms: dict[Unset, Variant] = {}
         self.calls: weakref.WeakKeyDictionary[Group, int] = weakref.WeakKeyDictionary()
         self.chosen: weakref.WeakKeyDictionary[Group, tuple[int, Variant]] = weakref.WeakKeyDictionary()  # with the arena's version
-        self.held: weakref.WeakKeyDictionary[Group, tuple[int, Variant | None]] = weakref.WeakKeyDictionary()  # with the step
+        self.held: weakref.WeakKeyDictionary[Group, Variant | None] = weakref.WeakKeyDictionary()  # while a call may be recomputed
 
     def of(self, group: Group | None, gradients: bool) -> Variant | None:
         """The form for a call with this group; None if all scales are set."""
         if group is None:
             return self.first
         in_backward = torch._C._current_graph_task_id() != -1
-        if not in_backward and not hooks_saved_tensors():
+        if not in_backward and checkpoint_around() is None:
             return self._choose(group, gradients)
-        step, form = self.held.get(group, (-1, None))
-        if step != STATE.steps:
-            form = self._of_a_reentrant_checkpoint(group, gradients) if in_backward else self._choose(group, gradients)
-            self.held[group] = STATE.steps, form
+        if group.awaits_recomputation() and group in self.held and (self.held[group] is not None or group.complete(gradients)):
+            return self.held[group]
+        form = self._of_a_reentrant_checkpoint(group, gradients) if in_backward else self._choose(group, gradients)
+        self.held[group] = form
         return form
 
     def _of_a_reentrant_checkpoint(self, group: Group, gradients: bool) -> Variant | None:
@@ -187,6 +187,8 @@ class CompiledGraph:
         if group is None or not group.fake:
             STATE.visit(group if recording else None)
         variant = self._variant(group)
+        if group is not None and not group.fake:
+            STATE.note_checkpoint(group)
         state = self._state_inputs(group, args, recording)
         weights = self.weights.inputs(variant.lowered.weights, args)
         outputs = variant.run(*args, *state, *weights)

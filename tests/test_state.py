@@ -464,9 +464,11 @@ def test_a_reentrant_checkpoint_records_in_its_recomputation(way):
 @pytest.mark.parametrize("calls", [1, 5])
 @pytest.mark.parametrize("provider", ["native", "reference"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_what_a_checkpoint_recomputes_is_what_forward_computed(mode, provider, calls):
-    """To the bit, in the steps that calibrate too, however often a block is called in a step."""
-    block = getattr(Block(), mode)()
+@pytest.mark.parametrize("between", [False, True])
+def test_what_a_checkpoint_recomputes_is_what_forward_computed(mode, provider, calls, between):
+    """To the bit, in the steps that calibrate too, however often a block is called in a step, and if other backwards end in between: of
+    another model, as in a GAN, and of one of several losses."""
+    block, other = getattr(Block(), mode)(), compiled(Block(), provider=provider)
     run = torch.compile(block, backend=te_fp8, fullgraph=True, options={"recipe": "delayed", "provider": provider})
     made: list[Tensor] = []
 
@@ -478,13 +480,20 @@ def test_what_a_checkpoint_recomputes_is_what_forward_computed(mode, provider, c
     for step in range(3):
         x = torch.randn(calls, SIZE, SIZE, requires_grad=True)
         with set_checkpoint_early_stop(False):
-            y = [checkpoint(remembered, (1 + i) * x[i], use_reentrant=False) for i in range(calls)]
-        sum(y).square().sum().backward()
+            y = [checkpoint(remembered, 10**step * (1 + i) * x[i], use_reentrant=False) for i in range(calls)]
+            if between:
+                other(y[0].detach()).sum().backward()
+                for loss in y:
+                    loss.square().sum().backward()
+            else:
+                sum(y).square().sum().backward()
         forward, recomputed = made[:calls], made[calls:]
         assert len(recomputed) == calls
         found = [any(torch.equal(a, b) for b in recomputed) for a in forward]
         assert all(found), (step, found)
         made.clear()
+    if mode == "train":  # scales have moved with what is ten times as large
+        assert scale(block.up.weight, "input") < 448 / 30
 
 
 @pytest.mark.inductor

@@ -15,6 +15,6 @@ A slot is found by the weight that a call passes in, never by the graph: one com
 
 from te_dynamo.state.arena import FORWARD, GRADIENT, Arena
 from te_dynamo.state.group import FakeGroup, Group
-from te_dynamo.state.registry import STATE, ScaleState, SlotKey, hooks_saved_tensors, is_fake
+from te_dynamo.state.registry import STATE, ScaleState, SlotKey, checkpoint_around, is_fake
 
-__all__ = ["FORWARD", "GRADIENT", "STATE", "Arena", "FakeGroup", "Group", "ScaleState", "SlotKey", "hooks_saved_tensors", "is_fake"]
+__all__ = ["FORWARD", "GRADIENT", "STATE", "Arena", "FakeGroup", "Group", "ScaleState", "SlotKey", "checkpoint_around", "is_fake"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,7 +192,9 @@ class Arena:
     # -- the update
 
     @torch.no_grad()
-    def roll(self, reduce: Callable[[Tensor], None] | None = None, *, first_stays_unset: bool = False) -> None:
+    def roll(
+        self, reduce: Callable[[Tensor], None] | None = None, held: Sequence[Sequence[Any]] = (), *, first_stays_unset: bool = False
+    ) -> None:
         """Moves the recorded amaxes into the histories and computes new scales. A slot without a new amax does not move.
 
         A fixed number of kernels, however many slots there are; on a GPU one for the update itself. reduce: max-reduces the
@@ -202,11 +205,16 @@ class Arena:
         self.drop_infinite(amax)
         if reduce is not None:
             reduce(amax)
+        waiting = [(amax[direction], where, amax[direction][where].clone()) for both in held for direction, where in enumerate(both)]
+        for of_direction, where, _ in waiting:
+            of_direction[where] = 0.0
         first = (self.scale[:, :n] == 0) & (self.cursor[:, :n] == 0) if first_stays_unset else None
         self.advance(amax, self.scale[:, :n], self.history[:, :n], self.cursor[:, :n])
         if first is not None:
             self.scale[:, :n].masked_fill_(first, 0.0)
         amax.zero_()
+        for of_direction, where, recorded in waiting:
+            of_direction[where] = recorded
 
     def drop_infinite(self, amax: Tensor) -> None:
         """Zeroes infinite amaxes [2, n], except where the slot's recipe keeps them."""

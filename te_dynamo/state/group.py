@@ -24,6 +24,7 @@ class Group:
         self.where = tuple(_location(i, arena.device) for i in indices)
         self.owners = tuple({id(o): weakref.ref(o) for o in owners}.values())
         self._sink_places: dict[type, int | None] = {}
+        self._checkpoints: list[weakref.ref[Any]] = []  # the hooks of checkpoints that may recompute a call
         self._complete = -1  # the arena's version at which all scales were set
         with torch.inference_mode(False):
             self.sink = torch.zeros(len(indices[GRADIENT]), dtype=torch.float32, device=arena.device, requires_grad=True)
@@ -41,6 +42,18 @@ class Group:
         """The places of unset scales in each direction; on a GPU it waits for the device."""
         found = [(self.arena.scale[d][self.where[d]] == 0).nonzero().flatten().tolist() for d in DIRECTIONS]
         return found if gradients else [found[FORWARD], []]
+
+    def await_recomputation(self, hook: Any) -> None:
+        """Notes that a checkpoint may recompute the call that is being made, as long as its hook is alive."""
+        self._checkpoints.append(weakref.ref(hook))
+
+    def recomputed(self) -> None:
+        """Notes the only recomputation of a call: an output that no loss reaches may keep its hook alive."""
+        del self._checkpoints[:1]
+
+    def awaits_recomputation(self) -> bool:
+        self._checkpoints = [hook for hook in self._checkpoints if hook() is not None]
+        return bool(self._checkpoints)
 
     def training(self) -> bool:
         """Whether any module that owns a weight is in training mode now; raw parameters always are.

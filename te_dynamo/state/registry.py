@@ -3,12 +3,13 @@
 The contract is Transformer Engine's delayed scaling: the scale used at step n comes from the amaxes before n; a roll moves the recorded
 amaxes into the histories and computes new scales. All slots of a device roll at once: when the backward of a call that recorded has
 ended or, if a forward's backward never came, when one of its slots is visited again. A recomputed forward runs inside a backward, reads
-the same scales as the first one and records the same amaxes, so nothing moves; nor does anything move between the calls of a
-checkpointed block.
+the same scales as the first one and records the same amaxes, so nothing moves; and slots of a checkpointed forward do not move, whoever's
+backward ends, as long as it may be recomputed.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,10 +68,9 @@ class ScaleState:
         self.pending_loads: list[Any] = []  # scale states that were loaded before their slots existed
         self.reduction = Reduction()
         self.version = 0  # changes whenever a lookup may have become stale
-        self.steps = 0  # of training: the rolls after a backward
+        self.checkpointed: weakref.WeakSet[Group] = weakref.WeakSet()  # may await a recomputation, whose scales must not move
         self.visited: set[tuple[torch.device, int, int]] = set()
         self.backward_seen = False
-        self.will_recompute = False  # a checkpoint recomputes in backward what forward computed, with the same scales
         self.backward_task = -1  # the backward that a roll will follow
 
     @contextmanager
@@ -180,10 +180,17 @@ class ScaleState:
         if torch._C._current_graph_task_id() != -1:
             return
         slots = frozenset() if group is None else group.slots
-        if self.backward_seen or not (self.will_recompute or self.visited.isdisjoint(slots)):
+        if self.backward_seen or not self.visited.isdisjoint(slots):
             self.roll(within_step=not self.backward_seen)
         self.visited |= slots
-        self.will_recompute |= bool(slots) and hooks_saved_tensors()
+
+    def note_checkpoint(self, group: Group) -> None:
+        """Announces a call with `group` that a checkpoint may recompute, or the recomputation itself."""
+        if (hook := checkpoint_around()) is not None:
+            self.checkpointed.add(group)
+            group.await_recomputation(hook)
+        elif torch._C._current_graph_task_id() != -1 and not torch._C._autograd._get_current_graph_task_keep_graph():
+            group.recomputed()
 
     def roll(self, *, within_step: bool = False) -> None:
         """Moves all recorded amaxes into the histories.
@@ -191,11 +198,13 @@ class ScaleState:
         within_step: a weight is used again before any backward. In its first step a slot then stays unset, so that each use is scaled by
         its own batch: the uses may differ (DoRA multiplies an adapter with the identity matrix before the activations).
         """
+        held = [group for group in self.checkpointed if group.awaits_recomputation()]
+        self.checkpointed = weakref.WeakSet(held)
         for arena in self.arenas.values():
-            arena.roll(self.reduction.of(arena), first_stays_unset=within_step)
+            held_slots = [group.where for group in held if group.arena is arena]
+            arena.roll(self.reduction.of(arena), held_slots, first_stays_unset=within_step)
         self.visited.clear()
-        self.backward_seen = self.will_recompute = False
-        self.steps += not within_step
+        self.backward_seen = False
 
     def watch_backward(self, outputs: Sequence[Any], group: Group) -> None:
         """Takes the gradients' amaxes out of every backward of these outputs, and rolls when it ends.
@@ -254,9 +263,12 @@ def _indices(slots: tuple[list[_Wanted], list[_Wanted]]) -> tuple[list[int], lis
     return [slot.position() for slot in forward], [slot.position() for slot in gradient]
 
 
-def hooks_saved_tensors() -> bool:
-    """Whether hooks decide what is saved for backward, as those of a non-reentrant checkpoint do."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def checkpoint_around() -> Any:
+    """The hook of the non-reentrant checkpoint whose forward is running, alive as long as that may be recomputed; None elsewhere, and in a
+    recomputation."""
+    if torch._C._current_graph_task_id() != -1 or (hooks := torch._C._autograd._top_saved_tensors_default_hooks(False)) is None:
+        return None
+    return hooks[1] if getattr(hooks[1], "__qualname__", "").startswith("_checkpoint_hook.") else None
 
 
 def is_fake(tensor: Any) -> bool:
