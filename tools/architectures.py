@@ -2,8 +2,8 @@
 
     python -m tools.architectures [causal] [masked] [seq2seq] [image]        about 10 s per architecture on one core
 
-Runs forward and backward in float32, in eager mode and under te_fp8 (`recipe="current"`, AOTAutograd without code generation). Prints a line
-for each: how many graphs Dynamo makes with AOTAutograd alone and with te_fp8, the SQNR of the output and of all gradients together, and the
+Runs forward and backward in float32, in eager mode and under te_fp8 (`recipe="current"`, AOTAutograd without code generation). Prints for
+each how many graphs Dynamo makes with AOTAutograd alone and with te_fp8, the SQNR of the output and of all gradients together, and the
 sites. An architecture that cannot be made tiny by setting sizes, or does not run in eager mode, is skipped with the reason. Exits with 1 if
 te_fp8 fails although AOTAutograd alone does not, if the number of graphs differs, or if the error is larger than FP8's.
 """

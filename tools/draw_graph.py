@@ -79,7 +79,7 @@ def name_of(node: Node) -> str:
 
 
 def before_boxes(dynamo: list[Node], plan: list[Node]) -> list[Box]:
-    """Dynamo's operations in order. A semantic operation stands for its node of origin and those that only this was computed from."""
+    """Dynamo's operations in order. A semantic operation gives its color to its origin, and to those before it that the plan lacks."""
     stays = {node.name for node in plan}
     semantic = [(node, color) for op, color in COLORS.items() for node in plan if is_call(node, op)]
     ends = {origin: color for node, color in semantic for origin in origins(node)}

@@ -161,7 +161,7 @@ def graph_breaks() -> Counter[str]:
 def discard_code(backend: Callable[..., Any]) -> None:
     """Frees the code that Dynamo compiled with `backend`, so that it does not count toward the recompile limit."""
     discarded = DeletedGuardManagerWrapper("te_dynamo.explain is done with it")
-    discarded.id_matched_objs = {"": lambda: True}  # type: ignore[dict-item]  # matches no frame; else Dynamo would count it as one of a frame's entries
+    discarded.id_matched_objs = {"": lambda: True}  # type: ignore[dict-item]  # matches no frame; Dynamo would count it for one
     for reference in list(convert_frame.input_codes.seen):
         code = reference()
         for entry in eval_frame._debug_get_cache_entry_list(code) if code is not None else ():
