@@ -39,7 +39,7 @@ def test_killed_and_resumed_is_bit_equal_to_never_killed_and_differs_without_sca
 
 
 def test_one_argument_compiles_trains_evaluates_and_keeps_the_model(tmp_path):
-    """Checkpointing, accumulation, clipping, evaluation; and the saved model has the same form as without te_fp8."""
+    """Checkpointing, accumulation, clipping, evaluation; and the saved model loads like one trained without te_fp8."""
     args = arguments(
         tmp_path,
         max_steps=2,

@@ -160,7 +160,7 @@ def test_scales_of_any_values(recipe):
 
 
 def test_several_gemms_of_several_recipes():
-    """If the weight of one GEMM changes, only that GEMM's copy is made again; if it is merged, for all of its weights."""
+    """If a weight changes, only its GEMM is quantized again, with all of the weights that are merged in it."""
     everyone = [Linears(recipe, (32, 16), 48, DTYPES[i % 3], merged=True) for i, recipe in enumerate(RECIPES)]
     again = Refresh([gemm for linears in everyone for gemm in linears.gemms()])
     for changed in (everyone[0], everyone[-1]):
@@ -252,7 +252,7 @@ def address_comes_back(w: nn.Parameter) -> None:
 
 
 def by_a_flat_buffer(w: nn.Parameter) -> None:
-    """Writes through a flat buffer that the weight was a view of before the first call."""
+    """Writes through a flat buffer, of which the weight has been a view since before the first call."""
     w.flat.mul_(-2)  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""When FP8 pays off on a GPU, against plain arithmetic; and which device's numbers decide."""
+"""When FP8 pays off on a GPU, against plain arithmetic; and that it is asked for each linear."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_whoever_selects_asks_for_each_linear(grad, no_codegen, monkeypatch):
 
 
 def test_the_device_at_hand_decides(monkeypatch):
-    """FP8 pays off for fewer sizes on an RTX 4090 than on an H100: its memory is slow compared with what its GEMMs gain."""
+    """A known GPU's own peaks count, as an RTX 4090's, whose memory is slow compared with its GEMMs' gain; else an H100's."""
     from te_dynamo.lowering.devices import H100, PEAKS, peak_of
 
     names = iter(["NVIDIA GeForce RTX 4090", "a GPU of tomorrow"])

@@ -130,7 +130,7 @@ def test_weights_that_are_kept(w, form):
 @given(matrices(like=st.tuples(st.integers(1, 40), st.integers(1, 40))), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_fake_results_lie_as_real_ones(x, across):
-    """For any strides of the operands; also for those that torch computes, depending on shapes."""
+    """For any strides of the operands; also for quantized weights, whose fakes torch's own operators compute."""
 
     def described(values: Any) -> Any:
         return [(t.shape, t.stride(), t.dtype) for t in values]
@@ -155,7 +155,7 @@ VECTORS = ("x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ()
 
 @pytest.fixture(params=[ANY, DOT_PRODUCTS, TILES, *VECTORS])
 def instructions(request: Any, monkeypatch: Any) -> Iterator[None]:
-    """Each multiplication instruction of this processor, and vectors of other widths than its own."""
+    """Each kind of multiplication instruction that this processor has, and vectors of other widths than its own."""
     if isinstance(request.param, str):
         if not hasattr(torch._inductor.config.cpp, "march"):
             pytest.skip("torch 2.11 compiles for the processor it runs on alone")

@@ -153,7 +153,7 @@ def test_a_mask_that_is_given():
 
 
 def test_what_may_lie_outside_is_not_read():
-    """A full cache, and new tokens that may be padding: nothing beyond the first part of the padding mask is read."""
+    """A full cache, then new tokens that may be padding: the new tokens' mask is not indexed outside of its bounds."""
     new = torch.rand(B, S - 100) > 0.3
     both(lambda s, t, m: torch.cat((torch.ones(B, 100, dtype=torch.bool), m), 1)[:, None, None, :].expand(B, 1, s, t), new)
 

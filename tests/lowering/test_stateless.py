@@ -411,7 +411,7 @@ def test_flops_are_the_gemms():
 
 
 def test_by_rows_on_a_gpu_is_traced_and_gives_the_same(no_codegen, monkeypatch):
-    """On a GPU, running it operator by operator would cost more than the GEMMs gain. Traced on a CPU, it gives the opaque operators' result."""
+    """On a GPU, running operator by operator would cost more than the GEMMs gain. Traced on a CPU, the result is the opaque operators'."""
     rowwise = Float8RowwiseScaling()
     on_gpu, here = (registry.find(LINEARS, "native", rowwise, torch.device(device)) for device in ("cuda", "cpu"))
     assert not on_gpu.opaque and here.opaque and isinstance(on_gpu, type(here))
