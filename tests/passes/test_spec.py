@@ -45,7 +45,7 @@ def recorded() -> Recorded:
 
 @pytest.fixture
 def stage(recorded: Recorded) -> Callable[[str], GraphModule]:
-    """Copies of the graphs after each stage, for a test to break."""
+    """A function that copies the graph after a stage, for a test to break."""
     return lambda name: copy_graph_module(recorded.graphs[name])
 
 
