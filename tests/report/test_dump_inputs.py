@@ -1,4 +1,4 @@
-"""Inputs of a dumped script in FP8 and smaller formats, which torch can neither draw nor compare."""
+"""Inputs of a dumped script in one-byte float formats, which torch can neither draw nor compare."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def _sink(softmax_type: Any, offset: Tensor | None, heads: int) -> Tensor | None
 
 
 def _through_fp8(values: Tensor, quantizer: Any) -> Tensor:
-    """`values` rounded to FP8 by a quantizer, which records their amax."""
+    """`values` rounded to FP8 with a quantizer's scale; `_record` records their amax."""
     if quantizer is None:
         return values
     fp8 = FP8[int(quantizer.dtype)]

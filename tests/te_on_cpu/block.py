@@ -19,7 +19,7 @@ BLOCK = 128
 
 
 def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> None:
-    """Quantizes float32 `values` [..., K], which come from `dtype`, to the row-wise copy [..., K] and the column-wise [K, ...], with scales."""
+    """Quantizes float32 `values` [..., K], made from `dtype`, to the row-wise copy [..., K] and the column-wise [K, ...], with scales."""
     rows = values.reshape(-1, values.shape[-1] if values.dim() else 1)
     copies = (
         (rows, output._rowwise_data, output._rowwise_scale_inv),

@@ -13,7 +13,7 @@ from tests.te_on_cpu import block, mx, per_tensor
 from tests.te_on_cpu.rounding import HIGH_PRECISION, amax_of
 
 COPIES_WITH_SCALES = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
-ARGUMENTS = {"_data": "data", "_transpose": "data_transpose", "_scale_inv": "fp8_scale_inv"}  # constructor arguments of a per-tensor quantized tensor
+ARGUMENTS = {"_data": "data", "_transpose": "data_transpose", "_scale_inv": "fp8_scale_inv"}  # of a per-tensor one's constructor
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
