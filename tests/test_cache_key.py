@@ -80,7 +80,7 @@ def test_so_does_every_recipe_of_a_pattern(one, other):
 
 
 def others(recipe: Recipe, name: str) -> Any:
-    """Other values of a recipe's field."""
+    """A different value for a recipe's field."""
     value = getattr(recipe, name)
     if name == "fp8_format":
         return "E4M3" if value.name == "HYBRID" else "HYBRID"

@@ -59,7 +59,7 @@ def first_step(how: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         y.sum().backward()
     elif how == "of one result":
         flat.square().sum().backward()
-    learned = [] if how == "of one result" else list(model.parameters())  # then gradients are zeros from AOTAutograd, and None in eager mode
+    learned = [] if how == "of one result" else list(model.parameters())  # then AOTAutograd gives zeros, and eager mode None
     found = [y.detach(), x.grad, *(p.grad for p in learned if p.grad is not None)]
     call(x)[0].sum().backward()
     return [*found, *te_dynamo.scale_state(model).state_dict().values()]

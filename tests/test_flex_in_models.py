@@ -1,5 +1,5 @@
 """Hugging Face models whose masks become formulas: padded and packed batches, windows, capped scores, sinks. Compared with eager attention
-in float64, also at padded rows, with `flex_attention`'s definition on a CPU; linears stay in high precision, so errors are only rounding."""
+in float64, also at padded rows, with `flex_attention`'s definition on a CPU; linears stay in high precision, so errors are rounding."""
 
 from __future__ import annotations
 

@@ -430,7 +430,7 @@ WAYS = {
     "each block, checkpoint around": "checkpoint",
     "nested region": "region",
 }
-REGIONS = ("checkpoint in the graph", "nested region")  # sub-graphs, which Inductor inlines
+REGIONS = ("checkpoint in the graph", "nested region")  # sub-graphs, which Inductor takes apart
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.inductor) if w in REGIONS else w for w in WAYS])
