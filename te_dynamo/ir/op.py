@@ -57,7 +57,7 @@ class Roles:
     prefix: str = ""
 
     def place(self, role: str, member: int = 0) -> int:
-        """Where a tensor's scale stands among the forward, or gradient, scales of its node."""
+        """The index of a tensor's scale among the forward, or gradient, scales of its node."""
         roles = self.forward if role in self.forward else self.gradient
         return member * len(roles) + roles.index(role)
 

@@ -291,7 +291,7 @@ GENERATED = ("ddp",)  # by Inductor; the other cases test the state and the coll
 
 
 def run(case: str, folder: Path) -> None:
-    """With a scale state of its own."""
+    """Runs a case with a separate scale state."""
     from te_dynamo.runtime import compile_without_codegen
 
     torch._dynamo.reset()

@@ -142,7 +142,7 @@ def test_flops():
         assert counter.get_total_flops() == flops, name
 
 
-# --- in FP8, beside TE's own module
+# --- in FP8, against TE's own module
 
 
 def test_in_fp8_it_is_te_s_dot_product_attention(te, monkeypatch):

@@ -157,7 +157,7 @@ def test_a_norm_of_another_dtype_than_its_weight_is_inductor_s():
     assert "take weights of the dtype" in first
 
 
-# --- beside TE's own module
+# --- against TE's own module
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])

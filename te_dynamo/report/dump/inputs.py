@@ -15,7 +15,7 @@ from te_dynamo.passes.higher_order import calls
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 SMALL = 16  # integer tensors with at most this many elements are written out: positions, lengths, counters
-NO_HINT = 16  # stands for a number that depends on data
+NO_HINT = 16  # used for a number that depends on data
 STATE = {StateInput.SCALE: "ones", StateInput.GRAD_SCALE: "ones", StateInput.SINK: "zeros"}
 
 
