@@ -8,11 +8,11 @@ call:    a training step of 20 tiny linears (host overhead), and of a small Llam
 saved:   bytes that linears keep allocated for backward.
 state:   the cost of delayed over current scaling: kernels and collectives of an update, time of a step with 200 sites.
 cpu:     a training step, a forward in eval, one token through 24 linears, and the host time of a tiny model (`benchmarks/cpu.py`).
-lab:     predicted training steps on a GPU that is not there (`benchmarks/lab.py`); also writes lab-h100.json and lab-h100.md.
+lab:     predicted training steps on a GPU that is not present (`benchmarks/lab.py`); also writes lab-h100.json and lab-h100.md.
 ptxas:   Triton kernels that spill registers (`benchmarks/ptxas.py`).
 
-Times are medians of N repetitions, with their extremes; each measurement runs in its own process, the sides of a ratio in turns. Only `lab`
-predicts anything about a GPU. With --output the figures are written as JSON, Markdown and a picture, with versions and processor.
+Times are medians of N repetitions, with their extremes; each measurement runs in its own process, and the sides of a ratio alternate. Only
+`lab` predicts anything about a GPU. With --output the figures are written as JSON, Markdown and a picture, with versions and processor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def child(kind: str, backend: str, options: dict[str, Any] | None = None, cache:
 
 
 def process(*module: str, cache: str | None = None) -> dict[str, Any]:
-    """What a module prints last, as JSON."""
+    """Runs a module, and returns the last line that it prints, parsed as JSON."""
     with tempfile.TemporaryDirectory() as fresh:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or fresh, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-W", "ignore", "-m", *module]
@@ -91,7 +91,7 @@ def state_rows(repeat: int) -> Iterator[Figure]:
     yield Figure.of("state", "a step with 200 sites, with state (delayed) to without (current)", ratios, 1.05)
 
 
-# The targets by what is measured and the dtype of the model.
+# By what is measured: its description, and the targets by dtype of the model.
 ON_A_CPU = {
     "training": ("a training step of a Llama (4 layers of 512, 1024 tokens)", {"torch.float32": 0.75, "torch.bfloat16": 1.25}),
     "evaluation": ("its forward in eval", {"torch.float32": 0.75, "torch.bfloat16": 1.15}),
@@ -161,7 +161,7 @@ def main() -> None:
         for figure in sections[name]():
             found.append(figure)
             print(figure, flush=True)
-            if chosen.output:  # what there is so far: a run that is interrupted leaves the sections before
+            if chosen.output:  # the results so far: an interrupted run keeps them
                 write(found, chosen.output, chosen.name)
 
 

@@ -1,4 +1,4 @@
-"""The CPU path against Inductor, timed in turns in one process: `python -m benchmarks.cpu WHAT` prints the result as JSON."""
+"""The CPU path against Inductor, interleaved in one process: `python -m benchmarks.cpu WHAT` prints the result as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDES: tuple[Side, ...] = (("inductor", F32), ("inductor", BF16), ("te_fp8", F32
 
 
 def compiled(backend: str, model: nn.Module) -> Callable[..., Any]:
-    """With a code object of its own, so that no side walks through another's guards."""
+    """Compiles with a separate code object, so that no side checks another's guards."""
 
     def call(x: torch.Tensor) -> Any:
         return model(x)
@@ -68,7 +68,7 @@ def _forward(run: Callable[..., Any], x: torch.Tensor) -> Callable[[], None]:
     return forward
 
 
-# What is timed: the sides, rounds, threads.
+# By what is timed: a function that makes a side, rounds, threads.
 MEASUREMENTS: dict[str, tuple[Callable[[str, torch.dtype], Callable[[], None]], int, int]] = {
     "training": (training, 9, 2),
     "evaluation": (evaluation, 15, 2),
@@ -78,7 +78,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[str, torch.dtype], Callable[[], None]], 
 
 
 def measure(what: str) -> dict[str, dict[str, float]]:
-    """By dtype of the model: milliseconds of each backend, the median of calls in turns, and the median ratio of te_fp8's to Inductor's."""
+    """By dtype of the model: median milliseconds of each backend over interleaved calls, and the median ratio of te_fp8 to Inductor."""
     make, rounds, threads = MEASUREMENTS[what]
     torch.set_num_threads(threads)
     sides = {side: make(*side) for side in SIDES}

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks` finds, as JSON, Markdown and a picture."""
+"""The results of `python -m benchmarks`, as JSON, Markdown and a picture."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PACKAGES = ("te_dynamo", "torch", "triton", "transformers")
 class Figure:
     """A ratio to Inductor (below 1: less time, or fewer bytes), or a count.
 
-    low, high: the extremes of the repetitions of which it is the median; None where it was taken once, or cannot vary. target: the most
-    that is wanted. unit: "x" of a ratio, "" of a count.
+    low, high: the extremes of the repetitions of which it is the median; None if it was measured once, or cannot vary. target: the
+    largest acceptable value. unit: "x" for a ratio, "" for a count.
     """
 
     section: str
@@ -81,7 +81,7 @@ def markdown(found: Sequence[Figure], where: dict[str, Any]) -> str:
 
 
 def draw(found: Sequence[Figure], path: Path) -> bool:
-    """The ratios as bars, with their spread and targets; whether matplotlib is there to do it."""
+    """Draws the ratios as bars, with their spread and targets. Returns whether matplotlib is installed."""
     try:
         import matplotlib
 
@@ -108,7 +108,7 @@ def draw(found: Sequence[Figure], path: Path) -> bool:
 
 
 def write(found: Sequence[Figure], folder: Path, name: str) -> list[Path]:
-    """The files that were written."""
+    """Writes the result files, and returns their paths."""
     where = about()
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("json", "md", "png")]

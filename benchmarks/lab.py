@@ -1,6 +1,6 @@
-"""What te_fp8 is predicted to give on a GPU that is not there, model by model: `python -m benchmarks --only lab`.
+"""The predicted speedup of te_fp8 on a GPU that is not present, model by model: `python -m benchmarks --only lab`.
 
-Deterministic: the same versions give the same figures on any machine. `te_dynamo.lab` says how, docs/estimate.md how far to believe it.
+Deterministic: the same versions give the same figures on any machine. `te_dynamo.lab` says how, docs/estimate.md how accurate they are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The models of the lab: each a function of batch and length that returns a model of one or two layers, and the arguments of a call.
 
-They are built on fake tensors, with the sizes of the published models; embeddings are left out, so that a layer is what is compared.
+They are built from fake tensors, with the sizes of the published models; embeddings are left out, so that only layers are compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Made = tuple[nn.Module, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """name, shape: as the table has them; target: the least ratio to Inductor that is wanted, or None."""
+    """name, shape: as in the table; target: the smallest acceptable speedup over Inductor, or None."""
 
     name: str
     make: Callable[[int, int], Made]
@@ -52,7 +52,7 @@ def _hf(name: str, config: Any, hidden: int, batch: int, length: int, **inputs: 
 
 
 def llama(batch: int, length: int) -> Made:
-    """Hugging Face's model: it makes its mask itself."""
+    """Hugging Face's model, which builds its own mask."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -84,7 +84,7 @@ def qwen3(batch: int, length: int) -> Made:
 
 
 def gemma3(batch: int, length: int) -> Made:
-    """A layer with a window, and one without."""
+    """A layer with a sliding window, and one without."""
     from transformers import Gemma3TextConfig
 
     config = Gemma3TextConfig(
@@ -117,7 +117,7 @@ def bert_large(batch: int, length: int) -> Made:
 
 
 def vit_large(batch: int, length: int) -> Made:
-    """length: of a side of the images, in pixels."""
+    """length: the side of the images, in pixels."""
     import transformers
 
     config = transformers.ViTConfig(
@@ -153,7 +153,7 @@ def whisper_large(batch: int, length: int) -> Made:
 
 
 class _WithTables(nn.Module):
-    """A decoder layer of Hugging Face's, with the tables of its rotary embedding."""
+    """A Hugging Face decoder layer that takes the tables of its rotary embedding."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ LAYERS, SITES, CALLS = 32, 20, 200
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of the compilers that it started; varies less than wall time on a shared machine."""
+    """CPU time of this process and of the compilers that it started, which varies less than wall time on a shared machine."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usages)
 
@@ -70,8 +70,8 @@ def median_us(run: Callable[..., Any], x: torch.Tensor, calls: int) -> float:
 
 
 def saved_bytes(backend: str, options: dict[str, Any]) -> dict[str, float]:
-    """Bytes that a forward of linears keeps allocated for its backward, without its output."""
-    model = Chain(16, size=256)  # many, since the first input, allocated before, is not counted
+    """Bytes that the forward of a chain of linears keeps allocated for backward, without its output."""
+    model = Chain(16, size=256)  # many, since the first input, which was allocated before, is not counted
     run = compile_model(model, backend, options)
     x = torch.randn(2048, 256, dtype=torch.bfloat16, requires_grad=True)
     for _ in range(2):
@@ -80,7 +80,7 @@ def saved_bytes(backend: str, options: dict[str, Any]) -> dict[str, float]:
 
 
 def live_after(forward: Callable[[], Any]) -> int:
-    """The bytes that `forward` allocated and that are still allocated when it has returned, with its result."""
+    """The bytes allocated by `forward` that are still allocated after it returned, including its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = forward()
     events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -96,7 +96,7 @@ def sites_time(backend: str, options: dict[str, Any]) -> dict[str, float]:
 
 
 class Counted(TorchDispatchMode):
-    """Counts ATen calls that are no views."""
+    """Counts ATen calls that are not views."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def tiny_llama(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Module, torch.Tensor]:
-    """A Llama with small layers, which take as long to compile as large ones, and its input."""
+    """A Llama with small layers, which compile as slowly as large ones, and its input."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def tiny_llama(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Modu
 
 
 def llama(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
-    """A Llama whose time is in its GEMMs, and 4 x 256 tokens."""
+    """A Llama that spends its time in GEMMs, and 4 x 256 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""Every Triton kernel of te_dynamo through ptxas: `python -m benchmarks --only ptxas`, `python -m benchmarks.ptxas 9.0` prints JSON.
+"""Compiles every Triton kernel of te_dynamo with ptxas: `python -m benchmarks --only ptxas`; `python -m benchmarks.ptxas 9.0` prints JSON.
 
-Each is launched with tensors that have shapes alone, in its forms that differ most.
+Each is launched with "meta" tensors, in its most different variants.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Launches = dict[str, Callable[[], None]]
 
 
 def kernels() -> set[str]:
-    """The names of all kernels that are launched: functions of Triton that end so, in all files of the package."""
+    """The names of all kernels that are launched: the package's Triton functions whose names end in `_kernel`."""
     found = set()
     for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -52,7 +52,7 @@ def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def launches() -> Launches:
-    """By name, what launches."""
+    """All launches, by name."""
     return {**_casts(), **_matrices(), **_transposes(), **_rolls(), **_qkv(), **_both_ways(), **_refresh(), **_rotations()}
 
 
@@ -163,7 +163,7 @@ def _rotations() -> Launches:
 
 
 def _both_ways() -> Launches:
-    """What writes FP8 both ways; the gradients with a bias's sums too."""
+    """The kernels that write FP8 plain and transposed; those of gradients also with the sums for a bias."""
 
     def act(spelling: str, gated: bool, kept: bool) -> tuple[Call, list[Tensor | None], list[Tensor]]:
         attributes = {"spelling": spelling, "out_dtype": BF16, "alpha": 1.702, "limit": 7.0}
@@ -212,7 +212,7 @@ def _both_ways() -> Launches:
 
 def _refresh() -> Launches:
     def tables() -> list[Tensor]:
-        """Of 8 GEMMs of a weight each: parts, offsets, amaxes, changed."""
+        """The tables of 8 GEMMs of one weight each: parts, offsets, amaxes, changed."""
         parts, offsets = tensor(8, 16, dtype=torch.int64), tensor(8, 512, dtype=torch.int64)
         return [parts, offsets, tensor(8, 8, dtype=F32), tensor(8, dtype=torch.int32)]
 
@@ -233,7 +233,7 @@ def _refresh() -> Launches:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints one JSON object: for each capability that is named, what each launch uses."""
+    """Prints one JSON object: for each given capability, the resources of each launch."""
     found = {}
     for text in arguments:
         major, minor = map(int, text.split("."))

@@ -1,4 +1,4 @@
-"""Fine-tunes a classifier with Accelerate, in FP8: the training loop of Hugging Face's tutorial with one argument more.
+"""Fine-tunes a classifier with Accelerate, in FP8: the training loop of Hugging Face's tutorial with one more argument.
 
     python examples/finetune_accelerate.py [--epochs N] [--out FOLDER] [--resume]
     accelerate launch --num_processes 2 examples/finetune_accelerate.py

@@ -1,9 +1,9 @@
-"""Fine-tunes a classifier with transformers' Trainer, in FP8: the program of Hugging Face's tutorial with one argument more.
+"""Fine-tunes a classifier with transformers' Trainer, in FP8: the program of Hugging Face's tutorial with one more argument.
 
     python examples/finetune_trainer.py [--model NAME] [--epochs N] [--out FOLDER] [--resume]
 
-The task: which topic of Python's `help()` is a passage from? Without --model it is a small BERT with random weights that reads bytes,
-so nothing is downloaded; a name of the hub or a folder loads a pretrained classifier and its tokenizer.
+The task: which topic of Python's `help()` is a passage from? By default the model is a small BERT with random weights that reads bytes,
+so nothing is downloaded; --model loads a pretrained classifier and its tokenizer, from the hub or a folder.
 """
 
 from __future__ import annotations

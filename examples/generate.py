@@ -2,8 +2,8 @@
 
     python examples/generate.py [--model NAME] [--prompt TEXT] [--tokens N]
 
-Without --model it is a small Llama with random weights that writes bytes. te_fp8 decodes; transformers runs the prompt uncompiled,
-in high precision.
+By default the model is a small Llama with random weights that writes bytes. te_fp8 decodes; transformers runs the prompt uncompiled, in
+high precision.
 """
 
 from __future__ import annotations

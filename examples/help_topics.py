@@ -16,7 +16,7 @@ def passages(length: int) -> list[list[int]]:
 
 
 def labelled_passages(topics: int, length: int, most: int | None = None) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Passages of the longest topics, and which topic each is from: a training and a test set, 9 to 1, of {"input_ids", "label"}.
+    """Passages of the longest topics, labelled by topic: a training and a test set, 9 to 1, of {"input_ids", "label"}.
 
     most: the number of passages; None for all.
     """

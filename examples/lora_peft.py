@@ -2,9 +2,9 @@
 
     python examples/lora_peft.py [--smollm2 | --model NAME] [--steps N] [--dora] [--out FOLDER] [--resume]
 
-Without a model it is a small Llama with random weights that reads bytes. --smollm2: SmolLM2-135M with its real weights (93 MB, downloaded
-once); --model: a name of the hub or a folder. The text is Python's help. The folder gets the adapters, as PEFT saves them, and what else
-a run needs to go on: the optimizer's state and the scales.
+By default the model is a small Llama with random weights that reads bytes. --smollm2: SmolLM2-135M with its real weights (93 MB, downloaded
+once); --model: a name on the hub or a folder. The text is Python's help. FOLDER gets the adapters, as PEFT saves them, and what else a run
+needs to resume: the optimizer's state and the scales.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LENGTH, BATCH = 128, 4
 def main() -> None:
     arguments = parse_arguments()
     base, tokens = load(arguments)
-    base.config.use_cache = False  # a cache would make each layer a case of its own for the compiler
+    base.config.use_cache = False  # a cache would make Dynamo specialize each layer
     done = 0
     if arguments.resume:
         model = PeftModel.from_pretrained(base, arguments.out, is_trainable=True)
@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Tensor]:
-    """The model without adapters, the same each time; and the text in its tokens, int64 [n, LENGTH]."""
+    """The model without adapters, the same each time, and the text as its tokens, int64 [n, LENGTH]."""
     torch.manual_seed(0)
     if arguments.smollm2:
         from real_weights import smollm2

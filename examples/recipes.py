@@ -1,4 +1,4 @@
-"""The demo's model once in bf16 and once with each recipe: the same seed, the same data, one plot and one table.
+"""Trains the demo's model in bf16 and with each recipe: the same seed, the same data, one plot and one table.
 
     python examples/recipes.py [--steps N] [--only NAME ...] [--out FOLDER]
 

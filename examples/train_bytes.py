@@ -1,4 +1,4 @@
-"""A byte-level language model, its data, its training loop and a plot of its losses: all that the demos need but FP8."""
+"""A byte-level language model, its data, its training loop and a plot of its losses: all that the demos need except FP8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LAST = 20  # steps whose mean loss is a run's final loss
+LAST = 20  # a run's final loss is the mean over this many steps
 TOLERANCE = 0.01  # of the final loss
 
 
@@ -64,7 +64,7 @@ def python_help() -> Tensor:
 
 
 def build_model(setup: Setup) -> LlamaForCausalLM:
-    """A Hugging Face Llama with random weights and one token a byte."""
+    """A Hugging Face Llama with random weights and one token per byte."""
     torch.manual_seed(setup.seed)
     config = LlamaConfig(
         vocab_size=256,
@@ -133,7 +133,7 @@ def train(
 
 
 def draw(runs: dict[str, Run], path: Path, unit: str = "byte") -> None:
-    """A PNG of all loss curves, and below them their differences from the first run's. unit: what a loss is of."""
+    """Plots all loss curves, and below them their differences from the first run's, to a PNG. unit: a loss is in nats per unit."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

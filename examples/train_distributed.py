@@ -1,9 +1,9 @@
-"""Data parallel training in FP8, with DDP or FSDP2: checkpoints by torch.distributed.checkpoint resume on another number of ranks.
+"""Data-parallel training in FP8, with DDP or FSDP2; checkpoints (torch.distributed.checkpoint) resume on another number of ranks.
 
     torchrun --nproc-per-node 2 examples/train_distributed.py --shard --steps 6 --save-at 3
     torchrun --nproc-per-node 1 examples/train_distributed.py --shard --steps 6 --resume
 
-A small Llama with random weights learns Python's help as bytes. On GPUs with NCCL, else on CPUs with gloo.
+A small Llama with random weights learns Python's help as bytes, on GPUs with NCCL, else on CPUs with gloo.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def start() -> torch.device:
-    """Joins the process group. The device of this rank."""
+    """Joins the process group, and returns this rank's device."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -75,7 +75,7 @@ def start() -> torch.device:
 
 
 def wrapped(model: nn.Module, *, shard: bool) -> nn.Module:
-    """Compiled layer by layer, with one graph for all; then sharded or replicated."""
+    """Compiles the model layer by layer, with one graph for all, then shards or replicates it."""
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.compile(backend="te_fp8")
         if shard:
@@ -84,7 +84,7 @@ def wrapped(model: nn.Module, *, shard: bool) -> nn.Module:
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """All that a checkpoint has. The scales are complete and equal on every rank."""
+    """The contents of a checkpoint. The scales are complete and equal on every rank."""
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments, "scales": te_dynamo.scale_state(model).state_dict()}
 
@@ -94,7 +94,8 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, folder: 
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """The step of the checkpoint. Its scales are read by the names that it has: this model has none before its first call."""
+    """Loads a checkpoint, and returns its step. The names of the scales come from the checkpoint: before its first call, the model has
+    no scales."""
     names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {**state_of(model, optimizer), "step": torch.tensor(0)}
     state["scales"] = {

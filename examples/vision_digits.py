@@ -2,7 +2,7 @@
 
     python examples/vision_digits.py [--epochs N]
 
-1,797 images of 8 x 8 pixels that scikit-learn ships: nothing is downloaded. Prints the accuracy on the fifth that it does not learn from.
+scikit-learn ships the 1,797 images of 8 x 8 pixels: nothing is downloaded. Prints the accuracy on the fifth that is not trained on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Images f32 [1797, 1, 8, 8] around 0, and their digits int64 [1797], in a random order."""
+    """Images f32 [1797, 1, 8, 8] in [-1, 1], and their digits int64 [1797], in random order."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(data.images, dtype=torch.float32)[order].unsqueeze(1)
@@ -62,7 +62,7 @@ def train(model: ViTForImageClassification, images: Tensor, labels: Tensor, epoc
     model.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(BATCH):
-            if len(rows) == BATCH:  # one size, one graph
+            if len(rows) == BATCH:  # one batch size, so one graph
                 model(pixel_values=images[rows], labels=labels[rows]).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Sites called by themselves, without a graph."""
+"""Calls sites directly, without a graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def linears_call(
     sizes: Sequence[int] = (),
     **fields: Any,
 ) -> Call:
-    """provider: "native:cuda" is what is generated for a GPU, whatever computes it here."""
+    """provider: "native:cuda" is the implementation that is generated for a GPU, on whatever device it runs here."""
     name, _, device = provider.partition(":")
     x, weights, _ = inputs
     recipe = recipe or DelayedScaling()
@@ -41,7 +41,7 @@ def linears_call(
 def linears(
     provider: str, x: Tensor, weights: Any, biases: Any, *, scales: Any = None, grad_scales: Any = None, sink: Any = None, **call: Any
 ) -> list[Tensor]:
-    """The outputs, and the amaxes where the call records them."""
+    """The outputs, and the amaxes if the call records them."""
     inputs = [x, list(weights), list(biases)]
     return site(linears_call(provider, inputs, **call).key, inputs, scales, grad_scales, sink)
 
@@ -52,7 +52,7 @@ def quantized_weights(provider: str, weights: Sequence[Tensor], cached: str = "i
 
 
 def inference(provider: str, x: Tensor, quantized: Sequence[Quantized], biases: Any, *, sizes: Sequence[int], **call: Any) -> list[Tensor]:
-    """Linears with weights that are quantized already, one for each GEMM."""
+    """Linears with weights that are already quantized, one for each GEMM."""
     inputs = [x, [], list(biases)]
     return site(linears_call(provider, inputs, sizes=sizes, cached="inference", **call).key, inputs, cached=quantized)
 
@@ -91,7 +91,7 @@ def attention(
     grad_start: int = 0,
     **given: Any,
 ) -> list[Tensor]:
-    """FP8 attention by definition: [o, amax]. scale, grad_scale: packed, the site's own from `start` and `grad_start` on."""
+    """FP8 attention by definition: [o, amax]. scale, grad_scale: packed; the site's own start at `start` and `grad_start`."""
     scales = None if scale is None else (scale, start)
     packed = grad_scale if grad_scale is not None else scale
     grad_scales = None if packed is None else (packed, grad_start)

@@ -29,7 +29,7 @@ def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, **k
 
 
 class Captured(BaseException):
-    """Leaves Dynamo with the graph: its guards and its bytecode, a third of the time, are for a second call. Not an Exception, which
+    """Leaves Dynamo early with the graph: guards and bytecode, a third of the time, are only for a second call. Not an Exception, which
     Dynamo would wrap."""
 
     def __init__(self, gm: GraphModule) -> None:

@@ -14,17 +14,17 @@ from tests.forks import Forks
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now, half a million objects, stays: neither the garbage collector nor the search for a weight's modules
-    looks at it again in each test."""
+    """Freezes what is imported by now, half a million objects, so that neither the garbage collector nor the search for a weight's modules
+    scans it in each test."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def no_codegen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run as AOTAutograd leaves them: for tests of plans, state and numbers, which generated code is not the subject of.
+    """Runs graphs as AOTAutograd leaves them: for tests of plans, state and numbers that do not depend on generated code.
 
-    A module asks for it by `pytestmark = pytest.mark.usefixtures("no_codegen")`; what is marked `inductor` there is compiled by it.
+    A module requests it with `pytestmark = pytest.mark.usefixtures("no_codegen")`; its tests marked `inductor` are compiled by Inductor.
     """
     from te_dynamo.runtime import compile_without_codegen
 
@@ -34,7 +34,7 @@ def no_codegen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(autouse=True)
 def nothing_of_torch_s_is_left_changed() -> Iterator[None]:
-    """What is global in torch is after a test as it was before: another test, in another order, would compute something else."""
+    """Torch's global settings are the same after a test as before: else other tests would depend on the order."""
 
     def state() -> tuple[object, ...]:
         depth = torch.autocast_increment_nesting()
@@ -48,14 +48,14 @@ def nothing_of_torch_s_is_left_changed() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    """Runs code in a process of its own, without the seconds that an import of torch takes."""
+    """Runs code in a separate process, without the seconds that importing torch takes."""
     with Forks() as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Callable[[str], str]]:
-    """Runs code whose kernels Triton interprets, and gives what it prints. What Triton reads from the environment holds for a process."""
+    """Runs code with Triton's interpreter, and returns what it prints. A separate process: Triton reads the environment once."""
     pytest.importorskip("triton", reason="Triton is not installed")
     root = str(Path(__file__).resolve().parents[1])
     with Forks(["triton", "te_dynamo.backend"], TRITON_INTERPRET="1", PYTHONWARNINGS="ignore") as made:

@@ -1,4 +1,4 @@
-"""Processes of their own that start at once: forks of one that has imported torch, and has compiled a linear if need be."""
+"""Separate processes that start at once: forks of one that has imported torch and, if needed, compiled a linear."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Outside the repository: only what is installed can be imported, unless a path is given.
+    """Runs code outside of the repository: only what is installed can be imported, unless a path is given.
 
-    imports: modules that each process finds imported, beside torch; hidden: packages that it does not find; environment: what each
-    finds set.
+    imports: modules that are already imported in each process, besides torch; hidden: packages that it cannot import; environment:
+    variables that are set in it.
     """
 
     def __init__(self, imports: Sequence[str] = (), hidden: Sequence[str] = (), **environment: str) -> None:
@@ -68,16 +68,16 @@ class Forks:
         self.process.communicate()
 
     def run(self, code: str, *arguments: str, path: Sequence[str] = (), generates: bool = False) -> str:
-        """What the code prints. Fails with what it says where it fails.
+        """What the code prints. If it fails, this fails with its stderr.
 
-        generates: the code has Inductor generate some. What that needs once a process is then done before the fork, in seconds.
+        generates: whether the code makes Inductor generate code. The setup for that, which takes seconds, is then done before the fork.
         """
         return self.process_of(code, *arguments, path=path, generates=generates)[0]
 
     def process_of(
         self, code: str, *arguments: str, path: Sequence[str] = (), generates: bool = False, dies: bool = False
     ) -> tuple[str, str]:
-        """What the code prints, and what it says on stderr. dies: it is to be killed (SIGKILL) instead of coming to its end."""
+        """What the code prints on stdout and stderr. dies: it must be killed (SIGKILL) rather than end."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps([code, ["-c", *arguments], list(path), generates]) + "\n")
         self.process.stdin.flush()
@@ -87,8 +87,8 @@ class Forks:
 
 
 def ranks(size: int, run: Callable[..., None], *given: Any) -> None:
-    """Calls `run(rank, *given)` in as many forks of this process, which is itself one of `Forks`. Where one fails the others, which may
-    wait for it, are killed."""
+    """Calls `run(rank, *given)` in `size` forks of this process, which is itself one of `Forks`. If one fails, the others, which may wait
+    for it, are killed."""
     processes = set()
     for rank in range(size):
         process = os.fork()

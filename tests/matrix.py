@@ -1,4 +1,4 @@
-"""Matrices of parameters of which the quick tests run a part."""
+"""Parameter matrices of which the quick tests run a part."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import pytest
 
 
 def thinned(*parameters: Sequence[Any]) -> list[Any]:
-    """All combinations; those are among the slow tests that are not needed for each value to be seen once."""
+    """All combinations; those that are not needed to use each value once are slow tests."""
     seen = {tuple(values[n % len(values)] for values in parameters) for n in range(max(map(len, parameters)))}
     return [pytest.param(*how, marks=() if how in seen else pytest.mark.slow) for how in itertools.product(*parameters)]

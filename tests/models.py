@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models with random weights, and inputs for them. Dropout is off, so that two runs compare."""
+"""Tiny Hugging Face models with random weights, and inputs for them. Dropout is off, so that runs are comparable."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Case:
 
 
 def output(result: Any) -> Tensor:
-    """What a model is for: its logits, else its last hidden state."""
+    """A model's main output: its logits, else its last hidden state."""
     return result.logits if "logits" in result else result.last_hidden_state
 
 
@@ -106,5 +106,5 @@ def cases(layers: int) -> dict[str, Case]:
 
 
 CASES = cases(layers=2)
-# To trace and compile a model takes as long as it has layers. T5 keeps two: its second reads the first's bias, and both the same memory.
+# The time to trace and compile grows with the layers. T5 keeps two: its second reads the first's bias, and both the same memory.
 SMALL = cases(layers=1) | {"t5": CASES["t5"]}

@@ -1,4 +1,4 @@
-"""The graphs that Inductor is given after AOTAutograd's partition, as it would be for a GPU, made and run on a CPU."""
+"""The graphs that Inductor gets after AOTAutograd's partition, as they would be for a GPU, made and run on a CPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from te_dynamo.lowering import registry
 
 @contextlib.contextmanager
 def interpreted(*also: str) -> Iterator[list[GraphModule]]:
-    """The partitioned graphs that Inductor is given from here on, forward and backward in turn; they are interpreted. What computes
-    linears on a GPU, activations as their producers, and the operations `also` does so on the CPU."""
+    """The partitioned graphs that Inductor gets from here on, forward and backward in turn; they are interpreted. The GPU's implementations
+    of linears, of activations as their producers, and of the operations `also` are used on the CPU."""
     from torch._inductor import compile_fx
 
     given: list[GraphModule] = []
@@ -54,6 +54,6 @@ def casts(gm: GraphModule, *dtypes: torch.dtype) -> list[Node]:
 
 
 def saved_for_backward(forward: GraphModule, results: int) -> list[Tensor]:
-    """What forward returns beyond its results that is not one of its inputs."""
+    """The tensors that forward returns besides its results, except its inputs."""
     (output,) = forward.graph.find_nodes(op="output")
     return [n.meta["val"] for n in output.args[0][results:] if n.op != "placeholder"]

@@ -1,4 +1,4 @@
-"""The graph after each stage of the backend's own pipeline, for tests of what is said about stages."""
+"""The graph after each stage of the backend's own pipeline, for tests of stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from te_dynamo.report.stages import Stages
 
 
 class Recorded(Stages):
-    """Keeps a copy of each stage's graph, by name; "dynamo" is where it began."""
+    """Keeps a copy of each stage's graph, by name; "dynamo" is Dynamo's graph."""
 
     def __init__(self, options: Options, inputs: Sequence[Any]) -> None:
         super().__init__(options, inputs)
@@ -34,7 +34,7 @@ class Recorded(Stages):
 def stages_of(
     fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, options: dict[str, Any] | None = None, **kwargs: Any
 ) -> Recorded:
-    """The stages of the one graph that te_fp8 makes of `fn(*args, **kwargs)`. What it makes is interpreted, not compiled."""
+    """The stages of the one graph of `fn(*args, **kwargs)` under te_fp8. The result is interpreted, not compiled."""
     made: list[Recorded] = []
 
     def record(*given: Any) -> Recorded:

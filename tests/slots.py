@@ -1,4 +1,4 @@
-"""Looking at the scale state, past its public names."""
+"""Access to the internals of the scale state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROLES = {"input": FORWARD, "weight": FORWARD, "grad_output": GRADIENT}
 
 
 def index_of(weight: Tensor, role: str, ordinal: int = 0) -> int:
-    """The slot of one of a weight's tensors, in its arena."""
+    """The slot index, in its arena, of one of a weight's tensors."""
     return STATE.homes.by_weight[id(weight)].slots[ordinal, role].number
 
 

@@ -1,7 +1,7 @@
-"""nn.Linear under te_fp8 beside NVIDIA's te.Linear under te.autocast: same weights, data and recipe, many steps.
+"""nn.Linear under te_fp8 against NVIDIA's te.Linear under te.autocast: same weights, data and recipe, many steps.
 
-TE runs on a CPU, its C++ layer stood in for (see `tests.te_on_cpu`). Scales and amax histories are equal to the bit at
-every step; outputs and gradients to one rounding of the output's dtype, since both round once what they sum in float32.
+TE runs on a CPU, with a stand-in for its C++ layer (see `tests.te_on_cpu`). Scales and amax histories are bitwise equal at
+every step; outputs and gradients are equal up to one rounding to the output's dtype, since both round a float32 sum once.
 Where the two differ on purpose, a test says so.
 """
 
@@ -39,7 +39,7 @@ def te() -> Any:
 
 @pytest.fixture(autouse=True)
 def arena() -> Iterator[Arena]:
-    """A scale state of its own."""
+    """A separate scale state."""
     torch._dynamo.reset()
     with STATE.set_aside():
         yield STATE.arena(CPU)
@@ -72,13 +72,13 @@ class Siblings(nn.Module):
 
 
 class Pair:
-    """The same model twice: of nn.Linear, compiled by te_fp8, and of te.Linear."""
+    """The same model twice: with nn.Linear, compiled by te_fp8, and with te.Linear."""
 
     def __init__(self, te: Any, recipe: str, provider: str, dtype: torch.dtype, bias: bool = True, kind: str = "linear") -> None:
         from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
 
         self.te, self.dtype = te, dtype
-        # Histories that are short enough to roll over.
+        # The history is short enough to wrap around.
         self.recipe = DelayedScaling(amax_history_len=HISTORY) if recipe == "delayed" else Float8CurrentScaling()
         torch.manual_seed(0)
 
@@ -92,7 +92,7 @@ class Pair:
             self.theirs = build(lambda k, n: te.Linear(k, n, bias=bias, params_dtype=dtype, device="cpu"))
         with torch.no_grad():
             for mine, other in self.parameters():
-                if mine.dim() == 1:  # TE gives an FP8 GEMM its bias in bf16
+                if mine.dim() == 1:  # TE passes the bias to an FP8 GEMM in bf16
                     mine.copy_(mine.bfloat16())
                 other.copy_(mine)
         options = {"like_te": True, "recipe": self.recipe, "provider": provider}
@@ -107,7 +107,7 @@ class Pair:
             return self.theirs(x)
 
     def step(self, x: Tensor, dy: Tensor, accumulate: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-        """Forward and backward of both: (ours, TE's) of the output and of each gradient, by name."""
+        """Runs forward and backward of both: (ours, TE's) for the output and each gradient, by name."""
         if not accumulate:
             self.ours.zero_grad()
             self.theirs.zero_grad()
@@ -132,14 +132,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor's scale and its amax history, the entry being written first."""
+    """One tensor's scale and its amax history; the first entry is being written."""
 
     scale: Tensor
     history: Tensor
 
 
 def our_slots(arena: Arena, weight: Tensor) -> list[Slot]:
-    """The input's, the weight's and the output gradient's."""
+    """The slots of the input, the weight and the output's gradient."""
     roles = ((FORWARD, "input"), (FORWARD, "weight"), (GRADIENT, "grad_output"))
     where = [(direction, index_of(weight, role)) for direction, role in roles]
     return [Slot(arena.scale[at], history_of(arena, *at)) for at in where]
@@ -163,10 +163,10 @@ def assert_same_state(arena: Arena, pair: Pair, step: Any) -> None:
 
 
 def assert_one_rounding(results: dict[str, tuple[Tensor, Tensor]], step: Any, flips: float = 0.0) -> None:
-    """Equal to one rounding of the dtype, up to the order in which float32 sums; matrix units flush subnormal numbers to zero.
+    """Equal up to one rounding to the dtype, and the order of float32 sums; matrix units flush subnormal numbers to zero.
 
-    flips: the share of elements that may differ by more: where a value that is quantized crosses a rounding boundary, all that it is
-    multiplied with does.
+    flips: the fraction of elements that may differ by more: if a quantized value crosses a rounding boundary, so does everything that it
+    is multiplied into.
     """
     for name, (mine, other) in results.items():
         assert mine.dtype == other.dtype
@@ -176,7 +176,7 @@ def assert_one_rounding(results: dict[str, tuple[Tensor, Tensor]], step: Any, fl
         near = torch.isclose(mine, other, rtol=torch.finfo(mine.dtype).eps, atol=sums, equal_nan=True)
         far = (~near).float().mean().item()
         assert far <= flips, f"step {step}, {name}: {far:.2%} differ, the first {mine[~near][:3].tolist()} and {other[~near][:3].tolist()}"
-        if mine.dtype == torch.bfloat16:  # a sum in another order crosses a rounding boundary now and then
+        if mine.dtype == torch.bfloat16:  # a sum in another order sometimes crosses a rounding boundary
             different = ((mine != other) & ~(mine.isnan() & other.isnan())).float().mean().item()
             assert different <= 0.01 + flips + 1 / mine.numel(), f"step {step}, {name}: {different:.2%} differ"
 
@@ -211,7 +211,7 @@ def batch(step: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, torch.
 # --- numbers and state, step by step
 
 
-# Each value of each parameter is compiled by Inductor once; what else there is runs without generated code.
+# Inductor compiles each value of each parameter once; the other cases run without generated code.
 GENERATED = {("native", "delayed", torch.bfloat16, True), ("native", "current", torch.float32, False)}
 PROVIDERS, DTYPES = ("native", "reference", "te"), (torch.bfloat16, torch.float32)
 
@@ -219,7 +219,7 @@ PROVIDERS, DTYPES = ("native", "reference", "te"), (torch.bfloat16, torch.float3
 def marks_of(provider: str, recipe: str, dtype: torch.dtype, bias: bool) -> Any:
     if (provider, recipe, dtype, bias) in GENERATED:
         return pytest.mark.inductor
-    # A bias is rounded where it is added in bf16; without one there is less to go wrong.
+    # A bias that is added in bf16 is rounded; without one, less can go wrong.
     return () if provider == "te" or bias == (dtype == torch.bfloat16) else pytest.mark.slow
 
 
@@ -255,7 +255,7 @@ def test_linears_in_one_graph_are_te_s(te, arena, kind, n):
 
 
 def test_microbatches_and_forwards_without_backward(te, arena):
-    """Every forward with grad moves the forward's scales, every backward the gradients'."""
+    """Every forward with grad updates the forward scales, every backward those of gradients."""
     pair = Pair(te, "delayed", "native", torch.bfloat16)
     for step in range(20):
         x, dy, generator = batch(step, N, torch.bfloat16)
@@ -269,7 +269,7 @@ def test_microbatches_and_forwards_without_backward(te, arena):
 
 
 def test_two_calls_before_one_backward(te, arena):
-    """Each backward uses the scales of its own forward; TE's would use those that there are when it runs. The state is TE's."""
+    """Each backward uses the scales of its own forward; TE's would use the current ones when it runs. The state is the same as TE's."""
     pair = Pair(te, "delayed", "native", torch.bfloat16)
     for step in range(3):
         pair.step(*batch(step, N, torch.bfloat16)[:2])

@@ -1,4 +1,4 @@
-"""On a CPU no S x S tensor: the peak of what attention allocates in forward and backward, with 8 heads of 64 features in float32."""
+"""No S x S tensor on a CPU: the peak memory of attention in forward and backward, with 8 heads of 64 features in float32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def peak_of(step: Callable[[], object]) -> int:
-    """The most bytes that are allocated at once while `step` runs, those from before apart."""
+    """The peak bytes that `step` allocates, not counting those from before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
@@ -67,7 +67,7 @@ def test_an_eighth_of_the_scores_memory(length, attention):
 
 
 def test_scores_in_memory_are_seen():
-    """What is compared with is no less than what attention by hand takes."""
+    """The measurement sees the scores that attention written out by hand keeps in memory."""
     length = 512
     q, k, v = (torch.randn(1, HEADS, length, SIZE, requires_grad=True) for _ in range(3))
     assert peak_of(lambda: torch.autograd.grad(by_hand(q, k, v).sum(), (q, k, v))) > 2 * HEADS * length**2 * 4

@@ -1,4 +1,4 @@
-"""Every attention of the models that people run is a site, in the layout of the table up to and above the short length."""
+"""Every attention of popular models is a site, in the table's layout up to and above the short length."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def whisper() -> nn.Module:
     return hf.WhisperForConditionalGeneration(hf.WhisperConfig(**sizes, **wide, **tokens, **positions))
 
 
-# Model, what its batch is, and the layouts up to 512 tokens and above, in the order of the graph.
+# The model, the kind of its batch, and its layouts up to 512 tokens and above, in the order of the graph.
 CASES: dict[str, tuple[Callable[[], nn.Module], str, list[tuple[str, str]]]] = {
     "llama": (lm("LlamaForCausalLM", "LlamaConfig"), "", [GROUPED]),
     "llama, a padded batch": (lm("LlamaForCausalLM", "LlamaConfig"), PADDED, [GROUPED]),
@@ -92,6 +92,6 @@ def test_every_attention_is_a_site_in_the_layout_of_the_table(name, length):
     assert sites and all(site.reason is None for site in sites), [site.reason for site in sites]
     as_wanted = [site.layout for site in sites if "layout" not in site.detail]
     assert as_wanted == [pair[length > 512] for pair in CASES[name][2]]
-    # What is not: Whisper's scaled queries, and T5's cross-attention.
+    # The exceptions: Whisper's scaled queries, and T5's cross-attention.
     others = [site.detail["layout"] for site in sites if "layout" in site.detail]
     assert all("copies q" in why if name == "whisper" else "different GEMMs" in why for why in others)

@@ -1,4 +1,4 @@
-"""The backend as a user meets it: one graph, right results, what is left is Inductor's."""
+"""The backend from a user's view: one graph, right results, and the rest is left to Inductor."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def sites_of(model, *args, **options) -> list[Site]:
     return found
 
 
-# Each two values of two parameters are together once. Each value is compiled by Inductor once, the rest of these runs without generated
-# code, and all other combinations are among the slow tests.
+# Every pair of values of two parameters occurs once. Inductor compiles each value once, the others of these run without generated code,
+# and all other combinations are slow tests.
 GENERATED = [("native", "delayed", torch.bfloat16), ("native", "current", torch.float32), ("reference", "delayed", torch.float16)]
 INTERPRETED = [("native", "current", torch.float16), ("reference", "current", torch.bfloat16), ("reference", "delayed", torch.float32)]
 
@@ -99,7 +99,7 @@ def test_trains_as_the_eager_model_to_fp8_error(provider, recipe, dtype):
 
 
 class SeeFP8(TorchDispatchMode):
-    """Notes the operators that really run, and the dtypes of what they take and give."""
+    """Records the operators that actually run, and the dtypes of their inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class SeeFP8(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # or Dynamo would not enter its compiled code while the mode is on
+        return True  # else Dynamo would not run its compiled code while the mode is on
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.ops.append(func._schema.name)
@@ -308,9 +308,9 @@ def test_inference_quantizes_weights_once_and_again_after_they_change():
     with torch.no_grad():
         first = run(x)
         assert 25 < sqnr(model(x), first)
-        model.up.weight.data[0, 1] += 3  # one element, past autograd, is unseen: what is used is the copy
+        model.up.weight.data[0, 1] += 3  # one element, not seen by autograd: the old copy is used
         assert torch.equal(run(x), first)
-        model.up.weight.mul_(1)  # seen, whatever it wrote
+        model.up.weight.mul_(1)  # seen, even if no value changes
         assert 25 < sqnr(model(x), run(x)) and not torch.equal(run(x), first)
 
 
@@ -380,7 +380,7 @@ def test_in_place_writes_between_are_respected():
 
 @pytest.mark.inductor
 def test_options_dataclass_and_mode(monkeypatch):
-    monkeypatch.delitem(sys.modules, "transformer_engine_torch", raising=False)  # other tests of this process stand in for it
+    monkeypatch.delitem(sys.modules, "transformer_engine_torch", raising=False)  # other tests in this process install a stand-in
     model = MLP()
     x = torch.randn(8, 64)
     assert 25 < sqnr(model(x), torch.compile(model, backend=te_fp8, options=vars(Options(recipe="current")))(x)) < 40
@@ -395,7 +395,7 @@ def test_options_dataclass_and_mode(monkeypatch):
 
 
 def test_numbers_that_modules_hold_are_numbers_under_dynamic_too():
-    """Dynamo makes inputs of a norm's eps and an attention's scale; a rule needs to know them. One that changes is seen."""
+    """Dynamo makes a norm's eps and an attention's scale inputs, but rules need their values. A change is noticed."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -425,7 +425,7 @@ def test_numbers_that_modules_hold_are_numbers_under_dynamic_too():
 @pytest.mark.inductor
 @pytest.mark.parametrize("write", ["scaled", "normalized"])
 def test_a_weight_that_the_forward_writes_is_read_as_written(write):
-    """In eval weights are quantized once, ahead of the graph: not where the graph itself writes them."""
+    """In eval weights are quantized once, ahead of the graph, unless the graph itself writes them."""
 
     class Prototypes(nn.Module):
         def __init__(self) -> None:

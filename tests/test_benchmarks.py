@@ -1,4 +1,4 @@
-"""What the benchmarks make of their figures, and the lab's page of its cases."""
+"""The tables that benchmarks make from their figures, and the lab's page from its cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks for a GPU, as far as a CPU can tell: the whole path on tiny sizes, the tables, and what becomes of failures."""
+"""The benchmarks for a GPU, as far as a CPU can test them: the whole path with tiny sizes, the tables, and failures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Here:
 
 @pytest.fixture
 def at_hand(monkeypatch):
-    """Everything in this process, and nothing compiled."""
+    """Runs everything in this process, without compilation."""
     monkeypatch.setattr("te_dynamo.backend.observers", [])
     monkeypatch.setattr(run, "Worker", Here)
     monkeypatch.setattr(layer, "Worker", Here)
@@ -164,7 +164,7 @@ def test_a_clock_counts_each_call():
 
 
 class FakeEvent:
-    """Tells the time by counting what was done before it."""
+    """A clock that counts what was done before it."""
 
     done: list[str] = []
 

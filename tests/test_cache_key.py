@@ -1,4 +1,4 @@
-"""What compiled code depends on is in the key under which torch's caches keep it."""
+"""Everything that compiled code depends on is in its key in torch's caches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from te_dynamo.config import KEYS, Options
 from te_dynamo.recipe import RECIPES, Recipe, from_key
 from te_dynamo.runtime import compile_inductor
 
-# Another value for each option. One that is not here yet must be put here, or below with the reason.
+# Another value for each option. A new option must be added here, or below with the reason.
 OTHER: dict[str, Any] = {
     "recipe": "current",
     "provider": "reference",
@@ -30,7 +30,7 @@ OTHER: dict[str, Any] = {
     "inductor": {"max_autotune": True},
 }
 IN_THE_GRAPH = {"amax_group": "its name stands in each call", "debug_dir": "changes nothing that is compiled"}
-# Of recipes: what the state and the planner read, or what stands among a call's attributes.
+# Recipe fields that only the state and the planner read, or that are among a call's attributes.
 NOT_FOR_KERNELS = {
     "amax_history_len",
     "amax_compute_algo",
@@ -42,7 +42,7 @@ NOT_FOR_KERNELS = {
 
 
 def key_of(options: Options, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What Inductor's caches are told of our functions while a graph is compiled."""
+    """Our functions' part of the keys of Inductor's caches when a graph is compiled."""
     told: list[dict[str, str]] = []
 
     def compile_fx(gm: Any, inputs: Any, config_patches: Any = None) -> Any:
@@ -80,7 +80,7 @@ def test_so_does_every_recipe_of_a_pattern(one, other):
 
 
 def others(recipe: Recipe, name: str) -> Any:
-    """Another value of a field."""
+    """A different value for a recipe's field."""
     value = getattr(recipe, name)
     if name == "fp8_format":
         return "E4M3" if value.name == "HYBRID" else "HYBRID"

@@ -1,4 +1,4 @@
-"""torch's compile caches serve te_dynamo's graphs in a second process, and never a stale one."""
+"""torch's compile caches return te_dynamo's graphs in a second process, and never a stale one."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def run(forks: Forks, cache: str, package_root: Path, options: dict | None = Non
 
 @pytest.fixture(scope="module")
 def cache() -> str:
-    """The name of a cache that nothing is in."""
+    """The name of an empty cache."""
     return str(uuid.uuid4())
 
 
 @pytest.fixture(scope="module")
 def first(forks: Forks, cache: str) -> dict:
-    """What the first process that uses the cache found."""
+    """The results of the first process that uses the cache."""
     return run(forks, cache, PACKAGE.parent)
 
 
@@ -70,7 +70,7 @@ def test_a_changed_backward_is_not_served_stale(forks, cache, tmp_path):
     text = source.read_text()
     assert text.count("return Backward([dx, dws, dbs], amaxes)") == 1
     source.write_text(text.replace("return Backward([dx, dws, dbs], amaxes)", "return Backward([2 * dx, dws, dbs], amaxes)"))
-    by_definition = {"provider": "reference"}  # whose backward that is
+    by_definition = {"provider": "reference"}  # the provider with the changed backward
     before, changed = run(forks, cache, PACKAGE.parent, by_definition), run(forks, cache, root, by_definition)
     assert changed["aot_hit"] == 0
     assert changed["sum"] == pytest.approx(4 * before["sum"], rel=0.2)  # twice for each of the two layers

@@ -1,4 +1,4 @@
-"""Options: what is accepted, what is refused and with which words, and who wins."""
+"""Options: what is accepted, what is rejected and with which message, and which setting takes precedence."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the docs state as data is what the code has."""
+"""The data in the docs agrees with the code."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_options_are_all_there():
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS.glob("*.md"))])
 def test_links_lead_to_files(page):
-    """Inside the docs also to a heading."""
+    """Links within the docs also lead to headings."""
     path = ROOT / page
     for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         file, _, anchor = target.partition("#")
@@ -70,7 +70,7 @@ def test_links_lead_to_files(page):
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, as mkdocs and GitHub make it."""
+    """The anchor that mkdocs and GitHub make for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 

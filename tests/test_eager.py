@@ -1,4 +1,4 @@
-"""Graphs that are run as they stand: what autograd sees of them is what it sees of a compiled graph."""
+"""Graphs that run operator by operator: autograd sees the same as for a compiled graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fresh() -> None:
 
 
 class Net(nn.Module):
-    """Its second result is made of the input alone, its third needs no gradient."""
+    """Its second result depends on the input only, its third has no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class Net(nn.Module):
 
 
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By AOTAutograd, as the graphs that are run more than twice."""
+    """Runs calibrating graphs through AOTAutograd, like the graphs that run more than twice."""
     monkeypatch.setattr("te_dynamo.backend.eagerly", compile_without_codegen)
 
 
 def first_step(how: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """What the graph that calibrates gives: results, gradients, the scale state after a second step, which it decides."""
+    """The calibrating graph's results and gradients, and the scale state after a second step, which depends on it."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Net().to(dtype)
@@ -59,7 +59,7 @@ def first_step(how: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         y.sum().backward()
     elif how == "of one result":
         flat.square().sum().backward()
-    learned = [] if how == "of one result" else list(model.parameters())  # then AOTAutograd gives zeros, and eager mode nothing
+    learned = [] if how == "of one result" else list(model.parameters())  # then AOTAutograd gives zeros, and eager mode None
     found = [y.detach(), x.grad, *(p.grad for p in learned if p.grad is not None)]
     call(x)[0].sum().backward()
     return [*found, *te_dynamo.scale_state(model).state_dict().values()]
@@ -104,7 +104,7 @@ def test_no_gradient_is_wanted():
 
 
 class Counted(nn.Module):
-    """Writes a buffer, and its input."""
+    """Writes to a buffer, and to its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_what_eager_mode_does_otherwise_is_traced(kind, is_traced, monkeypatch):
 
 @pytest.mark.parametrize("write", [lambda y: y.mul_(2), torch.relu_, lambda y: y[:, :5].zero_()], ids=["scaled", "relu", "part"])
 def test_a_result_may_be_written(write):
-    """From the first step on: what backward reads is not the caller's."""
+    """From the first step on: backward does not read the caller's tensor."""
     model, x = Net(), torch.randn(16, SIZE)
     run, found = torch.compile(model, backend=te_fp8, options={"provider": "reference"}), []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Mixtures of experts: grouped GEMMs are sites, routers are not, and rows that no expert has enter nothing."""
+"""Mixtures of experts: grouped GEMMs are sites, routers are not, and rows without an expert affect nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ E, N, K = 4, 48, 64
 
 
 def by_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """The truth, in float64."""
+    """The ground truth, in float64."""
     y = x.new_zeros(x.shape[0], weight.shape[1], dtype=torch.float64)
     start = 0
     for e, end in enumerate(offsets.tolist()):
@@ -34,7 +34,7 @@ def by_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """One grouped GEMM; the rows after the last group are whatever the caller has there."""
+    """One grouped GEMM; the rows after the last group hold whatever the caller left there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_forward_and_gradients_are_fp8_s(recipe: str, provider: str, sizes: list
     run = torch.compile(experts, backend=te_fp8, fullgraph=True, options={"recipe": recipe, "provider": provider})
     used = sum(sizes)
     with torch.no_grad():
-        x[used:] = 1e4  # what no expert has, must not move a scale
+        x[used:] = 1e4  # rows without an expert must not change a scale
     y = run(x, offsets)
     upstream = torch.randn_like(y)
     dx, dw = torch.autograd.grad(y, (x, experts.weight), upstream)
@@ -150,7 +150,7 @@ def tokens_first(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def gathered(module: nn.Module, x: Tensor) -> Tensor:
-    """A matrix for each token: no GEMM has more than one row."""
+    """Gathers a matrix for each token: no GEMM has more than one row."""
     return torch.bmm(module.weight[torch.arange(x.shape[0]) % E], x.unsqueeze(-1))
 
 
@@ -177,7 +177,7 @@ def test_products_with_a_matrix_for_each(spelling: Any, raised: int) -> None:
 
 
 class DenselyMasked(nn.Module):
-    """Every expert sees every token, and what tokens did not choose counts as nothing."""
+    """Every expert runs on every token, and the results of experts that a token did not choose are zeroed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ def test_every_expert_is_a_site_and_the_router_is_not(name: str, dtype: torch.dt
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_nearly_all_flops_are_fp8(name: str, no_codegen: None) -> None:
-    """Where the hidden size is not tiny beside the number of experts that a router chooses from."""
+    """If the hidden size is not tiny compared with the number of experts that a router chooses from."""
     experts = {"intermediate_size": 512} | ({"moe_intermediate_size": 256} if "moe_intermediate_size" in MODELS[name][1] else {})
     report = te_dynamo.explain(model_of(name, torch.bfloat16, hidden_size=256, **experts), input_ids=torch.randint(0, 128, (2, 128)))
     left = {s.path.rpartition(".")[2]: s.reason for s in report.sites if not s.provider and s.kind != "norm"}
@@ -269,7 +269,7 @@ def test_nearly_all_flops_are_fp8(name: str, no_codegen: None) -> None:
 
 @pytest.mark.parametrize("chosen", [1, 5, 8])
 def test_any_number_of_experts_for_a_token(chosen: int, no_codegen: None) -> None:
-    """All experts that there are, too; outputs and all gradients."""
+    """Up to all experts; outputs and all gradients."""
     torch.manual_seed(0)
     sizes = MODELS["qwen3_moe"][1] | {"num_experts": 8, "num_experts_per_tok": chosen}
     model, ids = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**sizes)), torch.randint(0, 128, (2, 16))
@@ -302,7 +302,7 @@ def test_routers_can_be_included(no_codegen: None) -> None:
 
 @pytest.mark.slow
 def test_training_follows_bf16() -> None:
-    """40 steps on the text of Python's help: the loss ends where bf16's does."""
+    """40 steps on the text of Python's help: the final loss is that of bf16."""
     from pydoc_data import topics
 
     text = torch.frombuffer(bytearray("".join(topics.topics.values()).encode()), dtype=torch.uint8).long() % 128

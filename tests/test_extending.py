@@ -1,6 +1,6 @@
-"""The architecture's promise, kept from outside of the package: a gated activation added as an operation, in this one file.
+"""The package can be extended from outside: this one file adds a gated activation as an operation.
 
-Its definition, the rule that finds it, and how `reference` and `native` make a linear's FP8 operand with it; then the whole
+It has the definition, the rule that finds it, and how `reference` and `native` compute a linear's FP8 operand with it; then the whole
 path: taken by `torch.compile(..., backend="te_fp8")`, in FP8, explained, verified.
 """
 
@@ -31,7 +31,7 @@ from tests.pipeline import stages_of
 
 # --- the operation
 
-SOFTPLUS = torch._C._nn.softplus  # what Dynamo calls `F.softplus`
+SOFTPLUS = torch._C._nn.softplus  # `F.softplus` in Dynamo's graphs
 
 
 @operation(
@@ -116,7 +116,7 @@ def test_it_trains_in_fp8(provider: str, recipe: str) -> None:
             y = run(x)
             found = [(y - x).detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
     errors = [round(sqnr(e, f)) for e, f in zip(exact, found, strict=True)]
-    assert min(errors[0], *errors[2:]) > 15 and max(errors[0], *errors[2:5]) < 40, errors  # right, and in FP8; dx goes past it too
+    assert min(errors[0], *errors[2:]) > 15 and max(errors[0], *errors[2:5]) < 40, errors  # right, and in FP8; dx has another path too
     assert sorted((s.kind, s.path, s.provider) for s in seen) == [
         ("glu_linear", "down", provider),
         ("linear", "gate", provider),

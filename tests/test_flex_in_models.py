@@ -1,5 +1,5 @@
-"""Hugging Face models whose masks become formulas: padded and packed batches, windows, capped scores, sinks. All that eager attention gives
-in float64, at rows of padding too, by `flex_attention`'s definition on a CPU; the linears are left alone, so that errors are rounding."""
+"""Hugging Face models whose masks become formulas: padded and packed batches, windows, capped scores, sinks. Compared with eager attention
+in float64, also at padded rows, with `flex_attention`'s definition on a CPU; linears stay in high precision, so errors are rounding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ S = 24
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(no_codegen: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a GPU, for short sequences and float32 too."""
+    """Uses flex_attention as on a GPU, but also for short sequences and float32."""
     registry.load()
     key = ("attention", "native", registry.HIGH_PRECISION, "cpu")
     monkeypatch.setitem(registry._IMPLEMENTATIONS, key, native.FlexAttention())
@@ -90,7 +90,7 @@ def results(call: Any, model: nn.Module, given: dict[str, Any]) -> list[Tensor]:
 def test_what_eager_attention_gives(name):
     which, given, mask = CASES[name]
     model = DECODERS[which]().eval()
-    exact = copy.deepcopy(model) if which == "gpt_oss" else copy.deepcopy(model).double()  # whose experts know no float64
+    exact = copy.deepcopy(model) if which == "gpt_oss" else copy.deepcopy(model).double()  # its experts do not support float64
     call, found = (
         torch.compile(
             model, backend=te_fp8, fullgraph=True, options={"skip": ["*proj", "*dense", "*query", "*key", "*value", "*experts*"]}
@@ -106,7 +106,7 @@ def test_what_eager_attention_gives(name):
 
 
 def test_the_graph_that_calibrates_is_run_as_it_is_and_reads_the_mask():
-    """`flex_attention` without generated code would make all scores."""
+    """Without generated code, `flex_attention` would materialize all scores."""
     with interpreted():
         graphs = stages_of(DECODERS["llama"](), torch.arange(2 * S).reshape(2, S) % 100, **PADDED).graphs
 

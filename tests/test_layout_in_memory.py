@@ -1,4 +1,4 @@
-"""The layout that is reported for an attention is the one in which its operands lie when it runs."""
+"""The reported layout of an attention is that of its operands when it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.models import SMALL
 
 EXPECTED = {
     "llama": "bshd_bs2hd",  # grouped heads
-    "qwen3": "bshd_bs2hd",  # and a norm of each
+    "qwen3": "bshd_bs2hd",  # and a norm of each head
     "gpt2": "bs3hd",
     "bert": "bs3hd",
     "vit": "bs3hd",
@@ -27,7 +27,7 @@ EXPECTED = {
 
 
 class Operands(TorchDispatchMode):
-    """Notes how q, k and v lie, whenever torch's attention runs."""
+    """Records the layout of q, k and v whenever torch's attention runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def reported_and_seen(name: str, **options: Any) -> tuple[list[Site], list[str]]
     model, inputs, sites = case.model(), case.inputs(), []
     run = torch.compile(model, backend=te_fp8, fullgraph=True, options=options)
     torch._dynamo.reset()
-    # T5's learned bias would have torch take attention apart in training.
+    # In training, torch would decompose attention with T5's learned bias.
     with torch.set_grad_enabled(name != "t5"):
         with observing(lambda gm, found, _: sites.extend(s for s in found.taken() if s.kind == "attention")):
             run(**inputs)  # compiled first: Dynamo skips frames while a mode is on

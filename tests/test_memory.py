@@ -1,4 +1,4 @@
-"""What linears leave allocated for backward, at the allocator, and what is copied between them and attention."""
+"""What linears keep allocated for backward, at the allocator, and what is copied between them and attention."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_linears_save_their_inputs_in_fp8_once():
         run = torch.compile(copy.deepcopy(model), backend=backend)
         for _ in range(2):
             run(x).float().sum().backward()
-        return live_after(lambda: run(x)) - 2 * x.numel()  # the result itself apart
+        return live_after(lambda: run(x)) - 2 * x.numel()  # without the result itself
 
     inductor, fp8 = saved("inductor"), saved(te_fp8)
     assert inductor >= 3 * 2 * x.numel()
-    # One byte an element; the first linear's input, which Inductor needs not save, has an FP8 copy too.
+    # One byte per element; the first linear's input, which Inductor does not need to save, has an FP8 copy too.
     assert fp8 <= 4 * x.numel() * 1.05
 
 
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
 
 
 class Memory(TorchDispatchMode):
-    """Where the operands of forward's GEMMs and of the attention lie."""
+    """Records the memory of the operands of forward's GEMMs and of the attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Memory(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # or Dynamo would not enter its compiled code while the mode is on
+        return True  # else Dynamo would not run its compiled code while the mode is on
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -77,7 +77,7 @@ def test_trains_and_infers_as_one_graph(name, attention, dtype, request):
     gradients = {path: (p_ref.grad, p.grad) for (path, p_ref), p in pairs if p_ref.grad is not None}
     largest = max(exact.norm() for exact, _ in gradients.values())
     noise = [path for path, (exact, _) in gradients.items() if exact.norm() < 1e-5 * largest]
-    assert all("k" in path and path.endswith("bias") for path in noise)  # a softmax sees nothing of a key's bias
+    assert all("k" in path and path.endswith("bias") for path in noise)  # a key's bias does not change a softmax
     assert {path: e for path, pair in gradients.items() if path not in noise and (e := sqnr(*pair)) < 7} == {}
 
     graphs.clear()
@@ -90,7 +90,7 @@ def test_trains_and_infers_as_one_graph(name, attention, dtype, request):
 
 
 def weights_of(y: torch.Tensor) -> torch.Tensor:
-    """Of a loss: a square would be the same for whatever a last LayerNorm gives, and no gradient would be more than noise."""
+    """Weights for a loss: with a sum of squares, the output of a last LayerNorm gives a constant, and all gradients would be noise."""
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
 
 
@@ -117,7 +117,7 @@ def test_lengths_that_change_recompile_once_more_at_most(name, plain):
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_per_layer_compile_gives_each_layer_its_own_scales(count):
-    """By one graph, however many there are."""
+    """With one graph, however many layers there are."""
     case = cases(count)["llama"]
     model = case.model()
     layers = model.model.layers

@@ -1,4 +1,4 @@
-"""What a causal model gives for a token does not depend on the tokens after it, to the bit, unless a recipe's scale does."""
+"""A causal model's output for a token does not depend on later tokens, bitwise, unless the recipe's scale does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def logits(run: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def changes(model: nn.Module, train: bool, **options: Any) -> bool:
-    """Whether the logits of the first tokens change with the others. The changed tokens are made large, to move every amax."""
+    """Whether the logits of the first tokens change with the others. The changed tokens are large, to change every amax."""
     torch._dynamo.reset()
     run = torch.compile(model, backend=te_fp8, fullgraph=True, options=options)
     ids = torch.randint(3, VOCABULARY - 1, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What is not finite stays visible in every recipe: a GradScaler that looks at the gradients finds an overflow, wherever it was."""
+"""Non-finite values stay visible with every recipe: a GradScaler that checks the gradients finds an overflow, wherever it was."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def linear(provider: str, recipe: Recipe, x: Tensor, weight: Tensor, dy: Tensor)
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", LINEARS)
 def test_a_linear_shows_it_where_a_product_in_high_precision_would(name, bad):
-    """In the rows that it is multiplied into, and in no other."""
+    """In the rows that it is multiplied into, and in no others."""
     provider, recipe = LINEARS[name]
     torch.manual_seed(0)
     x, weight, dy = torch.randn(64, SIZE), torch.randn(48, SIZE), torch.randn(64, 48)
@@ -76,7 +76,7 @@ ATTENTIONS = {
 
 
 def attention(recipe: Recipe, qkv: list[Tensor], do: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
-    """o, and the gradients of q, k and v. scale: of each tensor with a slot."""
+    """o, and the gradients of q, k and v. scale: for each tensor with a slot."""
     leaves = [t.clone().requires_grad_() for t in qkv]
     how: dict[str, Any] = {"recipe": recipe.key, "causal": True, "records": recipe.stateful}
     rounds = getattr(recipe, "fp8_mha", False)
@@ -97,8 +97,8 @@ def test_fp8_attention_shows_it(name, scale, bad):
         wild = [t.clone() for t in qkv]
         wild[which][1, 0, 9, 3] = bad
         o, gradients = attention(recipe, wild, do, scale)
-        assert not finite(o[1, 0]) and finite(o[0]) and finite(o[1, 1])  # the other heads see nothing of it
-        assert [finite(g) for g in gradients] == [False, False, which == 2]  # dv is of the softmax and dO
+        assert not finite(o[1, 0]) and finite(o[0]) and finite(o[1, 1])  # the other heads are not affected
+        assert [finite(g) for g in gradients] == [False, False, which == 2]  # dv depends on the softmax and dO only
         assert all(finite(g[0]) for g in gradients)
     wild_do = do.clone()
     wild_do[1, 0, 9, 3] = bad
@@ -110,7 +110,7 @@ def test_fp8_attention_shows_it(name, scale, bad):
 
 
 class Model(nn.Module):
-    """Without a bias, whose gradient would show it anyway."""
+    """Without a bias, since its gradient would show an overflow anyway."""
 
     def __init__(self) -> None:
         super().__init__()

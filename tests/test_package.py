@@ -1,4 +1,4 @@
-"""The sdist and the wheel have all of the package; what pip installs of them computes in FP8."""
+"""The sdist and the wheel contain the whole package; what pip installs from them computes in FP8."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_an_installed_wheel_computes_in_fp8(tmp_path):
 
 
 def test_what_is_imported_is_declared():
-    """In pyproject.toml, or by torch: a development environment has more than a user's."""
+    """In pyproject.toml, or by torch: a development environment has more packages than a user's."""
     named = (
         alias
         for path in (package.ROOT / package.PACKAGE).rglob("*.py")
@@ -48,7 +48,7 @@ def test_a_file_that_is_left_out_is_named(tmp_path, monkeypatch):
 
 
 def built(folder) -> str:
-    """An sdist and a wheel without a file."""
+    """Builds an sdist and a wheel that lack a file."""
     with tarfile.open(folder / "te_dynamo-0.1.0.tar.gz", "w:gz"):
         pass
     with zipfile.ZipFile(folder / "te_dynamo-0.1.0-py3-none-any.whl", "w"):

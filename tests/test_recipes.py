@@ -81,7 +81,7 @@ def sites_of(model: nn.Module, x: Tensor, **options: Any) -> dict[str, Any]:
     return found
 
 
-# What theory gives for one linear, less what a norm, a GELU and two of them in a row cost; the least of output and gradients.
+# The theoretical SQNR of one linear, minus the cost of a norm, a GELU and two linears in a row; the minimum over output and gradients.
 LEAST = {"delayed": 20, "current": 20, "rowwise": 22, "block": 22, "mxfp8": 22, "nvfp4": 8}
 
 
@@ -116,7 +116,7 @@ def test_defaults_are_te_s():
     theirs = pytest.importorskip("transformer_engine.common.recipe", reason="transformer_engine is not installed")
     ours = (DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling)
     for cls in ours:
-        # Ours leaves room for growth, which costs nothing; TE's own recipe is taken as it is.
+        # Ours has a margin for growth, which costs nothing; TE's own recipe is taken as it is.
         assert named(getattr(theirs, cls.__name__)()) == (cls(margin=0) if cls is DelayedScaling else cls()), cls
     recipe = named(theirs.DelayedScaling(margin=1, amax_history_len=16, amax_compute_algo="most_recent", fp8_format=theirs.Format.E4M3))
     assert recipe == DelayedScaling(margin=1, amax_history_len=16, amax_compute_algo="most_recent", fp8_format="E4M3")
@@ -161,7 +161,7 @@ def test_formats_may_be_given_apart():
         torch._dynamo.reset()
         call = torch.compile(model, backend=te_fp8, options={"recipe": Float8CurrentScaling(fp8_format=fp8_format)})
         errors[fp8_format] = sqnr(gradients(model, model, x)[1], gradients(call, model, x)[1])
-    assert errors["E4M3"] > errors["HYBRID"] + 1.5  # a bit more of mantissa
+    assert errors["E4M3"] > errors["HYBRID"] + 1.5  # one more mantissa bit
 
 
 # --- by pattern
@@ -172,7 +172,7 @@ def test_each_site_has_the_recipe_of_the_first_pattern_that_matches():
     found = sites_of(Net(), torch.randn(8, SIZE), recipe=recipes)
     assert (found["up"].recipe, found["up"].provider) == ("rowwise", "native")
     assert found["down"].provider is None and found["down"].reason == "its recipe is None: high precision"
-    assert Options(recipe={"a.*": "current"}).recipe_of("b.c") == DelayedScaling()  # what no pattern matches is "auto"
+    assert Options(recipe={"a.*": "current"}).recipe_of("b.c") == DelayedScaling()  # without a matching pattern it is "auto"
     assert Options(recipe=None).recipe_of("b") is None
     assert Options(recipe="delayed", like_te=True).recipe_of("b") == DelayedScaling(like_te=True)
 
@@ -243,8 +243,8 @@ def test_fp8_mha_rounds_what_attention_gives_and_gets_back():
         call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": recipe})
         errors.append([sqnr(a, b) for a, b in zip(gradients(model, model, x), gradients(call, model, x), strict=True)])
     assert all(found > 12 for found in errors[1])
-    # o_proj rounds its input anyway, and with the same scale. What is rounded once more is the O by which S's gradient goes: that
-    # of q and of k has more noise.
+    # o_proj rounds its input anyway, with the same scale. The additional rounding is of the O in S's gradient: the gradients of q
+    # and k have more noise.
     (y, _, q, k, *_), (rounded_y, _, rounded_q, rounded_k, *_) = errors
     assert rounded_y == y and rounded_q < q - 0.3 and rounded_k < k - 0.3
 
@@ -270,7 +270,7 @@ def test_a_recipe_may_change_during_a_run_and_the_state_stays():
 
 
 def test_a_change_of_format_or_margin_rescales():
-    """The scale that was found for one range serves another at once: nothing saturates for a step."""
+    """A scale that was found for one range is converted to another at once: nothing saturates for a step."""
     model, x = Net(), torch.randn(32, SIZE)
     for recipe in (DelayedScaling(margin=0), DelayedScaling(fp8_format="E4M3"), DelayedScaling(), DelayedScaling(margin=0)):
         torch._dynamo.reset()
@@ -282,7 +282,7 @@ def test_a_change_of_format_or_margin_rescales():
 
 
 def test_the_margins_cost_nothing_in_the_steady_state():
-    """0.1 dB at most against none, which scales each amax to the format's largest number: of outputs and of gradients."""
+    """At most 0.1 dB in outputs and gradients, compared with no margin, which scales each amax to the format's largest number."""
     model, noise = Net(), {}
     for margin in (None, 0):
         trained_model = copy.deepcopy(model)
@@ -293,7 +293,7 @@ def test_the_margins_cost_nothing_in_the_steady_state():
             x = torch.randn(32, SIZE, generator=generator)
             found, expected = gradients(call, trained_model, x), gradients(trained_model, trained_model, x)
             rows.append([sqnr(a, b) for a, b in zip(expected, found, strict=True)])
-            optimizer.step()  # by the exact gradients, so that both train alike
+            optimizer.step()  # with the exact gradients, so that both train alike
         noise[margin] = torch.tensor(rows[10:]).mean(0)
     difference = noise[None] - noise[0]
     assert difference[0] > -0.1 and difference[1:].mean() > -0.1, difference

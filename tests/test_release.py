@@ -1,4 +1,4 @@
-"""`te_dynamo.release_high_precision`: nothing that a compiled model computes changes, and the memory is free."""
+"""`te_dynamo.release_high_precision`: a compiled model's results do not change, and the memory is freed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A frozen linear with a LoRA beside it."""
+    """A frozen linear with a LoRA adapter."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def called(model: nn.Module, x: Tensor, **options: Any) -> tuple[Any, Tensor]:
 
 
 def fp8_bytes() -> int:
-    """Of all copies that any graph keeps."""
+    """Bytes of all copies that any graph keeps."""
     copies = [t for kept in weight_cache.SHARED.values() for t in kept.copies]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in copies if t.element_size() == 1}.values())
 
@@ -81,7 +81,7 @@ def test_every_bit_stays_and_the_memory_is_free(recipe, dtype):
     assert released.freed == sum(m.weight.numel() for b in model for m in (b.up, b.down)) * dtype.itemsize
     assert torch.equal(run(x), before)
     assert model[0].up.weight.dtype == dtype and not model[0].up.weight.requires_grad
-    # What else reads it has the FP8 values.
+    # Other readers of the weight get the FP8 values.
     assert sqnr(high, model(x)) > 20 and not torch.equal(high, model(x))
 
 
@@ -111,7 +111,7 @@ def test_graphs_of_other_lengths_share_copies_before_it_too():
     outputs = [run(x[:tokens])[:8] for tokens in (8, 16, 24)]
     assert fp8_bytes() - already == model.up.weight.numel() + model.down.weight.numel()
     assert all(torch.equal(outputs[0], other) for other in outputs)
-    model.up.weight.mul_(2)  # seen by each
+    model.up.weight.mul_(2)  # every graph sees it
     again = [run(x[:tokens])[:8] for tokens in (8, 16, 24)]
     assert not torch.equal(outputs[0], again[0]) and all(torch.equal(again[0], other) for other in again)
     assert fp8_bytes() - already == model.up.weight.numel() + model.down.weight.numel()
@@ -230,7 +230,7 @@ LEFT = [
 
 
 def test_a_square_weight_that_is_read_transposed():
-    """Its copy has rows and columns exchanged, which no shape tells."""
+    """Its copy is transposed, which the shape does not show."""
 
     class Square(nn.Module):
         def __init__(self) -> None:
@@ -258,7 +258,7 @@ def test_a_cast_leaves_the_values_in_fp8_and_others_cannot_be_set():
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         assert model.up.weight is weight and weight.dtype == dtype and torch.equal(weight.dequantize(), weight.values().to(dtype))
-        with pytest.raises(RuntimeError, match="invalid python storage"):  # there is no memory
+        with pytest.raises(RuntimeError, match="invalid python storage"):  # its memory is gone
             Tensor.untyped_storage(weight).data_ptr()
     assert torch.equal(run(x), expected)
 
@@ -312,7 +312,7 @@ class Merged(nn.Module):
 
 @pytest.mark.parametrize("length", [16, 528])
 def test_the_weights_of_one_gemm(length):
-    """Which lie head by head where the sequence is long."""
+    """For long sequences, their rows are ordered head by head."""
     model, x = frozen(Merged(), torch.bfloat16), torch.randn(1, length, 64, dtype=torch.bfloat16)
     high = [m.weight.clone() for m in (model.q, model.k, model.v)]
     run, before = called(model, x)
@@ -322,7 +322,7 @@ def test_the_weights_of_one_gemm(length):
 
 
 def test_a_real_model():
-    """GPT-2's weights lie inputs first; its head is tied to its embedding."""
+    """GPT-2's weights are stored inputs first; its head is tied to its embedding."""
     model, inputs = frozen(SMALL["gpt2"].model(), torch.float32), SMALL["gpt2"].inputs()
     run = compiled(model, recipe="current")
     with torch.no_grad():

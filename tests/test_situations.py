@@ -1,4 +1,4 @@
-"""Situations from public bug reports of compile backends: what surrounds a model, rather than what is in it."""
+"""Situations from public bug reports for compile backends: about a model's surroundings, rather than the model."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_an_eval_uses_weights_that_are_views_of_what_was_written():
 
 
 def test_weights_that_are_away_between_calls():
-    """As where layers are offloaded: a parameter's memory is there for the call only."""
+    """As with offloaded layers: a parameter only has memory during the call."""
     model, x = Net().eval(), torch.randn(16, SIZE)
     kept, expected = {n: p.detach().clone() for n, p in model.named_parameters()}, model(x)
     call = torch.compile(model, backend=te_fp8)
@@ -205,7 +205,7 @@ def test_weights_that_did_not_change_are_not_quantized_again(monkeypatch):
         assert len(made) == 2
         model.a.weight.data.mul_(2)
         call(x)
-        assert len(made) == 3 and made[2] is made[0]  # that of the weight that changed alone
+        assert len(made) == 3 and made[2] is made[0]  # only the copy of the weight that changed
 
 
 def test_copies_of_weights_that_were_replaced_are_let_go():
@@ -230,7 +230,7 @@ def actor(rank: int, folder: str) -> None:
         call = torch.compile(model, backend="te_fp8")
         with torch.set_grad_enabled(grad):
             if rank == 1:
-                call(x)  # alone: it must not wait for the other rank
+                call(x)  # on one rank only: it must not wait for the other
             for p in model.parameters():
                 torch.distributed.broadcast(p.detach(), src=0)
             if rank == 1:
@@ -333,7 +333,7 @@ def test_a_graph_that_stays_in_use_is_compiled(monkeypatch):
     compiled: list[Any] = []
     plain = runtime.compile_without_codegen
     model = Net().eval()
-    call = torch.compile(model, backend=te_fp8, options={"provider": "reference"})  # whose first scales want a graph of their own
+    call = torch.compile(model, backend=te_fp8, options={"provider": "reference"})  # its first scales need a separate graph
     call(torch.ones(8, SIZE, requires_grad=True)).sum().backward()
     monkeypatch.setattr(runtime, "compile_inductor", lambda *args: compiled.append(args) or plain(*args))
     results = []
@@ -352,7 +352,7 @@ def test_a_graph_that_stays_in_use_is_compiled(monkeypatch):
 def test_owners_are_found_after_gc_freeze():
     model, x = Net(), torch.randn(32, SIZE)
     gc.collect()
-    gc.freeze()  # as all that was there before the tests is (conftest.py), so it stays
+    gc.freeze()  # like everything from before the tests (conftest.py), so it is never collected
     call = torch.compile(model, backend=te_fp8, options={"recipe": "delayed"})
     for _ in range(2):
         call(x).sum().backward()
@@ -381,7 +381,7 @@ def test_the_cpp_wrapper(trains):
 
 
 class Adapter(nn.Module):
-    """A linear with a low-rank adapter whose second matrix begins at zero."""
+    """A linear with a low-rank adapter whose second matrix starts at zero."""
 
     def __init__(self, n: int, m: int) -> None:
         super().__init__()
@@ -418,7 +418,7 @@ def test_growth_that_saturated_is_expected_once_more(recipe, expected):
         arena.amax[0, 1] = amax
         arena.roll()
     assert arena.scale[0, 1].item() == pytest.approx(448 / 2 / 3 / expected)
-    arena.amax[0, 1] = 3.5  # it went on, within what was expected: no more is expected
+    arena.amax[0, 1] = 3.5  # growth went on as expected: no more is expected
     arena.roll()
     assert arena.scale[0, 1] == torch.tensor(448 / 2) / 3.5
 
@@ -471,7 +471,7 @@ def pruned(n: int, m: int) -> nn.Module:
 
 
 class Merged(nn.Linear):
-    """A low-rank adapter that is merged in the forward."""
+    """A linear whose low-rank adapter is merged in forward."""
 
     def __init__(self, n: int, m: int) -> None:
         super().__init__(n, m)
@@ -496,7 +496,7 @@ def test_a_weight_that_is_computed_is_a_weight(make):
 
 
 class ThroughAndBack(nn.Module):
-    """Returns a view of its input, whose backward another graph made, beside its own result."""
+    """Returns its own result and a view of its input, which another graph computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -556,7 +556,7 @@ def test_an_exported_program_is_taken_as_its_model_is():
 @pytest.mark.parametrize("provider", ["auto", "reference"])
 @pytest.mark.parametrize("trains", [True, False])
 def test_results_of_linears_are_written_in_place(provider, trains):
-    """Of two that are one GEMM, and of one alone: what a site gives may be a view."""
+    """Of two linears that are one GEMM, and of one alone: a site's result may be a view."""
 
     class Writes(nn.Module):
         def __init__(self) -> None:
@@ -582,7 +582,7 @@ def test_results_of_linears_are_written_in_place(provider, trains):
 
 @pytest.mark.parametrize("provider", ["auto", "reference"])
 def test_a_linear_whose_output_is_detached_has_no_gradient(provider):
-    """Though another of the same input has one: zeros would have an optimizer decay its weight."""
+    """Even if another linear of the same input has one: with a zero gradient, an optimizer would decay its weight."""
 
     class Watched(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""FP8 copies of weights that are kept, and who must notice that one of several weights has changed."""
+"""Kept FP8 copies of weights, and that a change of one of several weights is noticed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fresh(no_codegen: None) -> Iterator[None]:
 
 
 class Pair(nn.Module):
-    """Two linears of one input: they are one GEMM, and their copies one."""
+    """Two linears of one input: they are one GEMM, with one copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,25 +38,25 @@ class Pair(nn.Module):
 
 
 def unseen(p: nn.Parameter) -> None:
-    """Writes a weight so that its version does not tell."""
+    """Writes to a weight without a change of its version."""
     p.data.mul_(-3)
 
 
 def by_hand(model: Pair, which: str) -> None:
-    """`weights_changed` of a part of the model."""
+    """Calls `weights_changed` for a part of the model."""
     part = getattr(model, which)
     unseen(part.weight)
     te_dynamo.weights_changed(part)
 
 
 def by_its_optimizer(model: Pair, which: str) -> None:
-    """A step of an optimizer that has this weight alone; what it does to it leaves no trace."""
+    """A step of an optimizer with only this weight, which it changes without a new version."""
     weight = getattr(model, which).weight
     step_unseen(torch.optim.SGD([weight], lr=0.1), weight)
 
 
 def in_the_last_group(model: Pair, which: str) -> None:
-    """In the optimizer's first group of parameters is none of this model."""
+    """The optimizer's first parameter group has none of this model's parameters."""
     weight, foreign = getattr(model, which).weight, nn.Parameter(torch.zeros(1))
     step_unseen(torch.optim.SGD([{"params": [foreign]}, {"params": [weight], "lr": 0.2}], lr=0.1), weight)
 
@@ -64,7 +64,7 @@ def in_the_last_group(model: Pair, which: str) -> None:
 def step_unseen(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
     version = weight._version
     unseen(weight)
-    optimizer.step()  # there are no gradients: it writes nothing
+    optimizer.step()  # without gradients it writes nothing
     assert weight._version == version
 
 
@@ -111,7 +111,7 @@ def test_what_the_graph_writes_in_training_is_not_kept(keep: bool, write: Callab
 
 
 def test_like_te_a_weight_is_quantized_by_its_slot_s_scale():
-    """Which a kept copy has not: nothing is kept, and what is asked for changes no bit."""
+    """A kept copy has another scale: so nothing is kept, and the option does not change a bit."""
     x, results, model = torch.randn(16, SIZE), [], Pair()
     for keep in (True, False):
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The scale state: the published definition of delayed scaling, then when a slot is written, rolled, shared, kept and freed."""
+"""The scale state: the published definition of delayed scaling; then when slots are written, rolled, shared, kept and freed."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ pytestmark = pytest.mark.usefixtures("no_codegen")
 
 
 def float32(value: float) -> float:
-    """Rounded to float32. A quotient of two float32 is so rounded right, since double has more than twice their digits."""
+    """Rounds to float32. A quotient of two float32 is thus correctly rounded, since double has more than twice their digits."""
     return struct.unpack("f", struct.pack("f", value))[0] if value <= FLOAT32_MAX else FLOAT32_MAX
 
 
 class Definition:
-    """One tensor's delayed scaling, as TE's documentation words it, in Python floats."""
+    """One tensor's delayed scaling as in TE's documentation, in Python floats."""
 
     def __init__(self, fp8_max: float, length: int) -> None:
         self.fp8_max, self.length = fp8_max, length
@@ -48,19 +48,19 @@ class Definition:
 
     def update(self, amax: float) -> None:
         if amax == 0:
-            return  # no news: neither the history nor the scale moves
+            return  # nothing was recorded: neither history nor scale changes
         self.amaxes.append(amax)
         largest = max(self.amaxes[-self.length :])
         if largest != float("inf"):
             self.scale = float32(self.fp8_max / largest)
 
     def history(self) -> list[float]:
-        """Newest last, without the entry that is being written."""
+        """The history, newest last, without the entry that is being written."""
         return self.amaxes[1 - self.length :] if self.length > 1 else []
 
 
 def arena_of(length: int, forward: int, gradient: int) -> Arena:
-    """An arena with so many slots, numbered from 1, whose recipe is TE's: an infinite amax enters the history."""
+    """An arena with this many slots, numbered from 1, and TE's recipe: an infinite amax enters the history."""
     arena = Arena(CPU)
     for direction, count in ((FORWARD, forward), (GRADIENT, gradient)):
         arena.configure(direction, list(arena.take(direction, count)), DelayedScaling(amax_history_len=length, like_te=True))
@@ -105,7 +105,7 @@ def test_a_roll_is_the_published_update(steps, length):
 def test_what_is_recorded_between_two_rolls_counts_with_its_largest(steps):
     arena = arena_of(4, forward=4, gradient=3)
     together = Group(arena, ([1, 2], [1]), [])
-    apart = Group(arena, ([4, 3], [3, 2]), [])  # not side by side, as where another graph made some of the slots
+    apart = Group(arena, ([4, 3], [3, 2]), [])  # not adjacent, as if another graph had made some of the slots
     definition = Definition(FP8_MAX[FORWARD], 4)
     for amaxes in steps:
         for amax in amaxes:
@@ -175,7 +175,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def amaxes(weight: Tensor, role: str, ordinal: int = 0) -> list[float]:
-    """What was recorded for one tensor, a number for each step, newest last."""
+    """The recorded amaxes of one tensor, one per step, newest last."""
     STATE.roll()
     return ring(STATE.arenas[CPU], ROLES[role], index_of(weight, role, ordinal))
 
@@ -186,7 +186,7 @@ def scale(weight: Tensor, role: str, ordinal: int = 0) -> float:
 
 
 def state_of(model: nn.Module) -> dict[str, tuple[float, list[float]]]:
-    """Everything that is known of a model's linears, by name."""
+    """The scale and amaxes of each tensor of a model's linears, by name."""
     return {f"{name}.{role}": (scale(m.weight, role), amaxes(m.weight, role)) for name, m in linears(model).items() for role in ROLES}
 
 
@@ -247,7 +247,7 @@ def test_the_first_scale_is_the_first_batch_s_and_later_ones_lag_a_step():
 
 
 def test_a_second_use_in_the_first_step_is_scaled_by_its_own_batch():
-    """A weight that meets the identity matrix and then activations (DoRA), in graphs of their own: neither saturates."""
+    """A weight that multiplies the identity matrix, then activations (DoRA), in separate graphs: neither saturates."""
     model = nn.Linear(SIZE, SIZE, bias=False)
     uses = [compiled(model), torch.compile(lambda x: model(x) * 2, backend=te_fp8)]
     (x, dy), _ = batches(2)
@@ -375,7 +375,7 @@ def test_gradient_accumulation_rolls_with_every_microbatch():
 
 @pytest.mark.inductor
 def test_two_calls_before_one_backward():
-    """The second call rolls, and its scale is another; the first call's backward still has that of its own forward."""
+    """The second call rolls and gets another scale; the first call's backward still uses that of its own forward."""
     model = nn.Linear(SIZE, SIZE)
     call = compiled(model, recipe=DelayedScaling(amax_history_len=2))
     (x, dy), (other, _) = batches(2)
@@ -394,7 +394,7 @@ def test_two_calls_before_one_backward():
 
 
 @pytest.mark.inductor
-@torch._functorch.config.patch(donated_buffer=False)  # Inductor refuses `retain_graph` otherwise
+@torch._functorch.config.patch(donated_buffer=False)  # else Inductor rejects `retain_graph`
 def test_a_graph_that_is_kept_runs_backward_twice():
     model = Net()
     call = compiled(model)
@@ -437,7 +437,7 @@ REGIONS = ("checkpoint in the graph", "nested region")  # sub-graphs, which Indu
 def test_numbers_and_state_do_not_depend_on_how_a_model_is_compiled(way):
     plain, model = Net(), Net(WAYS[way])
     model.load_state_dict(plain.state_dict())
-    alike = {"memory": "speed"}  # by its default what an activation reads is rounded, but not where a checkpoint decides what is kept
+    alike = {"memory": "speed"}  # by default an activation's inputs are rounded, but not if a checkpoint decides what is kept
     expected = train(plain, compiled(plain, **alike), batches(4))
     got = train(model, call_of(model, way, **alike), batches(4))
     for a, b in zip(expected, got, strict=True):
@@ -448,7 +448,7 @@ def test_numbers_and_state_do_not_depend_on_how_a_model_is_compiled(way):
 
 @pytest.mark.parametrize("way", ["whole", "each block"])
 def test_a_reentrant_checkpoint_records_in_its_recomputation(way):
-    """Its first pass runs without grad, and so with weights scaled by their own amax: equal to FP8 error only."""
+    """Its first pass runs without grad, so weights are scaled by their own amax: results are only equal up to FP8's error."""
     plain, model = Net(), Net("reentrant")
     model.load_state_dict(plain.state_dict())
     steps = batches(4)
@@ -466,8 +466,8 @@ def test_a_reentrant_checkpoint_records_in_its_recomputation(way):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("between", [False, True])
 def test_what_a_checkpoint_recomputes_is_what_forward_computed(mode, provider, calls, between):
-    """To the bit, in the steps that calibrate too, however often a block is called in a step, and if other backwards end in between: of
-    another model, as in a GAN, and of one of several losses."""
+    """Bitwise, also in calibrating steps, however often a block is called in a step, and also if other backwards end in between: another
+    model's, as in a GAN, or those of several losses."""
     block, other = getattr(Block(), mode)(), compiled(Block(), provider=provider)
     run = torch.compile(block, backend=te_fp8, fullgraph=True, options={"recipe": "delayed", "provider": provider})
     made: list[Tensor] = []
@@ -501,7 +501,7 @@ def test_what_a_checkpoint_recomputes_is_what_forward_computed(mode, provider, c
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("provider", ["native", "reference"])
 def test_dropout_in_a_checkpoint_is_drawn_again_alike(provider, reentrant, dynamic):
-    """In the step that calibrates too, whose graph is not the one that Inductor generates."""
+    """Also in the calibrating step, whose graph is not compiled by Inductor."""
     model = nn.Sequential(nn.Linear(32, 48), nn.Dropout(0.5))
     run = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=dynamic, options={"recipe": "delayed", "provider": provider})
     for _ in range(3):
@@ -582,7 +582,7 @@ def test_slots_are_kept_when_a_model_is_compiled_again(event):
 
 
 def test_parts_of_a_model_that_were_compiled_before_keep_their_slots():
-    """A group of slots that do not stand side by side: the second block's were made first."""
+    """A group of slots that are not adjacent: the second block's were made first."""
     plain, model = Net(), Net()
     model.load_state_dict(plain.state_dict())
     expected = train(plain, compiled(plain), batches(4))
@@ -632,13 +632,13 @@ def test_a_slot_that_is_used_again_starts_unset():
     arena.roll()
     assert arena.scale[FORWARD, 1:3].tolist() == [0.0, 0.0]
     assert not arena.history[FORWARD, 1:3].any() and not arena.cursor[FORWARD, 1:3].any()
-    assert arena.take(FORWARD, 2) == range(4, 6)  # not side by side with the one that is left
+    assert arena.take(FORWARD, 2) == range(4, 6)  # not adjacent to the one that is left
     assert arena.take(FORWARD, 1) == range(3, 4)
 
 
 @pytest.mark.parametrize("provider", ["native", "reference"])
 def test_a_layer_that_takes_a_dead_one_s_place_starts_fresh(provider):
-    """One graph, one instance after the other, until Python has given a new weight a dead one's address three times, which it may."""
+    """One graph, with one instance after another, until Python has reused a dead weight's address three times."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -668,7 +668,7 @@ def test_a_layer_that_takes_a_dead_one_s_place_starts_fresh(provider):
 
 
 def test_a_rank_whose_slots_are_all_gone_still_takes_part(monkeypatch):
-    """Each rank collects its garbage in its own time, and a collective needs all of them."""
+    """Ranks collect garbage at different times, and a collective needs all of them."""
     buffers: list[Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", lambda buffer, op, group: buffers.append(buffer.clone()))
     arena, reduction, group = arena_of(4, forward=2, gradient=0), Reduction(), object()

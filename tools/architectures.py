@@ -1,11 +1,11 @@
-"""Every architecture of the installed transformers, made tiny, with random weights: does te_fp8 take it, and does it compute the same?
+"""Every architecture of the installed transformers, tiny and with random weights: does te_fp8 take it, and does it compute the same?
 
-    python -m tools.architectures [causal] [masked] [seq2seq] [image]        about 10 s an architecture on one core
+    python -m tools.architectures [causal] [masked] [seq2seq] [image]        about 10 s per architecture on one core
 
-Forward and backward in eager mode in float32 and under te_fp8 (`recipe="current"`, AOTAutograd without code generation). For each a line:
-how many graphs Dynamo makes by itself and with te_fp8, the SQNR of the output and of all gradients together, and the sites. What cannot be
-made tiny by renaming sizes, or does not run in eager mode, is skipped with the reason. Exits with 1 if te_fp8 fails where AOTAutograd by
-itself does not, makes other graphs, or gives something else than FP8's error.
+Runs forward and backward in float32, in eager mode and under te_fp8 (`recipe="current"`, AOTAutograd without code generation). Prints for
+each how many graphs Dynamo makes with AOTAutograd alone and with te_fp8, the SQNR of the output and of all gradients together, and the
+sites. An architecture that cannot be made tiny by setting sizes, or does not run in eager mode, is skipped with the reason. Exits with 1 if
+te_fp8 fails although AOTAutograd alone does not, if the number of graphs differs, or if the error is larger than FP8's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS = {
     "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
-SIZES: dict[int, str] = {  # what architectures call the sizes that matter: each is set where a configuration has it
+SIZES: dict[int, str] = {  # the names of sizes in configurations: each is set if a configuration has it
     1: "n_group topk_group first_k_dense_replace num_hidden_groups bos_token_id n_groups",
     2: """num_hidden_layers num_key_value_heads n_layer num_layers n_layers encoder_layers decoder_layers num_experts_per_tok
         num_experts_per_token moe_k moe_topk eos_token_id linear_num_key_heads global_attn_every_n_layers mamba_expand""",
@@ -53,9 +53,9 @@ SIZES: dict[int, str] = {  # what architectures call the sizes that matter: each
     0: """pad_token_id attention_dropout hidden_dropout dropout resid_pdrop attn_pdrop embd_pdrop hidden_dropout_prob
         attention_probs_dropout_prob activation_dropout dropout_rate attention_dropout_prob layerdrop""",
 }
-OPTIONAL = ("rotary_dim", "q_lora_rank", "sliding_window")  # None means without
+OPTIONAL = ("rotary_dim", "q_lora_rank", "sliding_window")  # None turns the feature off
 LARGEST, SECONDS = 30_000_000, 150
-LEAST_OUTPUT, LEAST_GRADIENT = 8.0, 2.0  # dB; a mixture of experts may choose other experts for a token, a sum may cancel
+LEAST_OUTPUT, LEAST_GRADIENT = 8.0, 2.0  # dB; a mixture of experts may route a token to other experts, a sum may cancel
 
 
 class TooLong(Exception):
@@ -130,7 +130,7 @@ def tiny(cls: Any) -> Any:
 
 
 def made(cls: Any, config: Any) -> nn.Module:
-    """In eval: dropout would be drawn otherwise in each. With weights that are large enough for every part to matter."""
+    """A model in eval mode, since each run would draw other dropout masks; with weights large enough for every part to matter."""
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > LARGEST:

@@ -1,8 +1,8 @@
 """Draws what te_fp8 makes of the graph of one Llama layer: `python -m tools.draw_graph` writes docs/graph.svg.
 
-The left half is the graph as Dynamo gives it, a box an operation; the right half the graph after the stage `plan`. A color says what
-an operation became a part of; gray stays what it is. Views are not drawn. Nothing is drawn by hand: both halves are read from the
-backend's own stages.
+The left half is the graph as Dynamo gives it, one box per operation; the right half is the graph after the stage `plan`. The color shows
+which semantic operation an operation becomes part of; gray ones stay as they are. Views are not drawn. Nothing is drawn by hand: both
+halves are read from the backend's own stages.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def drawing() -> str:
 
 
 def llama_layer() -> Any:
-    """The stages of one decoder layer's graph, long enough (1,024 tokens) for the layout of long attentions."""
+    """The stages of one decoder layer's graph, with enough tokens (1,024) for the layout of long sequences."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
@@ -79,7 +79,7 @@ def name_of(node: Node) -> str:
 
 
 def before_boxes(dynamo: list[Node], plan: list[Node]) -> list[Box]:
-    """Dynamo's operations in their order. What a semantic operation stands for is that node and what only it was computed from."""
+    """Dynamo's operations in order. A semantic operation gives its color to its origin, and to those before it that the plan lacks."""
     stays = {node.name for node in plan}
     semantic = [(node, color) for op, color in COLORS.items() for node in plan if is_call(node, op)]
     ends = {origin: color for node, color in semantic for origin in origins(node)}
@@ -95,7 +95,7 @@ def before_boxes(dynamo: list[Node], plan: list[Node]) -> list[Box]:
         if node.name in ends:
             color = ends[node.name]
             found[node] = color
-            # What is left between the linears and the attention are RoPE and QK-norm, which are `qkv`.
+            # The operations between the linears and the attention are RoPE and QK-norm, which become `qkv`.
             for previous in node.all_input_nodes:
                 claim(previous, COLORS[OPS.qkv] if color == COLORS[OPS.attention] else color)
     drawn = [node for node in dynamo if name_of(node) not in VIEWS]
@@ -103,7 +103,7 @@ def before_boxes(dynamo: list[Node], plan: list[Node]) -> list[Box]:
 
 
 def origins(node: Node) -> list[str]:
-    """The nodes of Dynamo's graph that a node stands for."""
+    """The names of the nodes of Dynamo's graph that a node stands for."""
     names = [str(meta["te_origin"]) for meta in members_of(node) if "te_origin" in meta]
     return names or [origin_of(node)]
 
@@ -114,7 +114,7 @@ def after_box(node: Node) -> Box:
 
 
 def described(node: Node) -> str:
-    """What one semantic operation is, with the modules that it owns."""
+    """A description of a semantic operation, with the modules of its weights."""
     site: Site | None = node.meta.get("te_site")
     if is_call(node, OPS.linears):
         names = ", ".join(str(meta["te_path"]).rpartition(".")[2] for meta in members_of(node))
@@ -127,7 +127,7 @@ def described(node: Node) -> str:
 
 
 def flowed(boxes: list[Box], x: int, y: int) -> tuple[list[str], int]:
-    """Boxes as wide as their text, in rows."""
+    """Draws boxes as wide as their text, in rows."""
     drawn, at = [], x
     for box in boxes:
         width = 14 + 7.3 * len(box.text)

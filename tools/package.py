@@ -1,8 +1,8 @@
-"""Builds the sdist and the wheel into dist/, and tries the wheel in an environment of its own: `python -m tools.package`.
+"""Builds the sdist and the wheel into dist/, and tries the wheel in a fresh environment: `python -m tools.package`.
 
-The wheel is made from the sdist. It must have every file of the package, the C++ included; be imported from where it was installed; be
+The wheel is built from the sdist. It must contain every file of the package, including C++; be imported from where it was installed; be
 registered with torch; and train a linear, which compiles that C++. The environment has this one's dependencies, but not this checkout;
-with --clean it has nothing but what pip installs for the wheel, torch included, from the package index.
+with --clean it only has what pip installs for the wheel from the package index, including torch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def build(out: Path) -> tuple[Path, Path]:
-    """The sdist, and the wheel made from it. Raises RuntimeError where one of them lacks a file of the package."""
+    """Builds the sdist, and the wheel from it. Raises RuntimeError if one of them lacks a file of the package."""
     out.mkdir(parents=True, exist_ok=True)
     code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     sdist = out / said([sys.executable, "-c", code, str(out)], cwd=ROOT).splitlines()[-1]
@@ -78,10 +78,10 @@ def files_of(made: Path) -> set[str]:
 
 
 def trial(wheel: Path, folder: Path, *, clean: bool) -> str:
-    """Installs a wheel in a new environment and uses it there. What that prints."""
+    """Installs a wheel in a new environment, uses it there, and returns the output."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    if not clean:  # a path that a .pth file names has none of its own .pth files read, so that an editable install is not seen
+    if not clean:  # Python ignores .pth files in folders that a .pth file adds, so an editable install there is not seen
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     said([str(python), "-m", "pip", "-qq", "install", *([] if clean else ["--no-deps"]), str(wheel)], cwd=folder)
@@ -89,7 +89,7 @@ def trial(wheel: Path, folder: Path, *, clean: bool) -> str:
 
 
 def said(command: list[str], *, cwd: Path) -> str:
-    """What a command prints. Raises RuntimeError with what it says where it fails."""
+    """A command's stdout. Raises RuntimeError, with its output, if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -1,4 +1,4 @@
-"""Runs Transformer Engine's own tests on `tests/te_on_cpu`, and writes what passes, and why the rest fails, to docs/te-tests.md.
+"""Runs Transformer Engine's own tests on `tests/te_on_cpu`; writes to docs/te-tests.md how many pass, and why the others fail.
 
     git clone https://github.com/NVIDIA/TransformerEngine
     python tools/run_te_tests.py TransformerEngine

@@ -1,12 +1,12 @@
-"""Extracts the signatures of a version of Transformer Engine from its packages, into tests/te_signatures/<version>.json.
+"""Extracts Transformer Engine's signatures from the packages of a version, into tests/te_signatures/<version>.json.
 
     python tools/te_signatures.py 2.11.0 2.20.2                # downloads the wheel and the source archive of each
     python tools/te_signatures.py --packages FOLDER 2.20.2     # uses those in FOLDER
 
-Nothing of TE is installed, imported or built: Python is parsed with `ast`, C++ by its `m.def(...)` and declarations. Written
-are, one on a line: the parameters of functions as a Python signature (a default is `...`; positional or keyword as in
-pybind), the modules that a name can be imported from, attributes of classes, values of enums.
-tests/lowering/test_te_versions.py binds te_dynamo's calls to them.
+Nothing of TE is installed, imported or built: Python is parsed with `ast`, C++ by its `m.def(...)` and declarations. The file
+has, one per line: the parameters of functions as a Python signature (a default is `...`; positional or keyword as in pybind), the
+modules that a name can be imported from, attributes of classes, values of enums. tests/lowering/test_te_versions.py binds
+te_dynamo's calls to them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PYTHON: Mapping[str, str | None] = {
     "is_nvfp4_available": None,
     "is_fp8_block_scaling_available": None,
 }
-# Names that are imported too, of whose modules only is written.
+# Other names that are imported; only their modules are written.
 VALUES = ("TE_DType", "QKVLayout", "AttnMaskType", "AttnBiasType", "FusedAttnBackend", "Quantizer")
 EXTENSION = (
     "quantize",
@@ -132,7 +132,7 @@ def cpp_sources(sdist: bytes) -> Sources:
 
 
 def facts(version: str, python: Sources, cpp: Sources) -> dict[str, Any]:
-    """All that is written of a version."""
+    """Everything that is written for a version."""
     trees = {path: ast.parse(text) for path, text in python.items()}
     cpp = {path: without_comments(text) for path, text in cpp.items()}
     return {
@@ -182,7 +182,7 @@ def signature(args: ast.arguments, skip: int = 0) -> str:
 
 
 def attributes(trees: Mapping[str, ast.Module], name: str) -> list[str]:
-    """The attributes that a class, or a base of it here, declares or sets on its instances."""
+    """The attributes that a class, or one of its bases in these sources, declares or sets on its instances."""
     node, names = top_level_definition(trees, name), set()
     if node is None:
         return []
@@ -197,7 +197,7 @@ def attributes(trees: Mapping[str, ast.Module], name: str) -> list[str]:
 
 
 def modules(trees: Mapping[str, ast.Module], name: str) -> list[str]:
-    """The modules below transformer_engine that a name can be imported from: the one that defines it, and packages."""
+    """The modules of transformer_engine from which a name can be imported: the one that defines it, and packages."""
     return sorted(
         dotted(p) for p in trees if name in bound(trees, p, frozenset()) and (p.endswith("/__init__.py") or defines(trees[p], name))
     )
@@ -252,7 +252,7 @@ def top_level(body: Iterable[ast.stmt]) -> Iterable[ast.stmt]:
 
 
 def imported(path: str, node: ast.ImportFrom) -> list[str]:
-    """The paths that an import may mean."""
+    """The paths that an import may refer to."""
     if node.level:
         package = path.split("/")[: -node.level]
     elif node.module and node.module.startswith("transformer_engine."):
@@ -337,7 +337,7 @@ def parameter_name(text: str) -> str:
 
 
 def enum_values(cpp: Sources, name: str) -> dict[str, int]:
-    """The values that Python sees, by name."""
+    """The values of an enum that Python sees, by name."""
     for text in cpp.values():
         found = re.search(rf'enum_<([\w:]+)>\(\s*\\?\s*m,\s*"{name}"', text)
         if found is not None:

@@ -1,6 +1,6 @@
-"""What quantization costs beside the GEMMs: kernels that should do nothing but move memory, against what memory can do.
+"""The cost of quantization besides the GEMMs: kernels that should be bound by memory, against its peak bandwidth.
 
-A rate counts what must be moved (each input is read once, each result written once), whatever a contender moves.
+A rate counts the bytes that must be moved (each input read once, each result written once), however many a contender moves.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BF16, FP8 = 2, 1  # bytes
 
 
 def shapes(tiny: bool) -> list[tuple[int, int]]:
-    """Rows and columns: the layer's activations, and a square that no cache holds."""
+    """Rows and columns: the layer's activations, and a square that does not fit into a cache."""
     size, tokens, square = (TINY, TINY_TOKENS, 64) if tiny else (LLAMA_3_8B, TOKENS, 8192)
     return [(tokens, size.hidden), (tokens, size.ffn), (square, square)]
 
@@ -58,7 +58,7 @@ def generated_norm(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Te
 
 
 def contenders(rows: int, columns: int, device: torch.device) -> Contenders:
-    """A kernel that cannot fuse the norm reads what Inductor's norm wrote."""
+    """The casts by each contender. A kernel that cannot fuse the norm reads the output of Inductor's norm."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(rows, columns, device=device, generator=generator).bfloat16()
     weight, scale = torch.ones(columns, device=device, dtype=torch.bfloat16), torch.full((), 64.0, device=device)
@@ -79,7 +79,7 @@ def contenders(rows: int, columns: int, device: torch.device) -> Contenders:
 
 
 def fused(size: LayerSize, tokens: int, device: torch.device) -> Contenders:
-    """The kernels that compute something on the way, as one layer launches them; and the casts of two experts' weights."""
+    """The kernels that fuse a cast with other work, as one layer launches them; and the casts of two experts' weights."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -140,7 +140,7 @@ NO_NORM = {"normalized": "", "eps": 0.0, "zero_centered": False, "round_before_w
 
 
 def sweep(device: torch.device, tiny: bool = False) -> list[dict[str, Any]]:
-    """A row for each: {"what", "rows", "columns", "contender", "ms", "gbs"} or, for the last two, "reason"."""
+    """A row for each: {"what", "rows", "columns", "contender", "ms", "gbs"}, or "reason" in place of the last two."""
     size, tokens = (TINY, TINY_TOKENS) if tiny else (LLAMA_3_8B, TOKENS)
     table = []
     for rows, columns in shapes(tiny):

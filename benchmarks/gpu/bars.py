@@ -1,4 +1,4 @@
-"""What the figures are held to."""
+"""The requirements that figures must meet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Bar:
-    """value: None where it could not be measured; sense: ">=" or "<=", how it is to stand to `bound`."""
+    """value: None if it could not be measured; sense: ">=" or "<=", how it must compare to `bound`."""
 
     what: str
     value: float | None
@@ -38,7 +38,7 @@ def bars(layer: Rows, gemm: Rows, peak: Peak | None) -> list[Bar]:
 
 
 def _layer_bars(rows: Rows) -> Iterator[Bar]:
-    """At each shape, the better of te_fp8's providers: against bf16, TE's FP8 modules and torchao, and its memory."""
+    """At each shape, the fastest of te_fp8's cases: against bf16, TE's FP8 modules and torchao, and its memory."""
     host = spelled(HOST_SHAPE)
     for shape in dict.fromkeys(row["shape"] for row in rows):
         if shape == host:
@@ -57,7 +57,7 @@ def _layer_bars(rows: Rows) -> Iterator[Bar]:
 
 
 def _host_bars(rows: Rows) -> Iterator[Bar]:
-    """Host time does not depend on the size, and at a small one linears may have been left in bf16: the largest counts."""
+    """The largest host time of any shape counts: it does not depend on the size, but small linears may have been left in bf16."""
     host = spelled(HOST_SHAPE)
     measured = [row for row in rows if "ms" in row and row["family"] == "ours"]
     at_small = fastest(measured, lambda row: row["shape"] == host)

@@ -1,4 +1,4 @@
-"""Who is measured: each builds the same transformer layer its own way, in bf16 with weights that want gradients."""
+"""The contenders: each builds the same transformer layer in its own way, in bf16, with weights that require grad."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Built:
-    """A layer that can run: its parameters' module, `forward(length)`, which is x [B, S, hidden] -> [B, S, hidden] for inputs of
-    that length, and how many of its linears are in FP8 by now (None where nobody counts)."""
+    """A layer that can run: the module of its parameters; `forward(length)`, which returns x [B, S, hidden] -> [B, S, hidden] for
+    inputs of that length; and how many of its linears are in FP8 so far (None if not counted)."""
 
     module: nn.Module
     forward: Callable[[int], Forward]
@@ -30,7 +30,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Case:
-    """name: as the tables have it; family: what the bars compare; lab: what the predictions call it, if there are any."""
+    """name: as in the tables; family: what the bars compare; lab: its name in the predictions, if there are any."""
 
     name: str
     family: str
@@ -94,7 +94,7 @@ def torchao(recipe: str, size: LayerSize, device: torch.device) -> Built:
 
 
 def te_linear(size: LayerSize, device: torch.device) -> Built:
-    """TE's linears in Hugging Face's layer, under its own support of torch.compile (2.20.2: for recipes without state)."""
+    """TE's linears in Hugging Face's layer, with TE's own support for torch.compile (2.20.2: for recipes without state)."""
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import Float8CurrentScaling
 
@@ -123,7 +123,7 @@ def te_fp8(provider: str, recipe: str, size: LayerSize, device: torch.device) ->
     def count(gm: Any, sites: Any, options: Any) -> None:
         linears.append(sum("linear" in site.kind for site in sites.taken()))
 
-    observers.append(count)  # for good: the process measures this alone
+    observers.append(count)  # never removed: the process measures nothing else
     run = torch.compile(layer, backend=backend, dynamic=False, options={"provider": provider, "recipe": recipe})
     built = compiled(size, device, layer, run)
     return Built(layer, built.forward, lambda: linears[-1] if linears else None)

@@ -1,4 +1,4 @@
-"""Which device this is, what it could reach at best, and which versions run on it."""
+"""Which device this is, its peaks, and the versions of the software on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from te_dynamo.lowering.devices import PEAKS, Peak
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """The device of a run; peak is None where it is not known."""
+    """The device of a run; peak is None if it is not known."""
 
     name: str
     capability: str
@@ -23,7 +23,7 @@ class DeviceInfo:
 
     @property
     def slug(self) -> str:
-        """The name as a file's.
+        """The name as part of a file name.
 
         >>> DeviceInfo("NVIDIA H100 80GB HBM3", "9.0", 79.1, None).slug
         'nvidia-h100-80gb-hbm3'
@@ -40,7 +40,7 @@ def describe(device: torch.device) -> DeviceInfo:
 
 
 def versions(device: torch.device) -> dict[str, str | None]:
-    """What runs; None for what is not installed."""
+    """The versions; None for what is not installed."""
     from te_dynamo import __version__
 
     packages = {name: _version(name) for name in ("triton", "transformers", "transformer_engine", "torchao")}

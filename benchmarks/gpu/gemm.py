@@ -1,4 +1,4 @@
-"""GEMMs alone: bf16, and FP8 with one scale a tensor by torch's and by Transformer Engine's way to cuBLAS."""
+"""GEMMs alone: bf16, and FP8 with one scale per tensor through torch's and Transformer Engine's calls to cuBLAS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from te_dynamo.lowering.per_tensor import scaled_mm
 from te_dynamo.lowering.te.linear import gemm as te_gemm
 
 CUBES = (2048, 4096, 8192)
-TOKENS = 4096  # with the layer's own weights
+TOKENS = 4096  # for the layer's own weights
 ROUNDS, CALLS = 5, 20
 BF16, FP8_NATIVE, FP8_TE = "bf16 matmul", "torch._scaled_mm", "te_dynamo::te_gemm"
 
@@ -26,7 +26,7 @@ def shapes(tiny: bool) -> dict[str, tuple[int, int, int]]:
 
 
 def contenders(m: int, n: int, k: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """a [M, K] @ b [N, K].T -> [M, N] bf16. FP8 in E4M3, with the fast accumulation that forward has."""
+    """a [M, K] @ b [N, K].T -> [M, N] bf16. FP8 in E4M3, with fast accumulation as in forward."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(rows, k, device=device, generator=generator).bfloat16() for rows in (m, n))
     a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
@@ -39,7 +39,7 @@ def contenders(m: int, n: int, k: int, device: torch.device) -> dict[str, Callab
 
 
 def sweep(device: torch.device, tiny: bool = False) -> list[dict[str, Any]]:
-    """A row for each GEMM and contender: {"gemm", "m", "n", "k", "contender", "ms", "tflops"} or, for the last two, "reason"."""
+    """A row for each GEMM and contender: {"gemm", "m", "n", "k", "contender", "ms", "tflops"}, or "reason" in place of the last two."""
     clock, missing, rows = clock_of(device), {FP8_TE: needs_te(device)}, []
     for name, (m, n, k) in shapes(tiny).items():
         runs = contenders(m, n, k, device)

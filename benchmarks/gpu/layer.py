@@ -1,4 +1,4 @@
-"""Forward and backward of one transformer layer: every case at every shape, in turns."""
+"""Forward and backward of one transformer layer: every case at every shape, interleaved."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from benchmarks.gpu.timing import interleaved
 from benchmarks.gpu.workers import Worker
 
 ROUNDS, CALLS = 5, 10
-AT_ONCE = min(6, max(1, (os.cpu_count() or 1) // 2))  # processes that compile at the same time: more would want more of the device's memory
-PREPARE_SECONDS, ALL_SECONDS = 150.0, 360.0  # to compile and warm up: for a case at one shape, and for everyone
+AT_ONCE = min(6, max(1, (os.cpu_count() or 1) // 2))  # processes that compile at the same time: more would need more device memory
+PREPARE_SECONDS, ALL_SECONDS = 150.0, 360.0  # to compile and warm up: for a case at one shape, and for all
 Prepared = dict[tuple[str, Shape], dict[str, Any]]
 Reasons = dict[tuple[str, Shape], str]
 
@@ -64,13 +64,13 @@ def _prepare(
 
 
 def _urgency(name: str) -> int:
-    """What all others are compared with first, then what is to be compared: time may run out."""
+    """The order of preparation, since time may run out: the baseline first, then te_fp8, then the others."""
     family = next((case.family for case in CASES if case.name == name), "")
     return 0 if name == BASELINE else 1 if family == "ours" else 2
 
 
 def _time(workers: Mapping[str, Worker], shape: Shape, rounds: int, figures: Prepared, reasons: Reasons) -> None:
-    """Adds each case's "ms" (a step among steps, as in training), "device_ms" (the device's own) and "host_ms"."""
+    """Adds each case's "ms" (of a step among steps, as in training), "device_ms" (device time only) and "host_ms"."""
 
     def turn(name: str, method: str, **arguments: Any) -> Callable[[], list[float]]:
         def measure() -> list[float]:
@@ -89,7 +89,7 @@ def _time(workers: Mapping[str, Worker], shape: Shape, rounds: int, figures: Pre
 
 
 def _profile(workers: Mapping[str, Worker], shape: Shape, figures: Prepared, reasons: Reasons) -> None:
-    """Adds the "kernels" of a step, of those that are compared kernel by kernel: bf16 and ours."""
+    """Adds the "kernels" of a step for the cases that are compared kernel by kernel: the baseline and ours."""
     for case in CASES:
         if case.name in workers and (case.name, shape) not in reasons and (case.name == BASELINE or case.family == "ours"):
             figures[case.name, shape]["kernels"] = workers[case.name].ask("kernels", shape=shape)

@@ -23,7 +23,7 @@ class LayerSize:
 
     @property
     def gemms(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of the layer's GEMMs, as they are where those of one input are merged."""
+        """(N, K) of the layer's GEMMs, with those of the same input merged."""
         kv = self.kv_heads * self.head_size
         return {
             "qkv": (self.hidden + 2 * kv, self.hidden),
@@ -33,8 +33,8 @@ class LayerSize:
         }
 
     def flops(self, shape: Shape) -> int:
-        """Of forward and backward, which is twice forward: the linears', and causal attention's two products (half of each is
-        masked and not counted). What is computed again in backward does not count."""
+        """FLOPs of forward and backward, which is twice forward: of the linears, and of causal attention's two products (half of
+        each is masked and not counted). Recomputation in backward does not count."""
         batch, length = shape
         linears = 2 * batch * length * sum(n * k for n, k in self.gemms.values())
         attention = 2 * 2 * batch * length * length * self.hidden // 2
@@ -45,7 +45,7 @@ LLAMA_3_8B = LayerSize(hidden=4096, ffn=14336, heads=32, kv_heads=8)
 TINY = LayerSize(hidden=64, ffn=128, heads=4, kv_heads=2)
 SHAPES: tuple[Shape, ...] = ((1, 4096), (4, 2048), (16, 512), (1, 512))
 TINY_SHAPES: tuple[Shape, ...] = ((1, 32),)
-HOST_SHAPE: Shape = (1, 512)  # little work for the device: what the host costs decides
+HOST_SHAPE: Shape = (1, 512)  # little work for the device: host overhead dominates
 
 
 def spelled(shape: Shape) -> str:
@@ -57,7 +57,7 @@ def spelled(shape: Shape) -> str:
 
 
 class Layer(nn.Module):
-    """A decoder layer, its rotary embedding given: x [B, S, hidden] -> [B, S, hidden]."""
+    """A decoder layer that takes its rotary embedding as arguments: x [B, S, hidden] -> [B, S, hidden]."""
 
     def __init__(self, size: LayerSize) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
 
 def llama_layer(size: LayerSize, device: torch.device) -> Layer:
-    """In bf16, and the same at every call."""
+    """A layer in bf16, with the same weights at every call."""
     torch.manual_seed(0)
     return Layer(size).to(device=device, dtype=torch.bfloat16)
 
@@ -94,7 +94,7 @@ def rotary(size: LayerSize, length: int, device: torch.device) -> tuple[Tensor, 
 
 
 def inputs(size: LayerSize, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x, which wants a gradient as inside a stack of layers, and the gradient of the layer's output; both [B, S, hidden]."""
+    """x, which requires grad as inside a stack of layers, and the gradient of the layer's output; both [B, S, hidden]."""
     generator = torch.Generator(device).manual_seed(1)
     x, dy = (torch.randn(*shape, size.hidden, device=device, generator=generator).bfloat16() for _ in range(2))
     return x.requires_grad_(), dy

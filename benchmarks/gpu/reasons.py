@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Failed(Exception):
-    """Its text is the reason and needs no more: a process answered with an error, died, or took too long."""
+    """A process answered with an error, died, or took too long. The text alone is the reason."""
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:

@@ -19,7 +19,7 @@ Cell = Callable[[Row], Any]
 def result(
     device: DeviceInfo, versions: Mapping[str, Any], date: str, sections: Mapping[str, list[dict[str, Any]]], predicted: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that a run found, in types that `json.dumps` takes."""
+    """Everything that a run measured, in types that `json.dumps` takes."""
     peak = device.peak
     layer, gemm, bandwidth = (sections.get(name, []) for name in ("layer", "gemm", "bandwidth"))
     return {
@@ -34,7 +34,7 @@ def result(
 
 
 def predictions(path: Path) -> dict[str, Any]:
-    """{backend: {shape: {"predicted_ms", "ratio"}}} out of what `python -m benchmarks --only lab` writes; empty where there is none."""
+    """{backend: {shape: {"predicted_ms", "ratio"}}} from the file that `python -m benchmarks --only lab` writes; empty if there is none."""
     return json.loads(path.read_text())["layer"] if path.exists() else {}
 
 
@@ -45,7 +45,7 @@ def _prediction(row: Row, predicted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_share(row: dict[str, Any], figure: str, peak: float | None) -> dict[str, Any]:
-    """share_of_peak: of the dense FP8 peak, or of memory's; None where the peak is not known."""
+    """Adds share_of_peak: of the dense FP8 peak, or of the memory bandwidth; None if the peak is not known."""
     return row | {"share_of_peak": row[figure] / peak if peak and figure in row else None}
 
 
@@ -68,7 +68,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def _kernels(found: Mapping[str, Sequence[float]]) -> list[Row]:
-    """The longest, and what is left of the time."""
+    """The longest kernels, and the sum of the rest."""
     rows = [{"kernel": name[:MOST_OF_A_NAME], "calls": calls, "us": us} for name, (calls, us) in found.items()]
     rest = rows[MOST_KERNELS:]
     other = {"kernel": f"{len(rest)} others", "calls": sum(r["calls"] for r in rest), "us": sum(r["us"] for r in rest)}
@@ -76,7 +76,7 @@ def _kernels(found: Mapping[str, Sequence[float]]) -> list[Row]:
 
 
 def _table(columns: Mapping[str, Cell], rows: Sequence[Row]) -> str:
-    """A row that was not measured has its reason in the first column of figures, and nothing after it."""
+    """A Markdown table. A row that was not measured has its reason in the first column of figures, and nothing after it."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [_text(cell(row)) for cell in columns.values()]

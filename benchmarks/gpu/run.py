@@ -3,9 +3,9 @@
     python -m benchmarks --gpu [--only layer|gemm|bandwidth] [--output FOLDER]
 
 One transformer layer (of Llama 3 8B's shape), forward and backward, under Inductor, Transformer Engine's modules, torchao and
-te_fp8; then GEMMs and quantization kernels alone. It needs no network, and is meant to take less than 10 minutes on an H100.
-What is not installed or fails is a row with the reason. Writes FOLDER/<device>.json and .md; the folder's README.md says what
-they hold.
+te_fp8; then GEMMs and quantization kernels alone. It needs no network, and should take less than 10 minutes on an H100.
+A case that is not installed or fails gets a row with the reason. Writes FOLDER/<device>.json and .md, which the folder's README.md
+explains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SWEEP_SECONDS = 150.0
 
 
 def sweep(name: str, rows_without: Callable[[str], list[dict[str, Any]]], device: torch.device, tiny: bool) -> list[dict[str, Any]]:
-    """A section's rows, measured in a process of its own; what kills it is the reason of the one row that is left."""
+    """A section's rows, measured in its own process; if that dies, a single row with the reason."""
     with Worker(name, device, tiny) as worker:
         try:
             return worker.ask("rows", timeout=SWEEP_SECONDS)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write(path: Path, whole: dict[str, Any]) -> str:
-    """Writes what there is so far: a run that is interrupted leaves the sections before. Returns the Markdown."""
+    """Writes the results so far: an interrupted run keeps its finished sections. Returns the Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1) + "\n")
     text = markdown(whole)

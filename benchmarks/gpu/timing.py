@@ -1,4 +1,4 @@
-"""Clocks, and rounds in which all who are compared take their turn: a clock that drifts then hits all alike."""
+"""Clocks, and rounds that interleave all contenders, so that a drifting clock frequency affects all alike."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Clock(Protocol):
     def samples(self, run: Callable[[], object], calls: int, *, cold: bool = False, queued: bool = False) -> list[float]:
         """Milliseconds of each of `calls` runs, after some that are not counted.
 
-        cold: nothing of its operands is in the L2 cache. queued: the device is kept waiting until the host has launched the
-        whole run, so that only the device's own time counts.
+        cold: none of the operands is in the L2 cache. queued: the device waits until the host has launched the whole run, so
+        that only device time counts.
         """
         ...
 
     def host_ms(self, run: Callable[[], object], calls: int) -> float:
-        """Milliseconds that the host needs to launch a run, while the device lags behind."""
+        """Milliseconds that the host needs to launch a run, without waiting for the device."""
         ...
 
 
@@ -70,7 +70,7 @@ class CUDAClock:
 
 
 class CPUClock:
-    """For trying the benchmarks out where there is no GPU. Host and device are one."""
+    """To try the benchmarks without a GPU. Host and device are the same."""
 
     def samples(self, run: Callable[[], object], calls: int, *, cold: bool = False, queued: bool = False) -> list[float]:
         run()
@@ -90,7 +90,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def interleaved(measures: Mapping[str, Callable[[], list[float]]], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
-    """The median over `rounds` of the median of what each measure returns, and why those that raised are not among them."""
+    """For each measure, the median over `rounds` of the median of its result; and the reasons of those that raised."""
     medians: dict[str, list[float]] = {name: [] for name in measures}
     failed: dict[str, str] = {}
     for _ in range(rounds):

@@ -1,7 +1,7 @@
-"""One case, or a sweep, in a process of its own: what it leaves behind, or what kills it, touches no other.
+"""One case, or a sweep, in its own process, so that neither its state nor its death affects the others.
 
-`python -m benchmarks.gpu.worker NAME --device DEVICE [--tiny]` reads a JSON request a line from stdin and answers a line for
-each, {"value": ...} or {"error": why}. What libraries print goes to stderr.
+`python -m benchmarks.gpu.worker NAME --device DEVICE [--tiny]` reads one JSON request per line from stdin and answers each with a
+line, {"value": ...} or {"error": why}. What libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SWEEPS: dict[str, Callable[[torch.device, bool], list[dict[str, Any]]]] = {"gemm
 
 
 class Sweep:
-    """A section that is measured within one process."""
+    """A section that is measured in one process."""
 
     def __init__(self, name: str, device: torch.device, tiny: bool) -> None:
         self.sweep, self.device, self.tiny = SWEEPS[name], device, tiny
@@ -46,11 +46,11 @@ class LayerSteps:
         self.steps: dict[Shape, Callable[[], None]] = {}
 
     def prepare(self, shape: list[int]) -> dict[str, Any]:
-        """Compiles and warms up: {"seconds", "fp8_linears", "peak_bytes"}, the last of one step with all that it stands on."""
+        """Compiles and warms up: {"seconds", "fp8_linears", "peak_bytes"}, the last for one step, including weights and inputs."""
         key = (shape[0], shape[1])
         began = time.perf_counter()
         step = self.steps[key] = self._step(key)
-        for _ in range(3):  # the first takes its scales from itself, the second is the steady graph's first
+        for _ in range(3):  # the first computes its own scales, the second is the first of the steady graph
             step()
         self._synchronize()
         seconds = time.perf_counter() - began
@@ -61,18 +61,18 @@ class LayerSteps:
             step()
             peak = torch.cuda.max_memory_allocated(self.device)
             self._release()
-            torch.cuda.empty_cache()  # others wait in processes of their own
+            torch.cuda.empty_cache()  # other processes are waiting
         return {"seconds": seconds, "fp8_linears": self.built.fp8_linears(), "peak_bytes": peak}
 
     def time(self, shape: list[int], calls: int, queued: bool = False) -> list[float]:
-        """Milliseconds of each of `calls` steps. The layer's weights alone are larger than an L2 cache, so none is flushed."""
+        """Milliseconds of each of `calls` steps. The L2 cache is not flushed: the layer's weights alone are larger."""
         return self.clock.samples(self.steps[shape[0], shape[1]], calls, queued=queued)
 
     def host(self, shape: list[int], calls: int) -> float:
         return self.clock.host_ms(self.steps[shape[0], shape[1]], calls)
 
     def kernels(self, shape: list[int], steps: int = 5) -> dict[str, list[float]]:
-        """Every kernel of a step by name: how often it is launched, and its microseconds in all; the longest first."""
+        """Every kernel of a step by name: its number of launches and its total microseconds; the longest first."""
         found: dict[str, list[float]] = {}
         if self.device.type != "cuda":
             return found
@@ -88,7 +88,7 @@ class LayerSteps:
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
     def rest(self) -> None:
-        """Gives memory back until this process's next turn."""
+        """Frees memory until this process's next turn."""
         self._release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The command's side of `worker.py`: starting processes, asking them, and knowing why one does not answer."""
+"""The command's side of `worker.py`: starts processes, sends requests, and finds out why one does not answer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import torch
 from benchmarks.gpu.reasons import Failed
 
 ROOT = Path(__file__).resolve().parents[2]
-THREADS = 4  # of Inductor's compilation, a process: several compile at once
+THREADS = 4  # Inductor's compile threads per process: several processes compile at once
 
 
 class Worker:
-    """A case's or a sweep's process. Used as a context manager, which ends it."""
+    """The process of a case or a sweep. A context manager, which ends it."""
 
     def __init__(self, name: str, device: torch.device, tiny: bool) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.worker", name, "--device", str(device)]
@@ -45,11 +45,11 @@ class Worker:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             if stream is not None:
-                with contextlib.suppress(OSError):  # what could not be written to a process that is gone
+                with contextlib.suppress(OSError):  # unwritten requests to a process that is gone
                     stream.close()
 
     def ask(self, method: str, timeout: float = 60.0, **arguments: Any) -> Any:
-        """Calls a method in the process. Raises Failed, with the reason, where no value comes back."""
+        """Calls a method in the process. Raises Failed, with the reason, if no value comes back."""
         assert self.process.stdin is not None
         if self.given_up is not None:
             raise Failed(self.given_up)

@@ -2,7 +2,7 @@
 
 Importing this module does two things to Accelerate, once:
 
-- its `DynamoBackend` takes the name of every backend that torch knows (`dynamo_names.py`), for code that names one: `dynamo_backend=
+- its `DynamoBackend` accepts the name of every backend that torch knows (`dynamo_names.py`), for code that names one: `dynamo_backend=
   "te_fp8"`, `TrainingArguments(torch_compile_backend="te_fp8")`, `ACCELERATE_DYNAMO_BACKEND=te_fp8`;
 - each Accelerator whose backend is te_fp8 keeps the scale state in the folders of `save_state` and `load_state`, as
   `scale_state.safetensors` (`scale_state_1.safetensors` for a second model, as with its weights).
@@ -29,13 +29,13 @@ __all__ = ["TEFP8Plugin", "checkpoint_scales"]
 
 
 class TEFP8Plugin(TorchDynamoPlugin):
-    """How an Accelerator compiles: with te_fp8 and these options.
+    """Makes an Accelerator compile with te_fp8 and these options.
 
         accelerator = Accelerator(mixed_precision="bf16", dynamo_plugin=TEFP8Plugin(recipe="current"))
 
-    fullgraph, dynamic, disable: as in `torch.compile`; use_regional_compilation: compile the repeated layers, each with the same
-    graph, instead of the model, and every other module by itself; mode, options: te_fp8's (see `te_dynamo.Options`). What is not
-    given is what `accelerate launch` says, else the default.
+    fullgraph, dynamic, disable: as in `torch.compile`; use_regional_compilation: compile the repeated layers with one shared graph,
+    and every other module by itself, instead of the whole model; mode, options: te_fp8's (see `te_dynamo.Options`). Arguments that
+    are not given come from `accelerate launch`, else the default.
 
     Raises ValueError for an option that is unknown or not allowed.
     """
@@ -62,7 +62,7 @@ class TEFP8Plugin(TorchDynamoPlugin):
             options["mode"] = self.mode
         chosen = Options.from_user(options)  # an error now, not at the first step
         if self.use_regional_compilation and not chosen.include_logits:
-            options["skip"] = (*chosen.skip, "")  # the path of a linear that is compiled by itself: the model's head
+            options["skip"] = (*chosen.skip, "")  # the path of a linear compiled by itself, as the model's head is
         self.options = options
 
     @classmethod
@@ -77,7 +77,7 @@ class TEFP8Plugin(TorchDynamoPlugin):
         return cls(**(options_of(settings, model) | more))
 
     def to_kwargs(self) -> dict[str, Any]:
-        """What `torch.compile` is called with. `mode` is among the options, as torch refuses both."""
+        """The arguments for `torch.compile`. `mode` is among the options, since torch rejects both."""
         return {
             "backend": "te_fp8",
             "fullgraph": self.fullgraph,
@@ -88,7 +88,7 @@ class TEFP8Plugin(TorchDynamoPlugin):
 
 
 def checkpoint_scales(accelerator: Accelerator) -> None:
-    """Keeps the scale state of the models that an accelerator prepared in the folders of `save_state` and `load_state`.
+    """Saves and loads the scale state of an accelerator's prepared models with `save_state` and `load_state`, in the same folder.
 
     An Accelerator whose backend is te_fp8 does so by itself. Call this for one whose models you compile yourself.
     """
@@ -118,7 +118,7 @@ def _load(accelerator: Accelerator, models: list[nn.Module], folder: str) -> Non
 
 
 def _files(accelerator: Accelerator, folder: str) -> list[tuple[Path, nn.Module]]:
-    """The file of each model. Not of those that a hook is given: to `load_state`'s, sharded models are not."""
+    """The file of each model. Not based on the models that hooks get: `load_state`'s hook gets no sharded ones."""
     names = [NAME, *(NAME.replace(".", f"_{i}.") for i in range(1, len(accelerator._models)))]
     return [(Path(folder) / name, model) for name, model in zip(names, accelerator._models, strict=False)]
 

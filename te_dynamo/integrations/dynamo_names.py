@@ -1,7 +1,7 @@
-"""Accelerate's list of backends is torch's: `DynamoBackend` takes the name of any that is registered.
+"""Makes Accelerate accept every registered backend: `DynamoBackend` takes the names that torch knows.
 
-Accelerate passes a backend's name on to `torch.compile`, after looking it up in an enum of its own. The enum is closed, so a
-backend that registers itself the way torch documents (the entry points `torch_dynamo_backends`) is refused there.
+Accelerate passes a backend's name on to `torch.compile`, after looking it up in its own enum. The enum is closed, so it rejects
+a backend that registers itself the way torch documents (the entry points `torch_dynamo_backends`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def take_registered_names() -> None:
 
 def _member(cls: Any, value: object) -> Any:
     """The member of a registered backend, made when it is first asked for; None if torch does not know the name either."""
-    from torch._dynamo import list_backends  # seconds, and only a name that Accelerate does not know needs it
+    from torch._dynamo import list_backends  # takes seconds, and only a name that Accelerate does not know needs it
 
-    name = str(value).upper()  # as Accelerate spells them; what it passes on is the name in lower case
+    name = str(value).upper()  # as Accelerate spells them; it passes them on in lower case
     if name in cls._member_map_:
         return cls._member_map_[name]
     if name.lower() not in list_backends(exclude_tags=()):

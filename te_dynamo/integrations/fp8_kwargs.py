@@ -1,11 +1,12 @@
 """Accelerate's FP8 settings (`TERecipeKwargs`, `AORecipeKwargs`, `FP8RecipeKwargs`) as te_fp8's options.
 
-What has no counterpart is refused with the reason. Three things differ by design:
+Settings without a counterpart are rejected with the reason. Three things differ by design:
 
-- Accelerate's default for Transformer Engine is `amax_compute_algo="most_recent"`, where TE's own and ours is "max". It is kept.
-- `use_autocast_during_eval=False` means that Accelerate evaluates in high precision. A model that te_fp8 compiled evaluates in FP8,
-  with the scales of its training.
-- For torchao Accelerate leaves out the first and the last linear; te_fp8 leaves out the logits. Given the model, so does this.
+- Accelerate's default for Transformer Engine is `amax_compute_algo="most_recent"`; TE's own and ours is "max". Accelerate's is kept.
+- `use_autocast_during_eval=False` makes Accelerate evaluate in high precision. A model compiled with te_fp8 evaluates in FP8, with the
+  scales of its training.
+- For torchao, Accelerate skips the first and the last linear; te_fp8 skips the logits. Given the model, these options skip what
+  Accelerate skips.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Float8Rowwise
 def options_of(settings: Any, model: nn.Module | None = None) -> dict[str, Any]:
     """te_fp8's options for an object of Accelerate's FP8 settings.
 
-    model: which linears torchao would convert is asked of it; needed where a function says so (`module_filter_func`).
+    model: used to find the linears that torchao would convert; needed if a function selects them (`module_filter_func`).
 
     Raises ValueError for a setting that has no counterpart, TypeError for an object of another kind.
     """
@@ -75,7 +76,7 @@ def _options_of_ao(settings: Any, model: nn.Module | None) -> dict[str, Any]:
 
 
 def _recipe_of_ao(config: Any) -> Recipe:
-    """Padding of inner dimensions and FP8 all-gathers are torchao's ways to the same numbers: they have no counterpart and need none."""
+    """Padded inner dimensions and FP8 all-gathers do not change torchao's numbers: these settings have no counterpart and need none."""
     operands = (config.cast_config_input, config.cast_config_weight, config.cast_config_grad_output)
     granularities = {operand.scaling_granularity.value for operand in operands}
     if granularities == {"tensorwise"}:

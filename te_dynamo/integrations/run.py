@@ -1,6 +1,6 @@
-"""Scripts that use Accelerate or the Trainer, unchanged, in FP8; and Accelerate's own commands, which then know the name "te_fp8".
+"""Runs unchanged scripts that use Accelerate or the Trainer in FP8, and Accelerate's own commands so that they know the name "te_fp8".
 
-accelerate launch -m te_dynamo run train.py                          # `run` stands where the script would
+accelerate launch -m te_dynamo run train.py                          # `run` comes before the script
 python -m te_dynamo accelerate launch --dynamo_backend te_fp8 train.py
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-INTEGRATION = "te_dynamo.integrations.accelerate"  # once it is imported, Accelerate takes the name
+INTEGRATION = "te_dynamo.integrations.accelerate"  # once it is imported, Accelerate accepts the name
 
 
 def run(script: str, arguments: Sequence[str]) -> None:
-    """Runs a script as `python script arguments` does, with te_fp8 as the backend of each Accelerator that names none.
+    """Runs a script like `python script arguments`, with te_fp8 as the backend of each Accelerator that names none.
 
     Raises FileNotFoundError if there is no such script, ImportError without Accelerate. Warns if nothing was compiled in the end.
     """
@@ -47,7 +47,7 @@ def _warn_if_nothing_was_compiled(script: str) -> None:
 
 
 def accelerate(arguments: Sequence[str]) -> None:
-    """Runs `accelerate arguments`. What it launches is a process of its own, which must import `te_dynamo.integrations.accelerate`."""
+    """Runs `accelerate arguments`. It launches a separate process, which must import `te_dynamo.integrations.accelerate` itself."""
     from accelerate.commands.accelerate_cli import main
     from accelerate.commands.config.config_utils import DYNAMO_BACKENDS
 

@@ -1,4 +1,4 @@
-"""Scale state as a safetensors file beside a checkpoint's weights."""
+"""Scale state as a safetensors file next to a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ NAME = "scale_state.safetensors"
 
 
 def save_scales(model: Model, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the scale state of a model, with texts to keep beside it. A model without state gets a file without tensors.
+    """Writes the scale state of a model, with metadata strings. A model without state gets a file without tensors.
 
-    The file appears whole or not at all: a process that is killed leaves the one that was there. Needs no other rank.
+    The file is replaced atomically: a process that is killed leaves the previous file. Needs no other rank.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(te_dynamo.scale_state(model).state_dict(), partial, dict(metadata) if metadata else None)  # {} and no tensor: a broken file
+    save_file(te_dynamo.scale_state(model).state_dict(), partial, dict(metadata) if metadata else None)  # {} and no tensors: a broken file
     os.replace(partial, path)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """The texts of a file that `save_scales` wrote."""
+    """The metadata of a file that `save_scales` wrote."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
 def load_scales(model: Model, path: Path) -> None:
-    """Sets the scale state of a model to a file's, before or after its first call.
+    """Loads a file's scale state into a model, before or after its first call.
 
     Raises RuntimeError, naming every entry, if the state does not fit the model; nothing is loaded then.
     """

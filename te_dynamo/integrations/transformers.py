@@ -18,22 +18,22 @@ from te_dynamo.integrations.scale_file import NAME, load_scales, metadata_of, sa
 
 __all__ = ["TEFP8Callback", "compile_config"]
 
-RUN = "run"  # the key under which a file says of which run's checkpoint it is
+RUN = "run"  # the metadata key that identifies the run whose checkpoint a file belongs to
 
 
 class TEFP8Callback(TrainerCallback):
-    """A Trainer computes in FP8, and keeps the scale state in its checkpoints, as `scale_state.safetensors`: a resumed run is
+    """Makes a Trainer compute in FP8 and keep the scale state in its checkpoints, as `scale_state.safetensors`: a resumed run is
     bit-equal to one that was not interrupted.
 
         trainer = Trainer(model, args, train_dataset=..., callbacks=[TEFP8Callback(recipe="current")])
 
     Args:
-        resume_from: The checkpoint that `train(resume_from_checkpoint=...)` is given, where that is no folder `checkpoint-<step>` of
-            `output_dir`: a Trainer does not tell its callbacks.
-        compile: False where you compile the model, or its layers, yourself; then only checkpoints are this class's business.
+        resume_from: The checkpoint that `train(resume_from_checkpoint=...)` is given, if that is not a folder `checkpoint-<step>` in
+            `output_dir`: a Trainer does not pass it to its callbacks.
+        compile: False if you compile the model, or its layers, yourself; then this class only handles checkpoints.
         plugin: The arguments of `TEFP8Plugin`: te_fp8's options, fullgraph, dynamic, use_regional_compilation, ...
 
-    It warns of a checkpoint without scale state, and raises ValueError for one whose scale state is another run's. With
+    It warns if a checkpoint has no scale state, and raises ValueError if that state is another run's. With
     `load_best_model_at_end` the best checkpoint's scales are loaded too.
     """
 
@@ -44,7 +44,7 @@ class TEFP8Callback(TrainerCallback):
         self.plugin = TEFP8Plugin(**plugin) if compile else None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Has the Trainer's Accelerator, which compiles when training or evaluation begins, compile with te_fp8."""
+        """Makes the Trainer's Accelerator, which compiles when training or evaluation begins, use te_fp8."""
         if self.plugin is not None:
             if args.torch_compile_backend not in (None, "te_fp8"):
                 raise ValueError(
@@ -56,7 +56,7 @@ class TEFP8Callback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if self.plugin is not None and AcceleratorState().dynamo_plugin is not self.plugin:
             raise RuntimeError("te_fp8: TEFP8Callback came too late to compile. Remedy: Trainer(callbacks=[...]), not add_callback.")
-        if state.global_step > 0:  # a run that is not resumed begins with 0
+        if state.global_step > 0:  # a fresh run begins at 0
             named = self.resume_from or (args.resume_from_checkpoint if Path(args.resume_from_checkpoint or "").is_dir() else None)
             _load(model, Path(named) if named else _folder(args, state), state)
 
@@ -70,7 +70,7 @@ class TEFP8Callback(TrainerCallback):
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint of this step; in a search for hyperparameters the newest, as each of its runs has a folder of its own."""
+    """The checkpoint of this step; in a hyperparameter search the newest one, since each of its runs has its own folder."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     out = Path(args.output_dir or "")
     runs = out.glob(f"*/{name}") if state.is_hyper_param_search else ()
@@ -78,7 +78,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _run(state: TrainerState) -> str:
-    """What tells one run from others by the state that a Trainer saves and loads: its step and all that it logged."""
+    """A fingerprint of a run, from the state that a Trainer saves and loads: its step and its log history."""
     return hashlib.sha256(json.dumps([state.global_step, state.log_history], sort_keys=True).encode()).hexdigest()
 
 

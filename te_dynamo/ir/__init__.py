@@ -1,8 +1,8 @@
 """The semantic operations: what a site of the model means, independent of how it is computed. One file each.
 
-op.py               what an operation tells of itself
+op.py               how an operation is declared
 linear.py grouped_linear.py norm.py activation.py qkv.py attention.py   the operations; `te_dynamo.ops` has them by name
-graph.py sizes.py meta.py           reading and writing FX graphs, and what passes note on a node
+graph.py sizes.py meta.py           reading and writing FX graphs, and the notes of passes on nodes
 """
 
 import te_dynamo.ir.activation

@@ -1,4 +1,4 @@
-"""Activations: what stands between the linears of an MLP, by itself or as the gate of a product."""
+"""Activations: the functions between the linears of an MLP, by themselves or as the gate of a product."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from te_dynamo.ir.sizes import same
 
 
 class Spelling(NamedTuple):
-    """A way to write an activation, which says where values are rounded.
+    """One way to write an activation, which determines where values are rounded.
 
-    function: what it computes, up to rounding, as kernels know it; compute: ordinary torch, elementwise.
-    inputs: 2 where `compute` takes the gate and what it is multiplied by; numbers: which numbers of the model it takes, by name.
-    written_out: whether it is found in a graph by what `compute` does.
+    function: the kernels' name for what it computes, up to rounding; compute: ordinary torch, elementwise.
+    inputs: 2 if `compute` takes the gate and the tensor that it multiplies; numbers: the names of the model's numbers that it takes.
+    written_out: whether a rule finds it in a graph by the operations of `compute`.
     """
 
     function: str
@@ -49,7 +49,7 @@ def _clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Ten
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
-# By name. A rule finds each by what it computes: to add one is to add a line.
+# By name. A rule finds each by the operations of `compute`: to add a spelling, add a line.
 SPELLINGS: Mapping[str, Spelling] = {
     "gelu": Spelling("gelu", F.gelu),
     "gelu_written_out": Spelling("gelu", lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))),
@@ -85,10 +85,10 @@ def _fake(x: Tensor, up: Tensor | None = None, *, out_dtype: torch.dtype, **_: A
 def activation(
     x: Tensor, up: Tensor | None = None, *, spelling: str, out_dtype: torch.dtype, alpha: float = 0.0, limit: float = 0.0
 ) -> Tensor:
-    """`f(x)`, or `f(x) * up` where x is a gate, elementwise.
+    """`f(x)`, or `f(x) * up` if x is a gate, elementwise.
 
-    x, up: one shape. Returns that shape in `out_dtype`. spelling: a key of `SPELLINGS`.
-    alpha, limit: of a clamped SwiGLU (gpt-oss): `(clamp(up) + 1) * clamp(x) * sigmoid(alpha * clamp(x))`, x being clamped above.
+    x, up: the same shape. Returns that shape in `out_dtype`. spelling: a key of `SPELLINGS`.
+    alpha, limit: for a clamped SwiGLU (gpt-oss): `(clamp(up) + 1) * clamp(x) * sigmoid(alpha * clamp(x))`; x is only clamped from above.
     """
     found = SPELLINGS[spelling]
     numbers = {name: value for name, value in (("alpha", alpha), ("limit", limit)) if name in found.numbers}

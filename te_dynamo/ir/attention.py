@@ -45,9 +45,10 @@ def _flops(q: Any, k: Any, v: Any, *_: Any) -> int:
 
 
 def _attributes(node: Node, recipe: Recipe | None) -> Mapping[str, Any]:
-    """form: the order of the dimensions in memory of what is made; qkv_layout: how q, k and v lie, as TE spells it; window: where the
-    mask was proved to be a sliding window, how many columns before its own a row attends to, else -1; attends: the mask as a formula (see
-    `te_dynamo.passes.masks.attends`), () where it has none; whether o, and the gradients of q, k and v, leave in FP8."""
+    """form: the memory order of the results' dimensions; qkv_layout: the layout of q, k and v, as TE spells it; window: if the mask was
+    proved to be a sliding window, how many columns before its own a row attends to, else -1; attends: the mask as a formula (see
+    `te_dynamo.passes.masks.attends`), () if it has none; quantize_output, quantize_gradients: whether o, and the gradients of q, k and v,
+    are returned in FP8."""
     form, in_memory = node.meta.get(LAYOUT, Layout()).form, node.meta.get(QKV_LAYOUT)
     proof = node.meta.get(MASK)
     window = proof.window if proof is not None and proof.kind == "window" else None
@@ -101,8 +102,8 @@ def attention(
 
     q: [B, H, S, D]; k: [B, H_kv, S_kv, D]; v: [B, H_kv, S_kv, D_v]; mask: None, bool (True attends) or float
     (added), broadcastable to [B, H, S, S_kv]. Returns [B, H, S, D_v] in the dtype of `q`.
-    sinks: [H], for each head the score of one more key, whose value is 0 (gpt-oss); with them no row is without a key.
-    reads: tensors out of which a formula gives the mask (see `_attributes`); the definition has no use for them.
+    sinks: [H], for each head the score of one more key, whose value is 0 (gpt-oss); with sinks, no row is without a key.
+    reads: tensors from which a formula computes the mask (see `_attributes`); the definition does not use them.
     causal: row i attends to columns <= i (aligned at the top left, as torch does). scale: None is 1/sqrt(D).
     softcap: with c above 0, scores become c tanh(scores / c) before the mask (Gemma 2).
     """
@@ -128,14 +129,14 @@ def fp8_forward_attention(
     enable_gqa: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    """`attention` whose forward alone is in FP8: what a planned `attention` becomes where its gradients are in high precision."""
+    """`attention` with only its forward in FP8: a planned `attention` becomes this if its gradients are in high precision."""
     return attention(q, k, v, mask, sinks, reads, causal=causal, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa, softcap=softcap)
 
 
 def _written_out(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, causal: bool, scale: float, dropout_p: float, softcap: float
 ) -> Tensor:
-    """With scores in memory, as the models that cap them or have sinks compute it in eager mode."""
+    """Attention with its scores in memory, as models with a softcap or sinks compute it in eager mode."""
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
     scores = torch.matmul(q, k.mT) * scale

@@ -1,4 +1,4 @@
-"""Reading and writing FX graphs of torch IR: the few verbs that every pass uses."""
+"""Helpers to read and write FX graphs of torch IR, used by every pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 EXAMPLE = "example_value"  # Dynamo's name for a node's fake value
-# The fake values of functions of several steps, without running them: a fake operator costs a third of a millisecond.
+# Computes the fake values of functions that run several operators, without running them: a fake operator costs a third of a millisecond.
 FAKES: dict[Callable[..., Any], Callable[..., Any]] = {}
 INHERITED_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
@@ -27,13 +27,13 @@ def example(node: Any) -> Any:
 
 
 def tensor(node: Any) -> torch.Tensor | None:
-    """The fake tensor of a node, or None where it has none."""
+    """The fake tensor of a node, or None if it has none."""
     value = example(node)
     return value if isinstance(value, torch.Tensor) else None
 
 
 def fake(node: Any) -> torch.Tensor:
-    """The fake tensor of a node that is known to have one. Raises TypeError where it has none."""
+    """The fake tensor of a node that is known to have one. Raises TypeError if it has none."""
     value = tensor(node)
     if value is None:
         raise TypeError(f"{node} is not a tensor")
@@ -41,7 +41,7 @@ def fake(node: Any) -> torch.Tensor:
 
 
 def hint(size: Any) -> int | None:
-    """A size as a number, without a guard on it: a symbolic one's value in this trace, None where that depends on data."""
+    """A size as a number, without a guard: a symbolic size's value in this trace, None if that depends on data."""
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
@@ -54,24 +54,24 @@ def is_method(node: Any, *names: str) -> bool:
 
 
 def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are known to be equal, without a guard on it."""
+    """Whether two sizes are known to be equal, without a guard."""
     return statically_known_true(a == b)
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are known to be equal, without a guard on it."""
+    """Whether two shapes are known to be equal, without a guard."""
     return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def operands(node: Any, *targets: Callable[..., Any]) -> tuple[tuple[Any, Any], ...]:
-    """The operands of a plain binary call of `targets`, in both orders; () where `node` is none, or has keywords (alpha, ...)."""
+    """The operands of a plain binary call to one of `targets`, in both orders; () if `node` is not one, or has keywords (alpha, ...)."""
     if not is_call(node, *targets) or len(node.args) != 2 or node.kwargs:
         return ()
     return (node.args[0], node.args[1]), (node.args[1], node.args[0])
 
 
 def fake_mode_of(graph: Graph) -> Any:
-    """The FakeTensorMode of the graph's values (a null context where there is none, as in hand-made graphs)."""
+    """The FakeTensorMode of the graph's values (a null context if there is none, as in handmade graphs)."""
     for node in graph.nodes:
         value = tensor(node)
         if isinstance(value, FakeTensor):
@@ -88,10 +88,10 @@ def emit(
     like: Node,
     value: Any = None,
 ) -> Node:
-    """A new call of `target` (a function, or the name of a method of the first argument) at the graph's insertion point, with
-    its fake value, and placed in the model as `like` is.
+    """A new call to `target` (a function, or the name of a method of the first argument) at the graph's insertion point, with
+    its fake value, and with the module stack and stack trace of `like`.
 
-    value: the fake value, where the caller knows it: else `target` is run on those of its arguments.
+    value: the fake value, if the caller knows it; else `target` is run on the fake values of its arguments.
     """
     node = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, tuple(args), kwargs or {})
     for key in INHERITED_META:
@@ -102,7 +102,7 @@ def emit(
 
 
 def emit_permuted(graph: Graph, x: Any, order: Sequence[int], like: Node) -> Any:
-    """`x` with its dimensions in `order`: itself where they are already."""
+    """`x` with its dimensions in `order`; `x` itself if they already are."""
     return x if tuple(order) == tuple(range(len(order))) else emit(graph, torch.permute, (x, tuple(order)), like=like)
 
 
@@ -112,7 +112,7 @@ def emit_contiguous(graph: Graph, x: Any, like: Node) -> Node:
 
 
 def infer(node: Node, fake_mode: Any, value_of: Callable[[Node], Any] = example) -> Any:
-    """Runs a node's target on the fake values of its arguments. value_of: what these are, where not those that the nodes have."""
+    """Runs a node's target on the fake values of its arguments. value_of: gives these values, by default those in the nodes' meta."""
     args, kwargs = map_arg((node.args, node.kwargs), value_of)
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
         return args[0][args[1]]
@@ -125,9 +125,9 @@ def infer(node: Node, fake_mode: Any, value_of: Callable[[Node], Any] = example)
 
 
 def fake_like(like: torch.Tensor, shape: Sequence[Any], dtype: torch.dtype, stride: Sequence[Any] | None = None) -> torch.Tensor:
-    """A new tensor on the device of `like`, fake as that is. Made without what a fake operator costs.
+    """A new tensor on the device of `like`, fake if `like` is. Avoids the cost of a fake operator.
 
-    stride: None for a contiguous one.
+    stride: None for a contiguous tensor.
     """
     is_fake = isinstance(like, FakeTensor)
     options: Any = {"dtype": dtype, "device": "meta" if is_fake else like.device}
@@ -137,9 +137,9 @@ def fake_like(like: torch.Tensor, shape: Sequence[Any], dtype: torch.dtype, stri
 
 
 def upstream(*nodes: Any, inputs: Callable[[Node], Iterable[Any]] = operator.attrgetter("all_input_nodes")) -> Iterator[Node]:
-    """`nodes` and what they are computed from, each node once, depth first.
+    """`nodes` and the nodes that they are computed from, each once, depth first.
 
-    inputs: what to follow from a node, where that is not all of its inputs.
+    inputs: which inputs of a node to follow, by default all.
     """
     seen: set[Node] = set()
     waiting = list(nodes)
@@ -161,7 +161,7 @@ def submodules(gm: GraphModule) -> Iterator[tuple[Node, str, GraphModule]]:
 
 
 def erase_if_dead(graph: Graph, nodes: Sequence[Node]) -> None:
-    """Erases those of `nodes` that nothing uses any more, users first. Only for nodes known to be pure."""
+    """Erases those of `nodes` that are no longer used, users first. Only for nodes known to be pure."""
     for node in sorted({n for n in nodes if not n._erased}, reverse=True):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
@@ -176,11 +176,11 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     new_output = graph.output(output)
     new_output.meta = dict(old_output.meta)
     for old, new in mapping.items():
-        # Dynamo's record of an argument refers to it weakly, and goes when Dynamo is done.
+        # Dynamo's record of an argument holds a weak reference to it, which dies when Dynamo is done.
         new.meta = {key: value for key, value in old.meta.items() if key != "grapharg"}
         if old.op == "placeholder":
             new._dynamo_source = getattr(old, "_dynamo_source", None)
-    copy = _make_graph_module(gm, graph)  # while Dynamo compiles, its code is not generated before it is asked for
+    copy = _make_graph_module(gm, graph)  # while Dynamo compiles, its code is only generated on demand
     copy.meta = dict(gm.meta)
     for key, value in gm.__dict__.items():
         if key not in copy.__dict__ and not key.startswith("__"):

@@ -1,4 +1,4 @@
-"""A linear for each group of rows: the experts of a mixture, each of which works on the tokens that were routed to it."""
+"""A linear for each group of rows: the experts of a mixture, each applied to the tokens that were routed to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _gemms(node: Node) -> list[Gemm]:
 
 
 def _attributes(node: Node, recipe: Any) -> dict[str, Any]:
-    """inputs_first: whether the weights lie in memory as [E, K, N], as their gradients then should."""
+    """inputs_first: whether the weights are stored as [E, K, N], as their gradients then should be."""
     weight = fake(node.args[1])
     return {"in_features": int(weight.shape[2]), "inputs_first": weight.stride(1) == 1 and weight.stride(2) != 1}
 
@@ -44,10 +44,10 @@ def _attributes(node: Node, recipe: Any) -> dict[str, Any]:
     ),
 )
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """Rows [offsets[e - 1], offsets[e]) of x times weight[e].T: what `torch.nn.functional.grouped_mm` gives of `weight.mT`.
+    """Rows [offsets[e - 1], offsets[e]) of x times weight[e].T, like `torch.nn.functional.grouped_mm` with `weight.mT`.
 
     x: [T, K]; weight: [E, N, K]; offsets: int32 [E], where each group ends. Returns [T, N] in `out_dtype`. Rows after the last group are
-    not read, and what is returned in them is unspecified, as `grouped_mm` has it: zeros here.
+    not read, and their results are unspecified, as in `grouped_mm`: zeros here.
     """
     x, weight = x.to(out_dtype), weight.to(out_dtype)
     group = torch.searchsorted(offsets.long(), torch.arange(x.shape[0], device=x.device), right=True)  # E after the last

@@ -1,8 +1,8 @@
 """The names of attention's memory layouts, as Transformer Engine spells them.
 
-s sequence, b batch, t tokens, h heads, d head size; a digit stands where the tensors that share a buffer are told apart
-(`bs3hd`: q, k and v after one another in a token's row; `bsh3d`: head by head), and `_` parts tensors with buffers of their own
-(`bshd_bs2hd`: q apart, k and v packed).
+s sequence, b batch, t tokens, h heads, d head size. A digit is the number of tensors that share a buffer, at the dimension that
+distinguishes them (`bs3hd`: q, k and v one after another in a token's row; `bsh3d`: head by head), and `_` separates tensors in
+different buffers (`bshd_bs2hd`: q separate, k and v packed).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from te_dynamo.ir.graph import same_shape, same_size
 
 Form = Literal["bshd", "sbhd", "thd"]
-# The dimensions of a [B, H, S, D] tensor in the order in which they lie in memory.
+# The dimensions of a [B, H, S, D] tensor in memory order.
 ORDER: dict[Form, tuple[int, int, int, int]] = {"bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}
-Packing = Literal["3hd", "h3d", "2hd", "h2d", ""]  # q, k and v together; k and v together; all apart
+Packing = Literal["3hd", "h3d", "2hd", "h2d", ""]  # q, k and v together; k and v together; all separate
 
 
 @dataclass(frozen=True)
 class Layout:
-    """form: the order of the dimensions of q, and of o; packing: what shares a buffer, and how."""
+    """form: the order of the dimensions of q and o; packing: which tensors share a buffer, and how."""
 
     form: Form = "bshd"
     packing: Packing = ""
@@ -42,13 +42,13 @@ class Layout:
 
 
 def as_bhsd(t: Tensor, form: Form) -> Tensor:
-    """[B, H, S, D], a view of a tensor whose dimensions stand as `form` says."""
+    """A [B, H, S, D] view of a tensor whose dimensions are in the order of `form`."""
     order = ORDER[form]
     return t.permute([order.index(i) for i in range(4)])
 
 
 def in_memory(q: Tensor, k: Tensor, v: Tensor) -> Layout | None:
-    """The layout in which q [B, H, S, D], k and v lie, told from their strides, offsets and memory; None where it has no name."""
+    """The layout of q [B, H, S, D], k and v, found from their strides, offsets and storages; None if it has no name."""
     for form in ORDER:
         for packing in ("3hd", "h3d", "2hd", "h2d", ""):
             if _lies(q, k, v, form, packing):
@@ -63,7 +63,7 @@ def _lies(q: Tensor, k: Tensor, v: Tensor, form: Form, packing: Packing) -> bool
 
 
 def _shares(tensors: Sequence[Tensor], form: Form, packing: Packing) -> bool:
-    """Whether tensors are the parts of one buffer, side by side in each token's row, or in each head's."""
+    """Whether tensors are the parts of one buffer, side by side in each token's row or in each head."""
     if not tensors:
         return True
     first, count = tensors[0], len(tensors)

@@ -1,4 +1,4 @@
-"""Linears: one, as the model has it, and the linears of one input, as they are computed."""
+"""Linears: `linear` as the model has it, and `linears`, all that share an input, as they are computed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
 
 @dataclass(frozen=True)
 class GemmRows:
-    """Which linears of a group are one GEMM, and in which order its rows stand (see `linears`). sizes: the N of each."""
+    """Which linears of a group form one GEMM, and the order of its rows (see `linears`). sizes: the N of each linear."""
 
     sizes: tuple[int, ...]
     merged: bool = False
@@ -79,7 +79,7 @@ class GemmRows:
         return [everyone] if self.merged else [(i,) for i in everyone]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """[N_i, ...] of the members of a GEMM -> [sum N_i, ...] in the order of its rows."""
+        """Joins [N_i, ...] of a GEMM's members into [sum N_i, ...], in the order of its rows."""
         if len(parts) == 1:
             return parts[0]
         if self.interleave:
@@ -88,12 +88,12 @@ class GemmRows:
         return torch.cat(list(parts))
 
     def rows(self, t: Tensor, member: int, count: int) -> Tensor:
-        """The rows of one member of a GEMM of `count`, out of [sum N_i, ...] in the GEMM's order."""
+        """The rows of one of a GEMM's `count` members, from [sum N_i, ...] in the GEMM's order."""
         rows = self.rows_in_place(t, member, count)
         return rows.flatten(0, 1) if self.interleave and count > 1 else rows
 
     def rows_in_place(self, t: Tensor, member: int, count: int) -> Tensor:
-        """As `rows`, a view: [heads, D, ...] where interleaved."""
+        """Like `rows`, but a view: [heads, D, ...] if interleaved."""
         if count == 1:
             return t
         if self.interleave:
@@ -102,13 +102,13 @@ class GemmRows:
         return t[start : start + self.sizes[member]]
 
     def split(self, y: Tensor) -> list[Tensor]:
-        """The merged GEMM's output [..., sum N_i] -> one view for each linear; [..., heads, D] where interleaved."""
+        """Splits the merged GEMM's output [..., sum N_i] into one view per linear; [..., heads, D] if interleaved."""
         if self.interleave:
             return list(y.unflatten(-1, (-1, len(self.sizes), self.interleave)).unbind(-2))
         return list(y.split(list(self.sizes), -1))
 
     def join_biases(self, biases: Sequence[Tensor | None], gemm: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor | None:
-        """The bias of one GEMM, zero where a member has none; None where none has."""
+        """The bias of one GEMM, zero for members without one; None if no member has one."""
         chosen = [(biases[i], self.sizes[i]) for i in gemm]
         if all(b is None for b, _ in chosen):
             return None
@@ -135,7 +135,7 @@ def _in_aten(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
 
 
 def _shared(attributes: Mapping[str, Any], members: int) -> list[list[ScaledTensor]]:
-    """The one input of all has one scale; so has each of the others, where the members are one GEMM."""
+    """The common input has one scale. If the members are one GEMM, so do its weight and its output's gradient."""
     shared = FORWARD + GRADIENT if attributes["merged"] else ("input",)
     return [[ScaledTensor(i, role) for i in range(members)] for role in shared] if members > 1 else []
 
@@ -172,12 +172,12 @@ def linears(
     merged: bool = False,
     interleave: int = 0,
 ) -> list[Tensor]:
-    """Linears of one input: the input is quantized once for all of them.
+    """Linears that share an input, which is quantized once for all of them.
 
     x: [..., K]; weights: [N_i, K]; biases: [N_i] or None. Returns one [..., N_i] for each weight.
-    merged: one GEMM for all of them; what it returns are views of one buffer.
-    interleave: 0, or the size of a head: the rows of the merged GEMM are then ordered head by head (q, k and v of a
-        head side by side: the BSH3D layout) instead of one linear after the other (BS3HD), and what is returned is
+    merged: one GEMM for all of them; the results are views of one buffer.
+    interleave: 0, or the head size: the rows of the merged GEMM are then ordered head by head (q, k and v of a
+        head side by side: the BSH3D layout) instead of one linear after the other (BS3HD), and the results are
         [..., N_i / interleave, interleave]. All N_i must be equal.
     """
     ys = [linear(x, w, b, out_dtype=out_dtype) for w, b in zip(weights, biases, strict=True)]

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: what makes the operand of most linears."""
+"""LayerNorm and RMSNorm, which compute the operand of most linears."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _fake(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *
 
 
 def _is_torchs(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, out_dtype: torch.dtype) -> bool:
-    """Whether torch's LayerNorm computes the same, of which Inductor has the better backward. On a CPU torch's own kernel rounds in
-    between; and its result is contiguous."""
+    """Whether torch's LayerNorm computes the same: Inductor has a better backward for it. On a CPU torch's kernel rounds intermediates,
+    and its result is always contiguous."""
     dtypes = {out_dtype, *(w.dtype for w in (weight, bias) if w is not None)}
     return kind == "layer" and x.device.type == "cuda" and dtypes == {x.dtype} and is_contiguous_or_false(x)
 

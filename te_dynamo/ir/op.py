@@ -1,11 +1,11 @@
-"""The single declaration of an operation: its definition, and what every pass, spec, report and provider wants to know of it.
+"""The single declaration of an operation: its definition, and everything that passes, specs, reports and providers need to know about it.
 
     @operation(kind="linear", fake=..., gemms=..., forward=("input", "weight"), gradient=("grad_output",))
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor: ...
 
 The function is the definition: ordinary torch in high precision, so that a graph that contains it still runs and can be
-compared with the graph it came from. Tensors are passed by position, attributes by keyword. Passes ask `op_of(node)`, and
-name no operation; only the rules that make one do.
+compared with the graph it came from. Tensors are passed by position, attributes by keyword. Passes ask `op_of(node)` and
+do not name operations; only the rules that emit them do.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Gemm(NamedTuple):
-    """A weight GEMM of a node: `x [..., K] @ weight [N, K].T + bias [N]`, the node's arguments. output: which of its results it
-    is, None where the node has one."""
+    """A weight GEMM of a node: `x [..., K] @ weight [N, K].T + bias [N]`, the node's arguments. output: the index of its result among
+    the node's, None if the node has a single result."""
 
     x: Node
     weight: Node
@@ -38,7 +38,7 @@ class Gemm(NamedTuple):
 
 
 class ScaledTensor(NamedTuple):
-    """An FP8 tensor that has a scale: its role in a member of the node (a GEMM, or the node itself where it owns none)."""
+    """An FP8 tensor with a scale, by its role in a member of the node (a GEMM, or the node itself if it has no GEMMs)."""
 
     member: int
     role: str
@@ -46,10 +46,10 @@ class ScaledTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Roles:
-    """The FP8 tensors of each member of an operation, by name, in the order in which their scales stand.
+    """The names of the FP8 tensors of each member of an operation, in the order of their scales.
 
-    The scales of a node are those of its first member, then those of its second: `place` gives the index.
-    prefix: what stands before a role in the name of its saved state.
+    A node's scales are those of its first member, then those of its second, and so on: `place` gives the index.
+    prefix: what precedes a role in the name of its saved state.
     """
 
     forward: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Roles:
     prefix: str = ""
 
     def place(self, role: str, member: int = 0) -> int:
-        """Where a tensor's scale stands among the forward, or gradient, scales of its node."""
+        """The index of a tensor's scale among the forward, or gradient, scales of its node."""
         roles = self.forward if role in self.forward else self.gradient
         return member * len(roles) + roles.index(role)
 
@@ -71,7 +71,7 @@ class Roles:
 
 
 class Invariant(NamedTuple):
-    """What must hold of a node: `holds` is given the fake values of its arguments by name, and `out`."""
+    """A condition on a node: `holds` is called with the fake values of its arguments by name, and `out`."""
 
     says: str
     holds: Callable[[types.SimpleNamespace], bool]
@@ -89,26 +89,26 @@ def _zero(*_: Any, **__: Any) -> int:
 class SemanticOp:
     """An operation.
 
-    definition: what a graph calls; kind: what reports call its sites.
-    fake: the fake result, of the definition's dtype, shape and strides, without running it.
-    roles: the FP8 tensors of a member; an operation without roles is never computed in FP8 by itself, but may make the
-        operand of one that is: it is then its *producer*.
-    gemms: the weight GEMMs of a node, its members. An operation with roles and no GEMM has one member, the node, and finds
-        its scale state by the nearest weight.
-    shared: which tensors of a node with given attributes and so many members share one scale, as groups of `ScaledTensor`.
-    alone: with given attributes, those that one member of a node would have by itself; None where members are one GEMM.
-    attributes_of: what an implementation must know of a node, in a recipe, beside its keywords; by name.
-    outputs: what the node gives, out of the tensors that an implementation computed (one for each GEMM that it ran).
-    activation_flops: FLOPs of products of activations, out of the shapes of a node's arguments.
-    forward_only: the operation that it becomes where its backward is in high precision, with the same inputs and no gradient roles.
-    grouped: the operation that it becomes before it is planned; implementations are those of that one.
-    noted: what must stand in a node's `meta` before it is planned, by key.
-    reads: how many of its first inputs are activations: where these are all of one GEMM's output, it could hand the GEMM's gradient over.
-    by_rows: whether, with these attributes, each row [..., :] of the result is made of the same rows of the inputs, so that it
-        could be the operand of a GEMM as it is made.
+    definition: the function that a graph calls; kind: what reports call its sites.
+    fake: computes the fake result, with the definition's dtype, shape and strides, without running the definition.
+    roles: the FP8 tensors of a member. An operation without roles is never computed in FP8 by itself, but may compute the
+        operand of one that is: it is then the *producer* of that one.
+    gemms: the weight GEMMs of a node, its members. An operation with roles and no GEMM has one member, the node, and its
+        scale state is kept with the nearest weight.
+    shared: which tensors share one scale, as groups of `ScaledTensor`, given a node's attributes and its number of members.
+    alone: the attributes that one member would have by itself, given the node's; None if the members are one GEMM.
+    attributes_of: what an implementation must know about a node under a recipe, besides its keywords; by name.
+    outputs: the node's results, from the tensors that an implementation computed (one for each GEMM that it ran).
+    activation_flops: FLOPs of products of activations, from the shapes of a node's arguments.
+    forward_only: the operation that it becomes if its backward is in high precision, with the same inputs and no gradient roles.
+    grouped: the operation that it becomes before it is planned, and whose implementations it uses.
+    noted: what a node's `meta` must contain before it is planned: the type of each entry, by key.
+    reads: how many of its first inputs are activations: if these are one GEMM's whole output, it could hand the GEMM's gradient over.
+    by_rows: whether, with these attributes, each row [..., :] of the result depends only on the same rows of the inputs, so that it
+        could be computed together with the GEMM that reads it.
     invariants: what must hold between a node's arguments and result.
-    in_aten: the operators that stand in its place where the model is not rewritten, each with tensors like those that it takes, out of
-        the tensor inputs: a checkpoint policy is asked about them.
+    in_aten: the ATen operators that would run if the model were not rewritten, each with tensors like its arguments, given the
+        tensor inputs: a checkpoint policy is asked about them.
     """
 
     definition: Callable[..., Any]
@@ -135,7 +135,7 @@ class SemanticOp:
 
     @property
     def owns_gemms(self) -> bool:
-        """Whether its nodes are weight GEMMs: these are its members."""
+        """Whether its nodes have weight GEMMs, which are then their members."""
         return self.gemms is not _none
 
     @property
@@ -155,7 +155,7 @@ class SemanticOp:
         return tensors, attributes
 
     def inputs(self, node: Node) -> dict[str, Any]:
-        """A node's tensor arguments by name, defaults among them."""
+        """A node's tensor arguments by name, including defaults."""
         tensors, _ = self.parameters
         given = (*node.args, *(p.default for p, _ in list(tensors.values())[len(node.args) :]))
         return dict(zip(tensors, given, strict=True))
@@ -165,16 +165,16 @@ class SemanticOp:
         return {name: map_arg(given, example) for name, given in self.inputs(node).items()}
 
     def attributes(self, node: Node) -> dict[str, Any]:
-        """A node's attributes by name, defaults among them."""
+        """A node's attributes by name, including defaults."""
         _, attributes = self.parameters
         return {name: node.kwargs.get(name, parameter.default) for name, (parameter, _) in attributes.items()}
 
     def all_attributes(self, node: Node, recipe: Recipe | None) -> dict[str, Any]:
-        """What an implementation is told of a node: its attributes, and those of `attributes_of`."""
+        """What an implementation is told about a node: its attributes, and those of `attributes_of`."""
         return self.attributes(node) | dict(self.attributes_of(node, recipe))
 
     def broken_invariants(self, node: Node) -> Iterator[str]:
-        """What does not hold of a node, its arguments being of the right types."""
+        """The invariants that a node breaks; its arguments must have the right types."""
         arguments = types.SimpleNamespace(**self.examples(node), **self.attributes(node), out=example(node))
         yield from (i.says for i in self.invariants if not i.holds(arguments))
 
@@ -200,13 +200,13 @@ def operation(
 
 
 def op_of(node: Any) -> SemanticOp | None:
-    """The operation that a node, or a function, is; None where it is none."""
+    """The operation of a node, or of a function; None if it is not one."""
     target = node.target if isinstance(node, Node) else node
     return _OPS.get(target) if callable(target) else None
 
 
 def op_named(name: str) -> SemanticOp:
-    """Raises KeyError where there is none."""
+    """Raises KeyError if there is none."""
     return _BY_NAME[name]
 
 

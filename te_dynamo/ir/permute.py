@@ -1,7 +1,7 @@
-"""Rows in another order: as a mixture of experts sorts its tokens by expert, and puts the results back.
+"""Permutes rows: a mixture of experts sorts its tokens by expert, and puts the results back in order.
 
-torch's gradient of an index adds each row into zeros, atomically: it does not know that no row is met twice. Where the index is known to
-be a permutation, it is a reading in the inverse order, and a sum over the experts of each token.
+torch's gradient of an index adds each row to zeros, atomically: it does not know that no row occurs twice. If the index is known to be a
+permutation, the gradient is an index by the inverse permutation, then a sum over the experts of each token.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class _Permute(torch.autograd.Function):
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor | None = None, *, copies: int = 1) -> Tensor:
-    """`x[order // copies]`, of which the gradient is deterministic, and summed over the copies of a row in float32.
+    """`x[order // copies]` with a deterministic gradient, summed over the copies of a row in float32.
 
-    x: [T, ...]; order: int64 [T * copies], a permutation of its places; inverse: its inverse, if it is at hand.
+    x: [T, ...]; order: int64 [T * copies], a permutation of range(T * copies); inverse: its inverse, if known.
     """
     return _Permute.apply(x, order, inverse, copies)

@@ -15,14 +15,14 @@ from te_dynamo.ir.norm import NormKind, norm
 from te_dynamo.ir.op import Invariant, operation
 from te_dynamo.ir.sizes import same
 
-# Which features turn together: i and i + width / 2 (Llama, GPT-NeoX), or 2 i and 2 i + 1 (GPT-J, complex multiplication).
+# Which features are rotated as a pair: i and i + width / 2 (Llama, GPT-NeoX), or 2 i and 2 i + 1 (GPT-J, complex multiplication).
 Rotary = Literal["halves", "interleaved", ""]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, width: int) -> Tensor:
-    """Turns the first `width` features of x [..., D] by the angles of a position; the others pass.
+    """Rotates the first `width` features of x [..., D] by the angles of each position; the others are unchanged.
 
-    cos, sin: broadcastable to [..., width], or to [..., width / 2]: an angle for each pair.
+    cos, sin: broadcastable to [..., width], or to [..., width / 2]: one angle for each pair.
     """
     cos, sin = _tables_of(cos, sin, x.dtype, rotary, width)
     turned = x[..., :width] * cos + _by_90_degrees(x[..., :width], rotary) * sin
@@ -30,14 +30,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, width: int) -> T
 
 
 def rotate_gradient(grad: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, width: int) -> Tensor:
-    """The gradient of x, of that of `rotate`'s result."""
+    """The gradient of x, from the gradient of `rotate`'s result."""
     cos, sin = _tables_of(cos, sin, grad.dtype, rotary, width)
     turned = grad[..., :width] * cos - _by_90_degrees(grad[..., :width] * sin, rotary)
     return torch.cat((turned, grad[..., width:]), -1) if width < grad.shape[-1] else turned
 
 
 def _tables_of(cos: Tensor, sin: Tensor, dtype: torch.dtype, rotary: Rotary, width: int) -> list[Tensor]:
-    """Tables with an entry for each feature that turns."""
+    """The tables with one entry for each rotated feature."""
     return [t.to(dtype) if t.shape[-1] == width else _of_pairs(t.to(dtype), rotary) for t in (cos, sin)]
 
 
@@ -55,7 +55,7 @@ def _of_pairs(table: Tensor, rotary: Rotary) -> Tensor:
 
 
 def views(buffers: Sequence[Tensor], form: Form, packing: Packing) -> list[Tensor]:
-    """q, k and v [B, H, S, D] in the buffers that they lie in: the last holds two or three of them where they are packed."""
+    """q, k and v [B, H, S, D] as views of their buffers: the last buffer holds two or three of them if they are packed."""
     *alone, last = buffers
     parts = [*alone, *(last.unbind(_at(packing)) if packing else (last,))]
     return [as_bhsd(t, form) for t in parts]
@@ -71,7 +71,7 @@ def shapes(tensors: Sequence[Tensor], form: Form, packing: Packing) -> list[tupl
 
 
 def place(tensors: Sequence[Tensor], form: Form, packing: Packing) -> list[Tensor]:
-    """[B, H, S, D] tensors as views of new buffers that lie as form and packing say."""
+    """Copies [B, H, S, D] tensors to new buffers with the layout of form and packing, and returns views of them."""
     rows = [t.permute(ORDER[form]) for t in tensors]
     if not packing:
         return views([r.contiguous() for r in rows], form, packing)
@@ -85,7 +85,7 @@ def _shared(packing: Packing) -> int:
 
 
 def _at(packing: Packing) -> int:
-    """The dimension of the buffer that tells them apart."""
+    """The dimension of the shared buffer that indexes the tensors in it."""
     return 3 if packing.startswith("h") else 2
 
 
@@ -154,14 +154,14 @@ def qkv(
     norm_last: bool = False,
     in_place: bool = False,
 ) -> list[Tensor]:
-    """q and k with each head normalized and turned by its position; with v as attention reads them.
+    """q and k with each head normalized and rotated by its position; together with v in the layout that attention reads.
 
-    q: [B, H, S, D]; k: [B, H_kv, S_kv, D]; v: like k, None where it shares no buffer. cos, sin: four dimensions, broadcastable to
+    q: [B, H, S, D]; k: [B, H_kv, S_kv, D]; v: like k, None if it shares no buffer. cos, sin: four dimensions, broadcastable to
     [B, H, S, width], or half as wide (see `rotate`). weights, biases: [D], of the norm. Returns q, k and v, if given, in `out_dtype`.
-    form, packing: of the layout (see `te_dynamo.ir.layout`). rotary: "" for none. normalized: the kind of norm, "" for none, with
-    the attributes of `te_dynamo.ops.norm`. norm_last: normalized after it was turned, not before.
-    in_place: nothing is done to them, and they are given back where they lie: for the gradient of the GEMM that made them, which this
-    operation may write as FP8 wants it.
+    form, packing: the layout (see `te_dynamo.ir.layout`). rotary: "" for none. normalized: the kind of norm, "" for none, with
+    the attributes of `te_dynamo.ops.norm`. norm_last: normalize after the rotation, not before.
+    in_place: returns the inputs unchanged. The node then serves only backward, where its kernel may write the gradient of the GEMM
+    that computed them quantized.
     """
     if in_place:
         return [q, k] if v is None else [q, k, v]

@@ -1,4 +1,4 @@
-"""Sizes that may be symbolic, compared and multiplied without a guard."""
+"""Compares and multiplies sizes that may be symbolic, without a guard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from te_dynamo.ir.graph import hint
 
 
 def number(size: Any) -> int:
-    """A size as a number: 1 for one that depends on data."""
+    """A size as a number: 1 if it depends on data."""
     return int(hint(size) or 1)
 
 

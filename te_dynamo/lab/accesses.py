@@ -1,4 +1,4 @@
-"""How the generated source of a Triton kernel walks through memory."""
+"""The memory accesses of a generated Triton kernel, from its source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SECTOR = 32  # bytes that move at least
+SECTOR = 32  # bytes, the smallest transfer
 VARIABLE = re.compile(r"[xyz]\d+|r\d_\d+")
 AXES = ("xindex", "yindex", "r0_index")
 
@@ -31,7 +31,7 @@ class Accesses:
         self.all = [access for call in ast.walk(self.tree) if (access := _access(call)) is not None]
 
     def strides(self, index: ast.expr) -> dict[str, int] | None:
-        """By how many elements an address moves for each step along each axis; None where it is read from memory."""
+        """By how many elements an address moves for each step along each axis; None if it depends on a loaded value."""
         definitions = {
             node.targets[0].id: compile(ast.Expression(node.value), "", "eval")
             for node in ast.walk(self.tree)
@@ -49,7 +49,7 @@ class Accesses:
             return None
 
     def scattered_bytes(self, sizes: Sequence[int], reduction: bool, signature: Mapping[str, str], configs: Sequence[Any]) -> int:
-        """Bytes of the sectors that are touched by accesses which cannot fill them, in the best autotuning configuration.
+        """Bytes of the sectors touched by accesses that cannot fill them, in the best autotuning configuration.
 
         sizes: of the axes; reduction: whether the last of two is summed over; signature: Triton's type of each pointer.
         """
@@ -67,7 +67,7 @@ class Accesses:
                     continue
                 kind = signature.get(access.pointer, "*fp32")
                 itemsize = 1 if "8" in kind else 2 if "16" in kind else 4
-                elements = neighbors = 1  # elements visited, and how many next to each other one program takes
+                elements = neighbors = 1  # elements visited, and how many adjacent ones a program accesses
                 for (name, block), size in zip(axes, sizes, strict=True):
                     elements *= size if strides[name] else 1
                     if strides[name] == 1:
@@ -78,7 +78,7 @@ class Accesses:
         return min(totals, default=0)
 
     def copies(self) -> int:
-        """To how many buffers the same values are stored, at most."""
+        """The largest number of buffers to which the same values are stored."""
         stores = Counter((ast.unparse(a.index), a.stored) for a in self.all if a.stored and any((self.strides(a.index) or {}).values()))
         return max(stores.values(), default=1)
 

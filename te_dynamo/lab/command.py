@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """1 where nothing could be estimated: the reason is on stderr."""
+    """Returns 1 if nothing could be estimated: the reason is on stderr."""
     import torch
 
     from te_dynamo.lab import show
@@ -79,7 +79,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, Any]:
-    """KEY=JSON; what is no JSON is a text."""
+    """Parses KEY=JSON; a value that is not JSON is a string."""
     found = {}
     for pair in given:
         key, separator, value = pair.partition("=")
@@ -93,7 +93,7 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _build(name: str, keywords: Mapping[str, Any], *, real: bool) -> Callable[[], Any]:
-    """Calls the factory and says what is wrong with it. Raises ValueError."""
+    """A function that calls the factory. Raises ValueError, as that function does, with what is wrong with the factory."""
     from te_dynamo.lab.estimate import Example
     from te_dynamo.lab.stand_in import StandIns, building
 
@@ -110,7 +110,7 @@ def _build(name: str, keywords: Mapping[str, Any], *, real: bool) -> Callable[[]
         with building():
             module, args, kwargs = _example(name, made(fake=True))
         stand_ins = StandIns()
-        stand_ins.module(module)  # what it made elsewhere than on the default device
+        stand_ins.module(module)  # tensors that it made on another device than the default
         return Example(module, stand_ins.tree(args), stand_ins.tree(kwargs))
 
     return (lambda: _example(name, made(fake=False))) if real else on_fakes
@@ -134,7 +134,7 @@ def _factory(name: str) -> Callable[..., Any]:
 
 
 def _example(name: str, made: Any) -> Any:
-    """(module, args, kwargs) of what a factory returned."""
+    """(module, args, kwargs) from a factory's result."""
     from torch import nn
 
     if isinstance(made, nn.Module):

@@ -1,4 +1,4 @@
-"""`te_dynamo.estimate`: what FP8 would give on a GPU that is not there."""
+"""`te_dynamo.estimate`: what FP8 would gain on a GPU that is not present."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from te_dynamo.lowering.cost import BF16_REACHED, FP8_REACHED
 from te_dynamo.lowering.devices import GPU, Peak, gpu_named
 
 INDUCTOR = "Inductor"
-RECIPES = ("delayed", "current", "rowwise")  # those that are compared: what torch's own kernels compute
+RECIPES = ("delayed", "current", "rowwise")  # the recipes to compare: those that torch's own kernels support
 HOW_FAR = (
     "Predicted, not measured: launches and bytes are those of the code that Inductor generates for this GPU, times are a roofline. Trust "
     "the ratio within a tenth, kernels and bytes more, milliseconds less. docs/estimate.md says why."
@@ -42,9 +42,9 @@ class Example(NamedTuple):
 class Side:
     """One way to compile the step.
 
-    kernels: all launches; gemms: of these; gigabytes: moved outside of GEMMs and attention; saved: bytes that are held for backward;
-    ms: of the device, of which forward_ms and backward_ms; host_ms: to launch all of it without CUDA graphs; groups: microseconds by what
-    they are spent on; fp8_tflop, tflop: of the GEMMs that run in FP8, and of all.
+    kernels: all launches; gemms: how many of these are GEMMs; gigabytes: moved outside of GEMMs and attention; saved: bytes held for
+    backward; ms: device time, the sum of forward_ms and backward_ms; host_ms: time to launch everything without CUDA graphs; groups:
+    microseconds by purpose; fp8_tflop, tflop: of the GEMMs in FP8, and of all GEMMs.
     """
 
     label: str
@@ -88,8 +88,8 @@ class Side:
 
 @dataclass(frozen=True)
 class SiteEstimate:
-    """A site of te_fp8: as in `te_dynamo.explain`, with the microseconds of its GEMMs in the step, in bf16 and as they are computed; what
-    quantization costs is in `Side.groups`."""
+    """A site of te_fp8, as in `te_dynamo.explain`. bf16_us, us: microseconds of its GEMMs in the step, in bf16 and as computed; the cost of
+    quantization is in `Side.groups`."""
 
     kind: str
     path: str
@@ -104,8 +104,9 @@ class SiteEstimate:
 class Estimate:
     """What `te_dynamo.estimate` returns. `print(estimate)` shows it.
 
-    device: the GPU's name; torch: the version that compiled; training: forward and backward, or forward alone.
-    sides: Inductor, then te_fp8, by each recipe where they are compared. sites: of the first of te_fp8's.
+    device: the GPU's name; torch: the version that compiled; training: forward and backward, else forward only.
+    sides: Inductor, te_fp8 with the given options and, with compare=True, te_fp8 with each recipe. sites: those of te_fp8 with the
+    given options.
     """
 
     device: str
@@ -157,18 +158,18 @@ def estimate(
     compare: bool = False,
     **kwargs: Any,
 ) -> Estimate:
-    """Predicts a step of `model(*args, **kwargs)` on a GPU that need not be there: Inductor's, and te_fp8's.
+    """Predicts a step of `model(*args, **kwargs)` on a GPU that need not be present: Inductor's, and te_fp8's.
 
-    The step is compiled for that GPU and run on fake tensors in a process of its own: the model, its arguments and this process stay as
-    they are. Wherever the model and its tensors are, "meta" among it, they count as on the GPU.
+    The step is compiled for that GPU and run on fake tensors in a separate process: the model, its arguments and this process stay as
+    they are. The model and its tensors may be on any device, including "meta": they count as on the GPU.
 
-    train: forward and backward, from the output's `loss` where there is one, without the optimizer; else forward alone, in eval, without
+    train: forward and backward, from the output's `loss` if there is one, without the optimizer; else forward only, in eval, without
     gradients.
-    device: a name of `te_dynamo.lowering.devices.GPUS`. options: te_fp8's. compare: also with each of the recipes delayed, current
+    device: a name in `te_dynamo.lowering.devices.GPUS`. options: te_fp8's. compare: also with each of the recipes delayed, current
     and rowwise.
 
-    Raises TypeError where `model` is no module, ValueError for an unknown device, invalid options or where nothing requires grad,
-    RuntimeError where the machine cannot do this, EstimateFailed where the model does not run on fake tensors.
+    Raises TypeError if `model` is not a module, ValueError for an unknown device, invalid options or if nothing requires grad,
+    RuntimeError if the machine cannot do this, EstimateFailed if the model does not run on fake tensors.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"te_dynamo.estimate takes an nn.Module, not {type(model).__name__}")
@@ -191,13 +192,13 @@ def estimate_of(
     options: Mapping[str, Any] | Options | None = None,
     compare: bool = False,
 ) -> Estimate:
-    """As `estimate`, of what `build` returns when it is called with fake tensors on: all tensors must be fake and on "cuda"."""
+    """Like `estimate`, for the result of `build`, which is called in a FakeTensorMode: all tensors must be fake and on "cuda"."""
     gpu, chosen = gpu_named(device), _plain(Options.from_user(options))
     return isolated(lambda: _estimated(build, gpu, train, chosen, compare))
 
 
 def _plain(options: Options) -> dict[str, Any]:
-    """What differs from the defaults: an option may be the recipe that is compared."""
+    """The options that differ from the defaults, as a dict, to which a compared recipe can be added."""
     return {key: value for key, value in vars(options).items() if value != getattr(Options(), key)}
 
 
@@ -206,7 +207,7 @@ def _estimated(build: Callable[[], Example], gpu: GPU, train: bool, options: dic
 
     from te_dynamo.lab.pretend import pretend
 
-    torch.set_num_threads(1)  # a fork has none of the others
+    torch.set_num_threads(1)  # a fork has none of the other threads
     pretend(gpu)
     ways = {"te_fp8": options}
     if compare:

@@ -1,4 +1,4 @@
-"""A process for work that leaves its process unusable: a fork, which has all that the caller has made, and changes nothing of it."""
+"""Runs work that leaves its process unusable in a fork, which has all of the caller's objects but does not change them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def isolated(work: Callable[[], T]) -> T:
-    """What `work` returns, in a process of its own; it must be picklable. What is printed there goes to stderr.
+    """The result of `work`, which runs in a separate process; it must be picklable. What is printed there goes to stderr.
 
-    Raises what `work` raises, and RuntimeError where the process dies.
+    Raises what `work` raises, and RuntimeError if the process dies.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -27,7 +27,7 @@ def isolated(work: Callable[[], T]) -> T:
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(_answer(work))
         sys.stderr.flush()
-        os._exit(0)  # without the destructors: of threads and tensors for a device that is not there
+        os._exit(0)  # skips destructors: of threads, and of tensors on a device that is not present
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         answer = pipe.read()
@@ -48,7 +48,7 @@ def _answer(work: Callable[[], T]) -> bytes:
         said = f"{type(error).__name__}: {error}"
         try:
             pickle.loads(answer := pickle.dumps((None, error)))
-        except Exception:  # one that carries what cannot be sent
+        except Exception:  # an exception that cannot be pickled
             answer = pickle.dumps((None, RuntimeError(f"te_dynamo.estimate: {said}")))
         if not isinstance(error, (ValueError, TypeError)):
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Triton kernels that are noted instead of launched."""
+"""Records Triton kernels instead of launching them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from te_dynamo.lab.launches import Launch, Recorder, nbytes, short, tensors_in
 
 
 class NotedKernel:
-    """Stands in for what Inductor makes of a kernel that it generated (its `CachingAutotuner`)."""
+    """Replaces the `CachingAutotuner` that Inductor makes for a kernel that it generated."""
 
     def __init__(self, name: str, source: str) -> None:
         from torch._inductor.codecache import PyCodeCache
@@ -44,7 +44,7 @@ class NotedKernel:
 
 
 def note_jit(function: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
-    """Stands in for `JITFunction.run`: a kernel that somebody wrote, launched outside of what Inductor generates."""
+    """Replaces `JITFunction.run`: for a handwritten kernel that is launched outside of Inductor's generated code."""
     recorder = Recorder.current
     if recorder is not None and not warmup:
         tensors = tensors_in((args, kwargs))

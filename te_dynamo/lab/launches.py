@@ -1,4 +1,4 @@
-"""What a step launches: noted while it runs on fake tensors."""
+"""What a step launches, recorded while it runs on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 FORWARD, BACKWARD = "forward", "backward"
 SHORT = {"bfloat16": "bf16", "float32": "f32", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "float16": "f16"}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SMALL_PART = 64  # an output of less than this part of the largest input is a reduction's
+SMALL_PART = 64  # an output whose size times this is no larger than the largest input comes from a reduction
 
 
 @dataclass
@@ -22,9 +22,9 @@ class Launch:
     """A kernel, a GEMM or an attention.
 
     phase: "forward" or "backward". kind: "triton", "gemm", "attention" or "operator". bytes: read and written, each tensor once.
-    math: of GEMMs the dtype that is multiplied, "fp8", "bf16" (any two bytes) or "f32"; of attention always "bf16".
-    role: what the others are for: "weight" (cast of a weight to FP8), "amax", "transpose" (of FP8), "cast" (to FP8) or "math".
-    scattered_bytes: of the 32-byte sectors that accesses touch which do not fill them. us: microseconds, by `roofline`.
+    math: for GEMMs the dtype of the operands, "fp8", "bf16" (any two-byte dtype) or "f32"; for attention always "bf16".
+    role: the purpose of other launches: "weight" (cast of a weight to FP8), "amax", "transpose" (of FP8), "cast" (to FP8) or "math".
+    scattered_bytes: bytes of the 32-byte sectors touched by accesses that do not fill them. us: microseconds, by `roofline`.
     """
 
     phase: str
@@ -40,7 +40,7 @@ class Launch:
 
 
 class Recorder(TorchDispatchMode):
-    """While it is open, notes every operator that launches a kernel; Triton's launches are told by `kernels`."""
+    """While open, records every operator that launches a kernel; Triton launches are added by `kernels`."""
 
     current: ClassVar[Recorder | None] = None
 
@@ -77,13 +77,13 @@ class Recorder(TorchDispatchMode):
             Recorder.current = self
             if any(launch.kind == "gemm" for launch in self.launches[known:]):
                 return out
-            del self.launches[known:]  # it has a fake implementation of its own, in which nothing is to be seen
+            del self.launches[known:]  # it has its own fake implementation, which shows no GEMM
         if launches_kernel(func):
             self.launches.append(describe(self, func, args, kwargs, out))
         return out
 
     def role(self, name: str, ins: Sequence[Tensor], outs: Sequence[Tensor], *, tiled: bool = False) -> str:
-        """Of a kernel outside of GEMMs and attention, by what goes in and out: a hint. tiled: it walks over two dimensions."""
+        """A heuristic for the role of a kernel other than a GEMM or attention, from its inputs and outputs. tiled: it has a 2D grid."""
         largest = max((t.numel() for t in ins), default=0)
         big = [t for t in outs if t.numel() * SMALL_PART > largest]
         if not big:
@@ -100,7 +100,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct memory behind the tensors; an expanded dimension counts once."""
+    """Bytes of the distinct memory of tensors; an expanded dimension counts once."""
     total, seen = 0, set()
     for t in tensors:
         key = (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride()))

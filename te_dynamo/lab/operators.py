@@ -1,7 +1,7 @@
 """What an operator that runs on the device reads, writes and multiplies.
 
-An operator from outside of torch says its FLOPs the public way (`torch.utils.flop_counter.register_flop_formula`) and is then a GEMM.
-What happens inside of it is not seen: one that runs three kernels counts as one. te_dynamo's own that run others are looked into.
+An operator from outside of torch counts as a GEMM if it registers its FLOPs (`torch.utils.flop_counter.register_flop_formula`). What it
+runs inside is not seen: an operator that runs three kernels counts as one. te_dynamo's own operators that run others are traced into.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def launches_kernel(func: Any) -> bool:
 
 
 def inside(func: Any) -> Callable[..., Any] | None:
-    """What an operator runs, operator by operator: of te_dynamo's opaque ones, and of products that autograd has not taken apart."""
+    """A function that runs an operator's own operators: for te_dynamo's opaque ones, and for products that autograd has not decomposed."""
     return func.decompose if func._schema.name in COMPOSITE else INSIDE.get(func._schema.name)
 
 

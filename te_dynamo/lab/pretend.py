@@ -1,4 +1,4 @@
-"""Makes this process believe in a GPU. It cannot be undone, so a process is for it alone (`isolated`), and no real CUDA tensor."""
+"""Makes this process believe that it has a GPU. It cannot be undone, so it needs a separate process (`isolated`) without CUDA tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from te_dynamo.lab.kernels import NotedKernel, note_jit
 from te_dynamo.lowering.devices import ADA, BLACKWELL_RTX, GPU, HOPPER, Capability
 
 aten = torch.ops.aten
-_kept: list[Any] = []  # what must live as long as the process
+_kept: list[Any] = []  # objects that must live as long as the process
 
-# CUDA C++ programming guide, technical specifications by compute capability: threads and bytes of shared memory of a multiprocessor, and
-# what one block may use of the latter.
+# CUDA C++ programming guide, technical specifications by compute capability: threads and bytes of shared memory per multiprocessor, and
+# the most shared memory that one block may use.
 LIMITS: dict[Capability, tuple[int, int, int]] = {ADA: (1536, 102400, 101376), BLACKWELL_RTX: (1536, 102400, 101376)}
 LIMITS_OF_DATA_CENTERS = (2048, 233472, 232448)
 
 
 def unavailable() -> str | None:
-    """Why this process cannot, with the remedy, as a clause."""
+    """Why this process cannot pretend, with the remedy, as a clause."""
     if sys.platform != "linux":
         return "estimates need Linux"
     try:
@@ -38,7 +38,7 @@ def unavailable() -> str | None:
 
 
 def pretend(gpu: GPU) -> None:
-    """Raises RuntimeError where this process cannot."""
+    """Raises RuntimeError if this process cannot pretend."""
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"te_dynamo.estimate: {reason}")
@@ -57,7 +57,7 @@ def _install_shim() -> None:
 
 
 def _properties(gpu: GPU) -> SimpleNamespace:
-    """`torch.cuda.get_device_properties`, as far as Inductor asks."""
+    """The fields of `torch.cuda.get_device_properties` that Inductor reads."""
     threads, shared, shared_of_block = LIMITS.get(gpu.capability, LIMITS_OF_DATA_CENTERS)
     return SimpleNamespace(
         name=gpu.name,
@@ -115,7 +115,7 @@ def _answer_for_cuda(gpu: GPU) -> None:
     device_interface.get_cuda_stream = lambda index: 0
     interface.get_raw_stream = staticmethod(lambda index: 0)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
-    torch.version.cuda = torch.version.cuda or "13.0"  # of a CPU build
+    torch.version.cuda = torch.version.cuda or "13.0"  # None in a CPU build
 
 
 def _answer_for_triton(gpu: GPU) -> None:
@@ -123,7 +123,7 @@ def _answer_for_triton(gpu: GPU) -> None:
     import torch.utils._triton as questions
     import triton
 
-    for question in vars(questions).values():  # whether Triton works: the process may have asked, and remembers the answer without a GPU
+    for question in vars(questions).values():  # whether Triton works: the process may have cached the answer
         if hasattr(question, "cache_clear"):
             question.cache_clear()
     triton.runtime.driver.set_active(driver(gpu.capability))
@@ -132,7 +132,7 @@ def _answer_for_triton(gpu: GPU) -> None:
 
 
 def driver(capability: Capability, device: int = 0) -> Any:
-    """Triton's driver of a GPU that is not there; it keeps what it has compiled by `device`."""
+    """A Triton driver for a GPU that is not present; Triton caches compiled kernels by `device`."""
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
@@ -165,7 +165,7 @@ def _note_what_inductor_generates() -> None:
 
 
 def _choose_attention(gpu: GPU) -> None:
-    """The composite operator asks the device for a kernel: here it is cuDNN's, before Hopper Flash, with a mask the memory-efficient."""
+    """Replaces the composite operator, which asks the device for a kernel: cuDNN, Flash before Hopper, memory-efficient with a mask."""
 
     def attention(
         q: Tensor,
@@ -197,13 +197,13 @@ def _configure() -> None:
 
     inductor_config.force_disable_caches = True
     inductor_config.compile_threads = 1
-    inductor_config.profile_bandwidth = True  # puts kernel_num_gb into what is known of each kernel
+    inductor_config.profile_bandwidth = True  # adds kernel_num_gb to each kernel's metadata
     inductor_config.force_shape_pad = True  # the alternative is a benchmark of padded GEMMs on the device
     functorch_config.enable_autograd_cache = False
 
 
 class _OnCpu(TorchDispatchMode):
-    """Creates on the CPU what is asked for on CUDA."""
+    """Creates CUDA tensors on the CPU instead."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def move(a: Any) -> Any:

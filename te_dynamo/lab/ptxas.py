@@ -1,4 +1,4 @@
-"""What ptxas makes of hand-written Triton kernels, for a GPU that is not there: registers, spills, shared memory."""
+"""What ptxas reports for handwritten Triton kernels, for a GPU that is not present: registers, spills, shared memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from te_dynamo.lowering.devices import Capability
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel as it was launched: registers a thread, bytes a thread of registers that did not fit (spills), bytes of shared memory
-    a block, warps a block."""
+    """The resources of one kernel as launched: registers per thread, spilled bytes per thread, bytes of shared memory per block, warps
+    per block."""
 
     kernel: str
     registers: int
@@ -41,9 +41,9 @@ def unavailable() -> str | None:
 
 @contextmanager
 def compiling(capability: Capability) -> Iterator[list[Resources]]:
-    """While it is open, each launch of a Triton kernel compiles it for a GPU of this capability instead, and adds to the list.
+    """While open, each launch of a Triton kernel only compiles it for a GPU of this capability, and adds to the list.
 
-    Tensors may be of shapes alone, fake or "meta". For a process of its own, which has no driver afterwards.
+    Tensors may be fake or on "meta". Only for a separate process, which has no driver afterwards.
     """
     import triton
     from triton.runtime.jit import JITFunction, MockTensor
@@ -84,7 +84,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def resources_of(launches: dict[str, Callable[[], None]], capability: Capability) -> dict[str, list[Resources]]:
-    """By the name of each launch, what the kernels are that it launches."""
+    """The resources of the kernels of each launch, by the launch's name."""
     found = {}
     for name, launch in launches.items():
         with compiling(capability) as resources:

@@ -1,4 +1,4 @@
-"""The time of a launch: the longer of its arithmetic and its memory, at the part of the datasheet's peaks that good kernels reach."""
+"""The time of a launch: the longer of its arithmetic and memory times, at the fraction of the datasheet's peaks that good kernels reach."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from te_dynamo.lab.launches import FORWARD, Launch
 from te_dynamo.lowering.cost import BF16_REACHED, FP8_REACHED, KERNEL_US, MEMORY_REACHED
 from te_dynamo.lowering.devices import Peak
 
-ATTENTION_REACHED = {True: 0.55, False: 0.45}  # of the bf16 peak, in forward and backward, a causal half not counted: cuDNN, FA3
-L2_GBS = 5500.0  # H100's, for sectors that accesses do not fill
-HOST_US = 4.0  # of each launch on the host, where the step is no CUDA graph
+ATTENTION_REACHED = {True: 0.55, False: 0.45}  # of the bf16 peak, in forward and backward, without a causal mask's half: cuDNN, FA3
+L2_GBS = 5500.0  # H100's, for partially filled sectors
+HOST_US = 4.0  # host time of each launch, if the step is not a CUDA graph
 SMALL_US = 8.0
 
 
@@ -26,7 +26,7 @@ def microseconds(launch: Launch, peak: Peak) -> float:
     return KERNEL_US + max(launch.flops / tflops / 1e6, memory, launch.scattered_bytes / L2_GBS / 1e3)
 
 
-# The group of a launch: the first that fits.
+# A launch belongs to the first group that fits.
 GROUPS = {
     "GEMMs": lambda launch: launch.kind == "gemm",
     "attention": lambda launch: launch.kind == "attention",

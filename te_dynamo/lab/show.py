@@ -1,4 +1,4 @@
-"""An estimate as tables: plain, in Markdown, in rich's."""
+"""An estimate as tables: plain text, Markdown, or rich."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from te_dynamo.lab.estimate import HOW_FAR, Estimate, Side, SiteEstimate
 from te_dynamo.lab.launches import Launch
 
-WIDTH = 160  # where there is no terminal
+WIDTH = 160  # if there is no terminal
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _sites(found: Estimate) -> Table:
     groups: dict[tuple[str, ...], list[SiteEstimate]] = {}
     for site in found.sites:
         if site.kind == "norm":
-            continue  # no GEMM, and none of its own
+            continue  # it has no GEMM
         path = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.path)
         groups.setdefault((site.kind, path, site.provider or "-", site.recipe or "-", site.reason or ""), []).append(site)
     rows = []
@@ -95,7 +95,7 @@ def markdown_of(table: Table) -> str:
 
 
 def print_rich(found: Estimate) -> bool:
-    """Whether rich is installed, and has printed it."""
+    """Prints the estimate with rich. Returns whether rich is installed."""
     try:
         from rich.console import Console
         from rich.table import Table as RichTable

@@ -1,4 +1,4 @@
-"""A model and its inputs as fake tensors on the GPU, in place: for a process that ends with the estimate."""
+"""Replaces the tensors of a model and its inputs by fake ones on the GPU, in place: for a process that ends with the estimate."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_map_only
 
 
 class StandIns:
-    """The fake tensor for each real one: what was shared stays shared. To be used inside a FakeTensorMode."""
+    """The fake tensor for each real one: shared tensors stay shared. Use inside a FakeTensorMode."""
 
     def __init__(self) -> None:
-        self.made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id stays its own
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id is not reused
 
     def of(self, t: Tensor) -> Tensor:
-        """Of the same sizes, strides and dtype, on "cuda"; one that is there already stays."""
+        """A fake tensor with the same sizes, strides and dtype, on "cuda"; `t` itself if it is one already."""
         if isinstance(t, FakeTensor) and t.device.type == "cuda":
             return t
         found = self.made.get(id(t))
@@ -33,7 +33,7 @@ class StandIns:
         return tree_map_only(Tensor, self.of, tree)
 
     def module(self, module: nn.Module) -> None:
-        """Parameters, buffers, and tensors among a module's other attributes."""
+        """Replaces parameters, buffers, and tensors in a module's other attributes."""
         for m in module.modules():
             for held in _held(m):
                 held.update({name: None if t is None else self.of(t) for name, t in held.items()})
@@ -48,8 +48,8 @@ def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """While it is open, inside a FakeTensorMode, a model can be built of fake tensors on the GPU: it takes no memory, `.to()` works, and so
-    does the initialization that samples until all values are within bounds."""
+    """While open, inside a FakeTensorMode, a model can be built from fake tensors on the GPU: it takes no memory, and `.to()` and
+    truncated normal initialization work."""
     convert, truncated = nn.Module._apply, nn.init._no_grad_trunc_normal_
     nn.Module._apply = _apply  # type: ignore[method-assign]
     nn.init._no_grad_trunc_normal_ = lambda t, *_, **__: t
@@ -62,7 +62,7 @@ def building() -> Iterator[None]:
 
 
 def _apply(self: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, which cannot swap fake parameters: here they are replaced, and what was tied stays tied."""
+    """Replaces `nn.Module._apply`, which cannot swap fake parameters: this one replaces them, and tied ones stay tied."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def converted(t: Tensor) -> Tensor:

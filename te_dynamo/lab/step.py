@@ -1,4 +1,4 @@
-"""Compiles one step of a model, runs it on fake tensors, and notes what it would launch."""
+"""Compiles one step of a model, runs it on fake tensors, and records what it would launch."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class SiteCost:
 
 @dataclass(frozen=True)
 class Step:
-    """launches: in order, timed; saved: bytes that are held for backward, beside parameters and inputs; sites: te_fp8's; warnings: what it
-    said; kernels: Inductor's Triton kernels by name; seconds: it took to compile and run."""
+    """launches: in order, timed; saved: bytes held for backward, besides parameters and inputs; sites, warnings: te_fp8's;
+    kernels: Inductor's Triton kernels by name; seconds: the time to compile and run."""
 
     launches: list[Launch]
     saved: int
@@ -55,10 +55,10 @@ def measure(
     options: Mapping[str, Any] | None = None,
     training: bool = True,
 ) -> Step:
-    """A step of `module(*args, **kwargs)`, all of it fake tensors on the GPU that the process pretends to have (see `pretend`), in an
-    open FakeTensorMode. training: forward and backward, else forward alone without gradients.
+    """A step of `module(*args, **kwargs)`, with fake tensors on the GPU that the process pretends to have (see `pretend`), in an
+    open FakeTensorMode. training: forward and backward, else forward only, without gradients.
 
-    backend: "inductor", "te_fp8", with its options, or "eager". Raises ValueError where training has nothing to differentiate.
+    backend: "inductor", "te_fp8", with its options, or "eager". Raises ValueError if training has nothing to differentiate.
     """
     torch._dynamo.reset()
     sites: list[SiteCost] = []
@@ -111,7 +111,7 @@ def _costs(gm: GraphModule, sites: Sites) -> Iterator[SiteCost]:
 
 @contextmanager
 def _weights_quantized_once() -> Iterator[None]:
-    """In inference they are, once and for all; but not fake ones, whose changes nobody could see."""
+    """In inference, weights are quantized once and cached; but not fake ones, since a change of them would go unnoticed."""
     made: dict[tuple[int, ...], list[Tensor]] = {}
     quantize = WeightCache.inputs
 
@@ -129,7 +129,7 @@ def _weights_quantized_once() -> Iterator[None]:
 
 
 def _differentiable(outputs: Any) -> list[Tensor]:
-    """The loss, where the outputs have one, else all that has a gradient."""
+    """The loss, if the outputs have one, else all outputs that require grad."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     found = [loss] if isinstance(loss, Tensor) else tensors_in(outputs)
     found = [t for t in found if t.requires_grad]

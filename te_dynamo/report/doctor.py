@@ -1,6 +1,6 @@
 """`python -m te_dynamo doctor`: this machine as te_dynamo sees it.
 
-Functions gather facts as data; `as_text` and `as_json` show them. Which provider computes what is not written down here: stages
+Functions gather facts as data; `as_text` and `as_json` show them. Which provider computes what is not hard-coded here: stages
 1 to 4 of the backend run on a small model, for each device, provider and recipe.
 """
 
@@ -77,7 +77,7 @@ class Coverage:
 @dataclass(frozen=True)
 class Diagnosis:
     te_dynamo: str
-    registered: str | None  # where the backend's entry point leads
+    registered: str | None  # the target of the backend's entry point
     devices: list[Device]
     driver: str | None
     packages: dict[str, str | None]
@@ -91,7 +91,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Looks at everything. What cannot be found out is reported as missing, not raised."""
+    """Gathers everything. What cannot be determined is reported as missing, not raised."""
     machine, broken = devices()
     packages = {name: _version(name) for name in PACKAGES}
     found = Diagnosis(te_dynamo.__version__, registered(), machine, driver(), packages, torch.version.cuda, cudnn(), compiler())
@@ -108,7 +108,7 @@ def diagnose() -> Diagnosis:
 
 
 def devices() -> tuple[list[Device], list[Missing]]:
-    """The CPU and every CUDA device that answers; and those that do not."""
+    """The CPU and every CUDA device that responds; and those that do not."""
     cpu = collect_env.run_and_parse_first_match(collect_env.run, "LC_ALL=C lscpu", r"Model name:\s*(.*)")
     memory = None
     with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -130,14 +130,14 @@ def driver() -> str | None:
 
 
 def cudnn() -> int | None:
-    with contextlib.suppress(RuntimeError):  # it loads another version than it was built for
+    with contextlib.suppress(RuntimeError):  # torch loads another version than it was built for
         return torch.backends.cudnn.version()
     return None
 
 
 def compiler() -> str | None:
     """The C++ compiler that Inductor uses."""
-    with contextlib.suppress(Exception):  # Inductor raises its own where it finds none
+    with contextlib.suppress(Exception):  # Inductor raises its own error if it finds none
         return shutil.which(cpp_builder.get_cpp_compiler())
     return None
 
@@ -154,7 +154,7 @@ def _version(name: str) -> str | None:
 
 
 class Sample(nn.Module):
-    """Each operation once, in sizes that every provider takes."""
+    """Each operation once, in sizes that every provider supports."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Sample(nn.Module):
 
 @cache
 def sample() -> GraphModule | str:
-    """Its graph as Dynamo gives it to a backend, with CPU tensors; or why Dynamo failed."""
+    """The sample's graph as Dynamo gives it to a backend, with CPU tensors; or why Dynamo failed."""
     recorder = EagerAndRecordGraphs()
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -180,7 +180,7 @@ def sample() -> GraphModule | str:
 
 
 def plan(device: torch.device, provider: str, recipe: str) -> Coverage:
-    """Who computes what, in training."""
+    """Which provider computes what, in training."""
     graph = sample()
     if isinstance(graph, str):
         return Coverage(str(device), provider, recipe, dict.fromkeys(OPERATIONS, Choice(None, graph)))
@@ -208,7 +208,7 @@ def _choice(operation: str, sites: Sites) -> Choice:
 
 
 def missing(found: Diagnosis, gpus: Sequence[Device]) -> Iterator[Missing]:
-    """What te_dynamo would use and does not find, in the order in which to get it."""
+    """What te_dynamo would use but does not find, in the order in which to install it."""
     if found.registered is None:
         folder = Path(te_dynamo.__file__).parent.parent
         yield Missing("the name te_fp8 is not registered: te_dynamo is on the path, but not installed", f"pip install -e {folder}")
@@ -243,7 +243,7 @@ def _of_transformer_engine(found: Diagnosis, device: torch.device) -> Iterator[M
     if (reason := library.not_installed(device)) is not None:
         yield Missing(f"the provider 'te': {reason.partition(' (pip')[0]}", library.install(), needed=False)
         return
-    # Each of these keeps TE from being imported, with an exception that says less.
+    # Each of these makes the import of TE fail, with a less helpful exception.
     versions = {name: v for name in TE_PACKAGES if (v := found.packages[name]) is not None}
     if len(set(versions.values())) > 1:
         said = ", ".join(f"{name} {v}" for name, v in versions.items())
@@ -297,7 +297,7 @@ def _machine(found: Diagnosis) -> Iterator[str]:
 
 
 def _plans(device: str, plans: Sequence[Coverage]) -> Iterator[str]:
-    """A table of what provider="auto" does, its notes below; then each provider by name."""
+    """A table of what provider="auto" chooses, with its notes below; then each provider by name."""
     numbers: dict[str, int] = {}
     rows = [("recipe", *OPERATIONS)]
     for p in (p for p in plans if p.provider == "auto"):

@@ -30,7 +30,7 @@ from te_dynamo.sites import WRAPPED, Site, Sites, clean_path
 LOGITS = "the logits"  # the reason for which logits are left begins with this
 UNRECOGNIZED = "no rule takes this product with a parameter"
 OUTSIDE = "ran outside of every compiled graph"
-# Where torch has it (2.13), our compiles do not count towards the user's recompile limits even while they exist.
+# If torch has it (2.13), our compiled code never counts toward the user's recompile limits.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
@@ -39,17 +39,17 @@ def explain(
 ) -> Report:
     """Compiles `model` with te_fp8, runs `model(*args, **kwargs)` once, and reports what was taken, and why the rest was not.
 
-    The whole model is compiled, or, where it contains compiled modules (`module.compile()`, `torch.compile(module)`), those
+    The whole model is compiled or, if it contains compiled modules (`module.compile()`, `torch.compile(module)`), only those
     modules, with these `options` instead of their own.
 
     options: as `torch.compile(model, backend="te_fp8", options=...)` takes them. backward: also run backward, from the
-    output's `loss` where there is one, else from the sum of all outputs that require grad.
+    output's `loss` if there is one, else from the sum of all outputs that require grad.
 
-    Afterwards all is as before: the model's parameters, gradients, buffers and attributes, tensors among the arguments,
+    Afterwards everything is as before: the model's parameters, gradients, buffers and attributes, tensors among the arguments,
     scale state, random states, and the user's compiled code. Other objects that the model writes to (a KV cache among the
     arguments, a list) keep what was written.
 
-    Raises TypeError where `model` is no module, ValueError for invalid options or where no output requires grad, and
+    Raises TypeError if `model` is not a module, ValueError for invalid options or if no output requires grad, and
     whatever the model raises.
     """
     if not isinstance(model, nn.Module):
@@ -74,8 +74,8 @@ def explain(
 
 
 def _compiled(model: nn.Module, recorder: Recorder) -> Callable[..., Any]:
-    """What to call instead of `model`, whose attributes may be changed."""
-    # One context for all: with one each, `isolate_recompiles` would keep modules of one class from sharing their graphs.
+    """What to call instead of `model`; may change attributes of its modules."""
+    # One context for all modules: with one each, `isolate_recompiles` would keep modules of the same class from sharing graphs.
     compiled = torch._dynamo.optimize(recorder.backend, **ISOLATED)
     inside = [m for m in model.modules() if isinstance(m, OptimizedModule) or m._compiled_call_impl is not None]
     for module in inside:
@@ -109,7 +109,7 @@ def _scalar(outputs: Any) -> Tensor:
 
 
 class Names:
-    """What `model` calls its modules and parameters."""
+    """The names of a model's modules and parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -118,7 +118,7 @@ class Names:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.append(name)
             self.weights.setdefault(id(parameter), []).append(clean_path(name).removesuffix("weight").removesuffix("."))
-        # By a path without wrappers: the name as `named_modules` has it, but for the wrappers that torch puts around modules.
+        # By the path without wrappers: the name as in `named_modules`, but without the wrappers that torch puts around modules.
         self.known = {clean_path(n): ".".join(p for p in n.split(".") if p == "module" or p not in WRAPPED) for n in names}
 
     def of_parameters(self) -> Iterator[tuple[Tensor, str]]:
@@ -128,7 +128,7 @@ class Names:
 
 
 class Renaming:
-    """From the paths in a graph to those in the model, learned from parameters whose path in both is known.
+    """Maps the paths in a graph to those in the model, learned from parameters whose path in both is known.
 
     A graph's paths begin at the compiled module, and may be those of another instance, for which it was first compiled.
     """
@@ -140,7 +140,7 @@ class Renaming:
 
     @staticmethod
     def _moved(path: str, candidates: Sequence[str]) -> tuple[str, str] | None:
-        """(the beginning of `path`, what the model has instead), by the candidate that has the longest end in common with it."""
+        """(the prefix of `path`, the model's prefix instead), from the candidate with the longest common suffix."""
         best: tuple[int, str, str] | None = None
         parts = _parts(path)
         for other in map(_parts, candidates):
@@ -189,7 +189,7 @@ class Graph:
 
 
 class Recorder:
-    """The backend te_fp8, which also records what it compiles and what runs."""
+    """The backend te_fp8, but it also records what it compiles and what runs."""
 
     def __init__(self, options: Options, names: Names, observer: GemmObserver, memory: Memory) -> None:
         self.options, self.names, self.observer, self.memory = options, names, observer, memory
@@ -247,7 +247,7 @@ class Recorder:
             yield replace(site, path=path, flops=flops[site.node, site.kind != "attention"])
 
     def flops(self, backward: bool) -> tuple[int, int]:
-        """(in FP8, all) FLOPs that count, over all calls."""
+        """The FLOPs that count, over all calls: (in FP8, in total)."""
         attention = self.options.attention in ("fp8", "fp8_both")
         fp8 = total = 0
         for graph in self.graphs:
@@ -265,12 +265,12 @@ class Recorder:
         return fp8, total
 
     def uncounted(self) -> list[str]:
-        """The operations with a parameter whose FLOPs are not known, of what ran."""
+        """The operations with a parameter that ran but whose FLOPs are not known."""
         return sorted({name for graph in self.graphs if graph.calls for visit in graph.visits for name in visit.uncounted})
 
 
 def untold(visit: Visit, sites: Sequence[Site]) -> Iterator[Site]:
-    """Sites for the weight GEMMs that no rule reported, or whose whole graph was left."""
+    """Sites for the weight GEMMs that no rule reported, or whose whole graph was left to Inductor."""
     told = {site.node for site in sites if site.kind != "attention"}
     whole = next((site.reason for site in sites if site.kind == "graph"), None)
     for name, path in {gemm.node: gemm.path for gemm in visit.gemms if gemm.weight and gemm.node not in told}.items():
@@ -286,7 +286,7 @@ LEAK = (
 
 
 def _loop(model: nn.Module) -> list[str]:
-    """Whether experts of transformers are called one after the other."""
+    """A note if experts of transformers are called one after the other, else []."""
     kinds = [m for m in model.modules() if getattr(m, "_can_set_experts_implementation", bool)()]
     if not any(getattr(m.config, "_experts_implementation", None) == "eager" for m in kinds):
         return []

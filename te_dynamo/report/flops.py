@@ -1,8 +1,8 @@
-"""Which GEMMs ran, and which of them in FP8: read off the planned graphs, and observed where no graph is.
+"""Which GEMMs ran, and which of them in FP8: read from the planned graphs, and observed outside of graphs.
 
-A weight GEMM multiplies an activation with a parameter, or with what is computed from parameters only. Its backward is one
-GEMM of the same size for each operand that a gradient goes to. Outer products (nothing is summed over), convolutions,
-products of parameters among themselves and recomputation under activation checkpointing do not count.
+A weight GEMM multiplies an activation with a parameter, or with a value computed from parameters only. Its backward is one
+GEMM of the same size for each operand that needs a gradient. Outer products (no dimension is summed over), convolutions,
+products of two parameters and recomputation under activation checkpointing do not count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from te_dynamo.report.isolation import Memory
 from te_dynamo.sites import module_path
 
 aten = torch.ops.aten
-# Where the two matrices stand among the arguments.
+# The position of the first of the two matrices among the arguments.
 GEMMS = {
     "aten::mm": 0,
     "aten::bmm": 0,
@@ -45,17 +45,17 @@ GEMMS = {
     "aten::baddbmm": 1,
     "aten::addmv": 1,
     "aten::_grouped_mm": 0,
-    "transformers::grouped_mm_fallback": 0,  # by name: it is there once a mixture of experts is
+    "transformers::grouped_mm_fallback": 0,  # by name: it only exists once a mixture of experts does
 }
-# Functions of several tensors that are no product of matrices: not worth a try.
+# Functions of several tensors that are never matrix products: not worth running.
 ELEMENTWISE = frozenset({torch.add, torch.sub, torch.mul, torch.div, torch.where, torch.cat, torch.stack})
 
 
 @dataclass(frozen=True)
 class CountedGemm:
-    """node, path: the name of its node and the module it stands in; argument: which input of the outermost graph its weight
-    is (None where it multiplies activations, or no input is the weight); forward, backward: FLOPs of one call; fp8, fp8_backward:
-    whether these are in FP8."""
+    """node, path: the name of its node and the module that contains it; weight: whether it is a weight GEMM; argument: which input of
+    the outermost graph is its weight (None if it multiplies activations, or no input is the weight); forward, backward: FLOPs of one
+    call; fp8, fp8_backward: whether these are in FP8."""
 
     node: str
     path: str
@@ -71,9 +71,9 @@ class CountedGemm:
 class Visit:
     """One run through a graph, or through a sub-graph of it.
 
-    unit: the graph; places: for the name of each node that a site may tell of, the path that the site has; gemms: what runs
-    in the graph itself, not in its sub-graphs; within: the operator whose sub-graph it is, "" where that is rewritten too; uncounted:
-    the names of operations with a parameter that cannot run by themselves, as inside a transform of torch.func.
+    unit: the graph; places: the path of the site, for the name of each node that a site may refer to; gemms: what runs in the graph
+    itself, not in its sub-graphs; within: the operator whose sub-graph it is, "" if te_fp8 rewrites that operator's sub-graphs too;
+    uncounted: the names of operations with a parameter that cannot run by themselves, as inside a transform of torch.func.
     """
 
     unit: GraphModule
@@ -93,7 +93,7 @@ class Origin(Enum):
 
 @dataclass(frozen=True)
 class Value:
-    """learns: whether a gradient goes to it; argument: the position of the parameter that it comes from."""
+    """learns: whether it needs a gradient; argument: the position of the parameter that it comes from."""
 
     origin: Origin
     learns: bool
@@ -104,8 +104,8 @@ UNKNOWN = Value(Origin.ACTIVATION, learns=True)
 
 
 def visits_of(gm: GraphModule, grad_enabled: bool) -> list[Visit]:
-    """What runs in a call of a planned graph (or of one that was left as Dynamo made it): sub-graphs first, each at each of
-    its calls, the graph itself last."""
+    """What runs in a call of a planned graph (or of one that was left as Dynamo made it): sub-graphs first, once for each of
+    their calls, the graph itself last."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     return list(_visit(gm, [_input(node, i) for i, node in enumerate(placeholders)], grad_enabled))
 
@@ -165,7 +165,7 @@ def _argument(values: Iterable[Value]) -> int | None:
 
 
 def _places(node: Node) -> dict[str, str]:
-    """The names of Dynamo's nodes that a node stands for, each with the path that a site there has."""
+    """The names of Dynamo's nodes that a node stands for, each with the path of its site."""
     if site_of(node) is None:
         return {node.name: module_path(node)}
     return {member.get(ORIGIN, node.name): member.get(PATH, "") or module_path(node) for member in members_of(node)}
@@ -205,7 +205,7 @@ def _may_multiply(node: Node) -> bool:
 
 
 def _makes_no_product(node: Node) -> bool:
-    """Whether it is an operation that is computed row by row, as a norm is."""
+    """Whether it is one of our operations without a matrix product, such as a norm."""
     op = op_of(node)
     return op is not None and not op.is_site
 
@@ -220,7 +220,7 @@ class _CannotRun(Exception):
 
 
 def _executed(node: Node, values: dict[Node, Value]) -> list[tuple[bool, int]]:
-    """(whether it is a weight's, its FLOPs) of each GEMM in an operation: seen by running it on its fake values."""
+    """(whether it is a weight GEMM, its FLOPs) for each GEMM in an operation, observed by running it on its fake values."""
     weights = [t for n in node.all_input_nodes if values[n].origin is Origin.WEIGHT and (t := tensor(n)) is not None]
     observer = GemmObserver((t, "") for t in weights)
     args, kwargs = map_arg((node.args, node.kwargs), example)
@@ -241,7 +241,7 @@ def _executed(node: Node, values: dict[Node, Value]) -> list[tuple[bool, int]]:
 
 @dataclass(frozen=True)
 class Seen:
-    """A GEMM that ran: path is what the weight's entry said."""
+    """A GEMM that ran. path: the weight's, as given to `GemmObserver`."""
 
     path: str
     weight: bool
@@ -250,7 +250,7 @@ class Seen:
 
 
 class GemmObserver(TorchDispatchMode):
-    """Notes the GEMMs that run while it is on, and tells `memory` of writes. Compiling goes on under it as usual."""
+    """Records the GEMMs that run while it is on, and tells `memory` of writes. It does not affect compilation."""
 
     supports_higher_order_operators = True
 
@@ -269,7 +269,7 @@ class GemmObserver(TorchDispatchMode):
 
     @contextmanager
     def rest(self) -> Iterator[None]:
-        """While open, nothing is noted."""
+        """While open, nothing is recorded."""
         before, self.resting = self.resting, True
         try:
             yield

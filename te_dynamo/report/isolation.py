@@ -1,4 +1,4 @@
-"""Runs a model once without a trace: afterwards the model and this process are as they were before."""
+"""Runs a model once without side effects: afterwards the model and this process are as they were before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class Memory:
-    """Keeps copies of tensors, made only when they are about to be written."""
+    """Keeps copies of tensors, made only when a tensor is about to be written."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.originals = {_storage(tensor): tensor for tensor in tensors}
@@ -47,17 +47,17 @@ def _storage(tensor: Tensor) -> int:
 
 
 def detached(inputs: Any) -> Any:
-    """`inputs` with every tensor that requires grad replaced by a leaf over the same memory, with a gradient of its own."""
+    """`inputs` with every tensor that requires grad replaced by a leaf with the same memory and its own gradient."""
     return tree_map_only(Tensor, lambda t: t.detach().requires_grad_() if t.requires_grad else t, inputs)
 
 
 @contextmanager
 def untouched(model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[Memory]:
-    """Inside, `model` may be compiled and run, forward and backward; on exit all is as it was on entry.
+    """Inside, `model` may be compiled and run, forward and backward; on exit everything is as it was on entry.
 
     That is: parameters and their gradients, buffers, attributes of modules; `inputs`; the random states of torch, Python
-    and NumPy; the scale state; Dynamo's records. Inside, the modules hold other tensors: parameters over the same memory
-    with gradients of their own, and copies of the buffers. Whoever writes to a parameter or an input must first call
+    and NumPy; the scale state; Dynamo's records. Inside, the modules hold other tensors: parameters with the same memory
+    but their own gradients, and copies of the buffers. Before a write to a parameter or an input, the caller must call
     `about_to_write` of the `Memory` that is yielded.
     """
     with ExitStack() as stack:
@@ -88,7 +88,7 @@ def _random_states() -> Iterator[None]:
 def _own_tensors(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     before = [(vars(m), dict(vars(m)), {name: dict(vars(m)[name]) for name in TABLES}) for m in modules]
-    # Gradients are set aside too: parameters can be reached another way, such as an RNN's list of weights.
+    # The original parameters' gradients are set aside too: these parameters are still reachable, as in an RNN's list of weights.
     gradients = [(p, p.grad) for p in model.parameters()]
     made: dict[int, Tensor] = {}  # tied tensors stay tied
     for attributes, _, _ in before:
@@ -131,13 +131,13 @@ def _restore(current: dict[str, Any], before: dict[str, Any]) -> None:
 
 @contextmanager
 def _own_dynamo_records() -> Iterator[None]:
-    """Inside, Dynamo counts from zero and knows no shapes of earlier calls, and the user's stance on recompiles is off."""
+    """Inside, Dynamo's counters start from zero, it knows no shapes of earlier calls, and the user's compiler stance is off."""
     counted = {kind: Counter(values) for kind, values in counters.items()}
     metrics = get_compilation_metrics()
     shapes = (pgo._CODE_STATE, pgo._INIT_CODE_STATE)
     counters.clear()
     clear_compilation_metrics()
-    pgo._CODE_STATE = pgo._INIT_CODE_STATE = defaultdict(pgo.CodeState)  # equal objects: Dynamo then writes none to its cache
+    pgo._CODE_STATE = pgo._INIT_CODE_STATE = defaultdict(pgo.CodeState)  # equal, so nothing is cached
     try:
         with torch.compiler.set_stance("default"), dynamo_config.patch(error_on_recompile=False):
             yield
@@ -150,7 +150,7 @@ def _own_dynamo_records() -> Iterator[None]:
 
 
 def graph_breaks() -> Counter[str]:
-    """Why, and how often, Dynamo broke a graph or gave up a function, since its records were set aside."""
+    """Why, and how often, Dynamo broke a graph or gave up on a function since its records were set aside."""
     breaks = Counter({reason: count for reason, count in counters["graph_break"].items() if count > 0})
     for metrics in get_compilation_metrics():
         if metrics.fail_type == "Unsupported":
@@ -159,9 +159,9 @@ def graph_breaks() -> Counter[str]:
 
 
 def discard_code(backend: Callable[..., Any]) -> None:
-    """Frees the code that Dynamo compiled with `backend`, and keeps it from counting towards the recompile limit."""
+    """Frees the code that Dynamo compiled with `backend`, so that it does not count toward the recompile limit."""
     discarded = DeletedGuardManagerWrapper("te_dynamo.explain is done with it")
-    discarded.id_matched_objs = {"": lambda: True}  # type: ignore[dict-item]  # no frame's, or Dynamo would count it as one of theirs
+    discarded.id_matched_objs = {"": lambda: True}  # type: ignore[dict-item]  # matches no frame; Dynamo would count it for one
     for reference in list(convert_frame.input_codes.seen):
         code = reference()
         for entry in eval_frame._debug_get_cache_entry_list(code) if code is not None else ():

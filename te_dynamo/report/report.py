@@ -18,16 +18,16 @@ class Report:
     Attributes:
         graph_count: Graphs that Dynamo gave to the backend.
         graph_break_count: Graph breaks, as Dynamo counts them; `graph_breaks` has each reason and how often.
-        sites: Every place that was considered, once for each module that runs it. `kind` is "linear", "norm_linear" or
-            "attention" ("graph" where a whole graph was left); `path` is the module's name in `model.named_modules()`,
-            or the parameter's where no module has it; `provider` is None where it was left, for `reason`; `flops` are
-            those of forward, over all calls; `layout` is the attention's.
+        sites: Every site that was considered, once for each module that runs it. `kind` is "linear", "norm_linear" or
+            "attention" ("graph" if a whole graph was left to Inductor); `path` is the module's name in `model.named_modules()`,
+            or the parameter's if no module has it; `provider` is None if the site was left to Inductor, for `reason`; `flops` are
+            forward's, over all calls; `layout` is the attention's.
         fp8_flops, counted_flops: FLOPs in FP8, and all that could be: those of the weight GEMMs that ran (defined in
             `te_dynamo.report.flops`), in forward and, with backward=True, in backward. Logits count only with
             include_logits, the GEMMs of attention only with attention="fp8". GEMMs outside of all graphs count as not
             in FP8.
         backward: Whether backward was run, and is counted.
-        notes: What else the user should know, as sentences.
+        notes: Further remarks for the user, as sentences.
     """
 
     graph_count: int
@@ -41,7 +41,7 @@ class Report:
 
     @property
     def fp8_flop_fraction(self) -> float:
-        """`fp8_flops / counted_flops`; 0 where there was nothing to count."""
+        """`fp8_flops / counted_flops`; 0 if there was nothing to count."""
         return self.fp8_flops / self.counted_flops if self.counted_flops else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """The same as `print` shows, in Markdown."""
+        """What `print` shows, in Markdown."""
         summary = "".join(f"- {line}\n" for line in self._summary())
         rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in self._rows()]
         rows.insert(1, "|" + " --- |" * len(COLUMNS) + "\n")
@@ -78,7 +78,7 @@ class Report:
         return lines + [f"note: {note}" for note in self.notes]
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """The head, and a row for all sites that differ only in the numbers in their paths, as the layers of a model do."""
+        """The header, and one row for all sites whose paths differ only in numbers, like the layers of a model."""
         groups: dict[tuple[str, ...], list[Site]] = {}
         for site in self.sites:
             path = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.path)

@@ -1,4 +1,4 @@
-"""What is told of each stage of one compiled graph: dumps, specs and verification, where the options ask for them."""
+"""Dumps, spec checks and verification for each stage of one compiled graph, if the options ask for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from te_dynamo.passes.spec import SPECS, require
 from te_dynamo.report.dump import Dump
 from te_dynamo.report.verify import Verifier
 
-HIGH_PRECISION = ("canonicalize", "raise", "fuse", "plan")  # what keeps the model's result, and so can be compared
+HIGH_PRECISION = ("canonicalize", "raise", "fuse", "plan")  # these keep the model's result, so they can be compared
 graph_numbers = count()
 
 
@@ -35,7 +35,7 @@ class Stages:
         self._dump("dynamo", gm)
 
     def done(self, stage: str, gm: GraphModule) -> None:
-        """The graph as a stage left it. Raises SpecError where `verify` is set and the graph is not what the stage must leave."""
+        """The graph as a stage left it. Raises SpecError if `verify` is set and the graph breaks the stage's spec."""
         if self.check_specs:
             require(gm, SPECS[stage.removesuffix("_calibrating").removesuffix("_partly")])
         if self.verifier is not None and stage in HIGH_PRECISION:

@@ -1,4 +1,4 @@
-"""Kernels that are known to go wrong on some machines, each run on small tensors and compared with its definition."""
+"""Runs kernels that are known to go wrong on some machines on small tensors, and compares each with its definition."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _cast_transpose_amax(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Output
 
 
 def _cast_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Outputs:
-    """Without the reduction, which makes Inductor generate another kind of kernel."""
+    """The same without the reduction, which makes Inductor generate another kind of kernel."""
     q = (x.float() * scale).clamp(-FP8_MAX[dtype], FP8_MAX[dtype]).to(dtype)
     return q, q.t().contiguous(), scale
 
@@ -111,7 +111,7 @@ def _definition(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Outputs:
 
 
 def _wrong_values(kernel: Kernel, definition: Kernel, device: torch.device) -> str:
-    """How many values a kernel gets wrong, for each size and dtype; empty if none. Some inputs exceed the scale's range: they saturate."""
+    """How many values a kernel gets wrong, for each size and dtype; empty if none. Some inputs exceed the scaled range, and saturate."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for dtype, name in ((E4M3, "E4M3"), (E5M2, "E5M2")):
@@ -124,7 +124,7 @@ def _wrong_values(kernel: Kernel, definition: Kernel, device: torch.device) -> s
 
 
 def different(found: Outputs, expected: Outputs) -> int:
-    """How many values are not equal bit for bit."""
+    """How many values are not bitwise equal."""
     return sum(int((_bits(a) != _bits(b)).sum()) for a, b in zip(found, expected, strict=True))
 
 

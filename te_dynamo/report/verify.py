@@ -1,10 +1,10 @@
-"""`verify=True`: each high-precision stage is compared with the graph it was given, on the real inputs of the first call.
+"""`verify=True`: compares the graph after each high-precision stage with the graph before it, on the real inputs of the first call.
 
-The stages up to `plan` keep what the model computes, to rounding. Where one does not, `VerificationError` names the stage,
+The stages up to `plan` keep what the model computes, to rounding. If one does not, `VerificationError` names the stage,
 the first output that differs and by how much, and the first node that differs and its module: both graphs are interpreted,
-and each node is matched with the one of Dynamo's graph that it stands for. Verification leaves no trace: no gradient is
-recorded, inputs that may be written are copied, and both graphs draw the same random numbers, after which the generators
-are what they were.
+and each node is matched with the node of Dynamo's graph that it stands for. Verification has no side effects: no gradient is
+recorded, inputs that may be written are copied, and both graphs draw the same random numbers, after which the generators'
+states are restored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Tolerance(NamedTuple):
-    """least_sqnr: the signal-to-noise ratio in dB that two orders of computing the same must reach; reason: why that much."""
+    """least_sqnr: the signal-to-noise ratio in dB that two ways to compute the same value must reach; reason: why that much."""
 
     least_sqnr: float
     reason: str
@@ -52,12 +52,12 @@ TOLERANCE: dict[torch.dtype, Tolerance] = {
     torch.float8_e4m3fn: Tolerance(15.0, "4 bits give 26 dB; one step either way where the input is a rounding apart"),
     torch.float8_e5m2: Tolerance(10.0, "3 bits give 20 dB; as E4M3"),
 }
-MISMATCHED_INTEGERS = 0.01  # the share that may differ: a comparison or an argmax of rounded values turns at a tie
+MISMATCHED_INTEGERS = 0.01  # the fraction that may differ: at a tie, rounding decides a comparison or an argmax
 COARSEST_FIRST = sorted(TOLERANCE, key=lambda dtype: TOLERANCE[dtype].least_sqnr)
 
 
 class VerificationError(RuntimeError):
-    """A stage changed what the model computes. `.divergence` tells where."""
+    """A stage changed what the model computes. `.divergence` says where."""
 
     def __init__(self, divergence: Divergence) -> None:
         self.divergence = divergence
@@ -66,7 +66,7 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two values are apart. sqnr: in dB, None where it has no meaning; max_error: the largest absolute error."""
+    """How far two values differ. sqnr: in dB, None if it has no meaning; max_error: the largest absolute error."""
 
     what: str
     sqnr: float | None = None
@@ -82,9 +82,9 @@ class Divergence:
     """What a stage changed.
 
     output: the first of the graph's results that differs ("output 0", or an input that is written in place), by
-    `difference`, where `tolerance` was allowed; node, target, path, at_node: the first node of the graph after the stage
-    whose value differs, what it calls, its module, and how far it is off; None where every node that can be compared is
-    equal.
+    `difference`, with `tolerance` allowed; node, target, path, at_node: the first node of the graph after the stage
+    whose value differs, what it calls, its module, and how far it is off; None if every node that can be compared is
+    within tolerance.
     """
 
     stage: str
@@ -105,9 +105,9 @@ class Divergence:
 
 
 class Verifier:
-    """Compares the graphs of one compile, once, when its first real inputs come.
+    """Compares the graphs of one compilation, once, on its first real inputs.
 
-    original: the graph before the first stage; add what each stage leaves with `stage`. Graphs are copied. `notes` has
+    original: the graph before the first stage; add the graph after each stage with `stage`. Graphs are copied. `notes` says
     what could not be compared, and why.
     """
 
@@ -122,7 +122,7 @@ class Verifier:
     def __call__(self, inputs: Sequence[Any]) -> None:
         """Compares each stage with the one before it, at the first call with real inputs; later calls do nothing.
 
-        inputs: what Dynamo calls its graph with. Raises VerificationError where a stage changed the result.
+        inputs: what Dynamo calls its graph with. Raises VerificationError if a stage changed the result.
         """
         if any(is_fake(x) for x in inputs):
             return
@@ -139,9 +139,9 @@ class Verifier:
 def compare(
     before: GraphModule, after: GraphModule, inputs: Sequence[Any], *, stage: str, note: Callable[[str], None] = log.warning
 ) -> Divergence | None:
-    """How `after` differs from `before` on `inputs`; None where it does not, or where the two cannot be compared.
+    """How `after` differs from `before` on `inputs`; None if it does not, or if the two cannot be compared.
 
-    stage: the name of the pass between them; note: is told why they cannot be compared.
+    stage: the name of the pass between them; note: called with the reason if they cannot be compared.
     """
     try:
         expected = run(before, inputs)
@@ -170,7 +170,7 @@ def _apart(expected: Seen, actual: Seen) -> Difference | None:
 
 
 def _first_node(before: Run, after: Run) -> tuple[str, str, str, Difference] | None:
-    """The first node of `after` that gives something else than the node of `before` with the same name."""
+    """The first node of `after` whose value differs from that of the node of `before` that it stands for."""
     for name, seen in after.nodes.items():
         expected = before.nodes.get(name)
         if expected is None or seen.value.numel() != expected.value.numel():
@@ -186,7 +186,7 @@ def _first_node(before: Run, after: Run) -> tuple[str, str, str, Difference] | N
 
 @dataclass(frozen=True)
 class Seen:
-    """A value, the node that made it, and its grain: the place in `COARSEST_FIRST` of the coarsest dtype it went through."""
+    """A value, the node that computed it, and its grain: the index in `COARSEST_FIRST` of the coarsest dtype it went through."""
 
     node: Node
     value: Any
@@ -195,8 +195,8 @@ class Seen:
 
 @dataclass
 class Run:
-    """What a run gave. results: outputs, and inputs written in place, by name; random: the random operations, in order;
-    nodes: by the name in Dynamo's graph, the values of nodes, where they were asked for."""
+    """The result of a run. results: outputs, and inputs written in place, by name; random: the random operations, in order;
+    nodes: the values of nodes, by their name in Dynamo's graph, if they were asked for."""
 
     results: dict[str, Seen]
     random: list[str]
@@ -204,7 +204,7 @@ class Run:
 
 
 def run(gm: GraphModule, inputs: Sequence[Any], keep_nodes: bool = False) -> Run:
-    """Runs a graph without leaving a trace."""
+    """Runs a graph without side effects."""
     given, written = _private(gm, inputs)
     nodes: dict[str, Seen] = {}
     with _undisturbed(inputs), torch.no_grad(), _RandomOps() as random:
@@ -223,10 +223,10 @@ def run(gm: GraphModule, inputs: Sequence[Any], keep_nodes: bool = False) -> Run
 
 
 def _private(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], set[int]]:
-    """The inputs, those that the graph might write as copies, and the places of these.
+    """The inputs, with copies of those that the graph might write, and the positions of these copies.
 
-    Parameters are large, and written in a forward pass only by an operation that says so; batch norm writes buffers
-    without saying so.
+    Parameters are large, and a forward pass only writes them by an operation that declares it; batch norm writes buffers
+    without declaring it.
     """
     memory = {storage(w) for body in [gm, *(c.body for c in calls(gm))] for n in body.graph.nodes for w in writes(n)} - {None}
     given: list[Any] = [x.detach() if isinstance(x, torch.Tensor) else hint(x) if isinstance(x, torch.SymInt) else x for x in inputs]
@@ -242,7 +242,7 @@ def _private(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], set[int
 
 @contextmanager
 def _undisturbed(inputs: Sequence[Any]) -> Iterator[None]:
-    """Random generators, and autocast even after an error, are afterwards what they were."""
+    """Restores the state of random generators and, even after an error, of autocast."""
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     cuda = sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
     with ExitStack() as stack:
@@ -255,7 +255,7 @@ def _undisturbed(inputs: Sequence[Any]) -> Iterator[None]:
 
 
 def _leave_autocast(depth: int) -> None:
-    """Leaves the regions of autocast from `depth` on, in which a graph failed; else weights that it cast would be kept for good."""
+    """Leaves the autocast regions from `depth` on that a failed graph left open; else the weights that it cast would be cached forever."""
     while torch.autocast_decrement_nesting() >= depth:
         pass
     if depth == 1:
@@ -263,7 +263,7 @@ def _leave_autocast(depth: int) -> None:
 
 
 class _RandomOps(TorchDispatchMode):
-    """Notes each operation that draws random numbers, with the shape of what it draws."""
+    """Records each operation that draws random numbers, with the shapes of its results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,10 +280,10 @@ class _RandomOps(TorchDispatchMode):
 
 
 class _Tracker(Interpreter):
-    """Runs a graph and its checkpointed or repeated sub-graphs node by node, and knows how coarse each value is.
+    """Runs a graph and its checkpointed or repeated sub-graphs node by node, and tracks how coarse each value is.
 
-    It leaves grad mode alone: nothing here is recorded. seen: takes what each node gives, None where that is not wanted;
-    path: what the names in it begin with; inherited: how coarse the inputs of a sub-graph are.
+    It skips changes of grad mode: nothing here is recorded. seen: receives each node's value, None if that is not needed;
+    path: the prefix of the names in it; inherited: the grains of a sub-graph's inputs.
     """
 
     def __init__(self, gm: GraphModule, seen: dict[str, Seen] | None, path: str = "", inherited: Sequence[int] = ()) -> None:
@@ -311,7 +311,7 @@ class _Tracker(Interpreter):
 
 
 def stands_for(node: Node) -> str:
-    """The name of the node of Dynamo's graph whose value this node gives."""
+    """The name of the node of Dynamo's graph that has this node's value."""
     if is_call(node, operator.getitem) and MEMBERS in (group := node.args[0]).meta:
         return group.meta[MEMBERS][node.args[1]].get(ORIGIN, node.name)
     return node.meta.get(ORIGIN, node.name)
@@ -319,7 +319,7 @@ def stands_for(node: Node) -> str:
 
 # ---- comparing values
 
-EXACT = len(COARSEST_FIRST)  # the grain of what no float went into
+EXACT = len(COARSEST_FIRST)  # the grain of values that no float went into
 PIECE = 1 << 22  # elements compared at a time, in float64
 
 
@@ -329,7 +329,7 @@ def _grain(value: Any) -> int:
 
 
 def tolerance_of(grain: int) -> Tolerance | None:
-    """What is allowed of a value so coarse; None where it must be equal."""
+    """The tolerance for a value of this grain; None if it must be equal."""
     if grain == EXACT:
         return None
     dtype = COARSEST_FIRST[grain]
@@ -339,7 +339,7 @@ def tolerance_of(grain: int) -> Tolerance | None:
 
 
 def differs(expected: Any, actual: Any, tolerance: Tolerance | None) -> Difference | None:
-    """How `actual` is further from `expected` than the tolerance allows; None where it is not."""
+    """How `actual` differs from `expected` if by more than the tolerance allows; else None."""
     if not isinstance(expected, torch.Tensor) or not isinstance(actual, torch.Tensor):
         equal = expected == actual or (expected != expected and actual != actual)
         return None if equal else Difference(f"{actual!r} instead of {expected!r}")

@@ -25,7 +25,7 @@ from te_dynamo.backend import observing, te_fp8
 from te_dynamo.recipe import DelayedScaling
 from te_dynamo.state import STATE
 
-SIZE, SAMPLES, STEPS = 256, 8, 4  # a layer is 1 MB: as much as the least bucket that Dynamo's DDP optimizer fills
+SIZE, SAMPLES, STEPS = 256, 8, 4  # a layer is 1 MB: the smallest bucket of Dynamo's DDP optimizer
 
 
 class Layer(nn.Module):
@@ -66,8 +66,8 @@ def mine(x: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, steps: list[Tensor], each: Callable[[Tensor], Tensor] = mine, optimizer: Any = None) -> list[Tensor]:
-    """Outputs. The loss is a sum over the samples, and DDP's mean over the ranks is undone: a rank's gradients are those that
-    its samples have in one process."""
+    """The outputs. The loss is a sum over the samples, and DDP's mean over the ranks is undone, so that a sample's gradient is the same as
+    in one process."""
     outputs = []
     for x in steps:
         y = model(each(x))
@@ -124,13 +124,13 @@ def ddp(folder: Path) -> None:
     assert found.keys() == scales(model).keys() and "layers.0.up.input.scale" in found
     assert same_on_all_ranks(found)
     everything, all_outputs = one_process()
-    assert_same(found, everything, rounding=1e-6)  # the graph was split: what is fused, and so rounded, is not quite the same
+    assert_same(found, everything, rounding=1e-6)  # the graph was split: fusion, and so rounding, differ slightly
     for y, z in zip(outputs, all_outputs, strict=True):  # the first too: its scale is the group's
         torch.testing.assert_close(y, mine(z), rtol=1e-5, atol=1e-5)
 
 
 def collectives(folder: Path) -> None:
-    """One a step, whatever the number of sites."""
+    """One collective per step, whatever the number of sites."""
     for layers in (1, 2):
         torch._dynamo.reset()
         model = Net(layers)
@@ -153,7 +153,7 @@ def collectives(folder: Path) -> None:
 
 
 def apart(folder: Path) -> None:
-    """reduce_amax=False, and a group of one rank: each rank has its own scales, and saves alone."""
+    """With reduce_amax=False, or a group of one rank, each rank has its own scales, and saves alone."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     for options in ({"recipe": DelayedScaling(reduce_amax=False)}, {"amax_group": alone}):
         torch._dynamo.reset()
@@ -186,12 +186,12 @@ def fsdp(folder: Path) -> None:
     assert {k.rsplit(".", 2)[0] for k in found} == {f"layers.{i}.{name}" for i in range(2) for name in ("up", "down")}
     assert same_on_all_ranks(found)
     everything, _ = one_process()
-    assert_same(found, everything, rounding=0.02)  # one process alone has linears in C++, which sums in another order
+    assert_same(found, everything, rounding=0.02)  # a single process computes linears in C++, which sums in another order
     assert not any("scale" in key or "amax" in key for key in model.state_dict())
 
 
 def fsdp_inference(folder: Path) -> None:
-    """Weights that changed between two calls without gradients: FSDP gathers them into the same memory, unseen."""
+    """Weights that changed between two calls without gradients: FSDP gathers them into the same memory, unnoticed."""
     model, x = sharded()[0].eval(), batches(1)[0]
     with torch.no_grad():
         before = model(x)
@@ -208,7 +208,7 @@ def fsdp_inference(folder: Path) -> None:
 
 
 def fsdp_save(folder: Path) -> None:
-    """Sharded weights and scales go into one checkpoint; what follows is kept for whoever resumes."""
+    """Sharded weights and scales go into one checkpoint; the outputs after it are kept to compare a resumed run with."""
     model, optimizer = sharded()
     train(model, batches(3), optimizer=optimizer)
     dcp.save({"model": model.state_dict(), "scales": scales(model)}, checkpoint_id=str(folder / "checkpoint"))
@@ -239,7 +239,7 @@ def fsdp_resume(folder: Path) -> None:
 
 
 def tensor_parallel(folder: Path) -> None:
-    """Linears whose weights are DTensors are left to Inductor, with the reason; the rest of the graph is taken."""
+    """Linears with DTensor weights are left to Inductor, with the reason; the rest of the graph is taken."""
     model, reference = Net(1), Net(1)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallelize_module(model, mesh, {"layers.0.up": ColwiseParallel(), "layers.0.down": RowwiseParallel()})
@@ -267,13 +267,13 @@ class Attention(nn.Module):
 
 
 def fp8_attention(folder: Path) -> None:
-    """From the first step on, which scales by this batch's own amaxes, as one process that sees all of it."""
+    """Equal to one process that sees the whole batch, from the first step on, which scales by the batch's own amaxes."""
     x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(2)) * torch.tensor([1.0, 8.0])[:, None, None]
     results = []
     for each, recipe in ((mine, DelayedScaling()), (lambda x: x, DelayedScaling(reduce_amax=False))):
         torch._dynamo.reset()
         model = Attention()
-        # Where ranks agree on scales, linears on a CPU are not the C++ that they are otherwise, which sums in another order.
+        # If ranks share scales, linears on a CPU do not use the C++ that they use otherwise, which sums in another order.
         compiled = torch.compile(model, backend="te_fp8", options={"attention": "fp8", "recipe": recipe, "provider": "reference"})
         leaf = x.clone().requires_grad_()
         y = compiled(each(leaf))
@@ -287,11 +287,11 @@ def fp8_attention(folder: Path) -> None:
 
 CASES = {f.__name__: f for f in (fp8_attention, ddp, collectives, apart, fsdp, fsdp_inference, fsdp_save, fsdp_resume, tensor_parallel)}
 
-GENERATED = ("ddp",)  # by Inductor; of the others the state and the collectives are the subject
+GENERATED = ("ddp",)  # by Inductor; the other cases test the state and the collectives
 
 
 def run(case: str, folder: Path) -> None:
-    """With a scale state of its own."""
+    """Runs a case with a separate scale state."""
     from te_dynamo.runtime import compile_without_codegen
 
     torch._dynamo.reset()

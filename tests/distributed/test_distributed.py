@@ -20,6 +20,6 @@ ranks(1, main, 1, folder, ["fsdp_resume"])
 
 
 def test_on_two_ranks_and_a_sharded_checkpoint_on_one(forks, tmp_path):
-    """All that two ranks run in one launch: to start a process takes longer than most cases do. The checkpoint resumes on one rank too."""
+    """All two-rank cases in one launch: starting a process takes longer than most cases. The checkpoint also resumes on one rank."""
     cases = ("ddp", "collectives", "apart", "fp8_attention", "fsdp", "fsdp_inference", "tensor_parallel", "fsdp_save", "fsdp_resume")
     forks.run(RUN, str(tmp_path), *cases, path=[str(ROOT)], generates=True)

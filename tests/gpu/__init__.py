@@ -1,1 +1,1 @@
-"""What only a GPU can tell: `pytest -m gpu`. Without one, each test is skipped with the reason."""
+"""Tests that need a GPU: `pytest -m gpu`. Without one, each test is skipped with the reason."""

@@ -1,4 +1,4 @@
-"""Skips each test where its device, or Transformer Engine, is missing; and gives it a state of its own."""
+"""Skips each test if its device, or Transformer Engine, is missing; and gives it its own scale state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def device() -> Iterator[None]:
 
 @pytest.fixture(params=PROVIDERS)
 def provider(request: pytest.FixtureRequest) -> str:
-    """Each provider that can be here; nothing is left in bf16 because it is small."""
+    """Each provider that is available here; nothing is left in bf16 for being small."""
     if request.param == "te" and (reason := no_te()) is not None:
         pytest.skip(reason)
     request.getfixturevalue("small_sites_too")
@@ -34,7 +34,7 @@ def provider(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def small_sites_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linears of a test's size would not pay."""
+    """Takes sites of a test's size, which would not pay off."""
     monkeypatch.setattr("te_dynamo.lowering.cost.not_worth_it", lambda *_, **__: None)
 
 

@@ -1,4 +1,4 @@
-"""The device of these tests, and why there is none."""
+"""The device of these tests, or why there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models, and how they are run, compared and looked at."""
+"""Models, and helpers to run, compare and inspect them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MLP(nn.Module):
 
 
 def mlps(blocks: int = 2, dtype: torch.dtype = torch.bfloat16, hidden: int = 256) -> nn.Module:
-    """The same weights at every call."""
+    """A model with the same weights at every call."""
     torch.manual_seed(0)
     return nn.Sequential(*[MLP(hidden, 2 * hidden) for _ in range(blocks)]).to(DEVICE, dtype)
 
@@ -43,7 +43,7 @@ def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
 
 
 def sites_of(run: Callable[[], object]) -> list[Site]:
-    """The sites that are taken in what `run` compiles."""
+    """The sites that te_fp8 takes in the graphs that `run` compiles."""
     found: list[Site] = []
     with observing(lambda gm, sites, options: found.extend(sites.taken())):
         run()

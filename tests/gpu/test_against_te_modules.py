@@ -1,4 +1,4 @@
-"""te_fp8 with like_te=True beside Transformer Engine's own modules, on the device: same weights, data and recipe, many steps."""
+"""te_fp8 with like_te=True against Transformer Engine's own modules, on the device: same weights, data and recipe, many steps."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_linear_is_te_s(te, ours, recipe, bias):
 @pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 def test_a_norm_and_a_linear_are_te_s(te, ours, recipe, norm):
-    """TE's norm and ours may differ in a last bit of bf16, and then one cast in thirty by a step of E4M3."""
+    """TE's norm and ours may differ in the last bit of bf16, which changes one cast in thirty by a step of E4M3."""
     torch.manual_seed(0)
     first = getattr(nn, norm)(K, eps=1e-5)
     with torch.no_grad():

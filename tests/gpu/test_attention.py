@@ -1,4 +1,4 @@
-"""Attention in the layouts that suit its length: the layout that was chosen, and that it computes the same."""
+"""Attention in the layout that is chosen for its length, and that it computes the same."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_layouts(provider, kv_heads, length, layout, causal):
     for _ in range(2):
         found = gradients(model, run, x, dy)
         for name, value in exact.items():
-            if name != "k.bias":  # shifts every score of a row alike: its gradient is noise
+            if name != "k.bias":  # shifts all scores of a row equally: its gradient is noise
                 assert sqnr(value, found[name]) > 14, name
 
 
 @pytest.mark.parametrize("kv_heads", [HEADS, 2])
 def test_layouts_alone_change_nothing(small_sites_too, kv_heads):
-    """The same linears, the attention left as it was."""
+    """The linears are the same, and the attention is left alone."""
     torch.manual_seed(0)
     model = Attention(kv_heads, causal=True).to(DEVICE, torch.bfloat16)
     x, dy = random(2, 1024, HIDDEN), random(2, 1024, HIDDEN, seed=2)

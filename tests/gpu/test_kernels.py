@@ -1,4 +1,4 @@
-"""The Triton kernels, as the device runs them, against their definitions."""
+"""The Triton kernels, run on the device, against their definitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [((128,), 128, 0), ((100,), 37, 0), ((1,), 5, 0), ((0,), 3, 0), ((130,)
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
-    """Equal to the bit, but for the bits of a NaN."""
+    """Bitwise equal, except for the bits of a NaN."""
     nan = expected.float().isnan()
     bits = found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
     return found.shape == expected.shape and torch.equal(found.float().isnan(), nan) and torch.equal(bits[0][~nan], bits[1][~nan])

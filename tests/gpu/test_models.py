@@ -30,7 +30,7 @@ def step(run: Any, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def compare(model: Any, inputs: dict[str, torch.Tensor], least: float, **options: Any) -> list[Any]:
-    """Two steps of training and one of inference, against the eager model. Gives the sites of the graph of training."""
+    """Compares two training steps and one inference step with the eager model. Returns the sites of the training graph."""
     reference = copy.deepcopy(model)
     run = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=False, options={"provider": "native"} | options)
     sites = sites_of(lambda: step(run, model, inputs))
@@ -69,7 +69,7 @@ def test_what_is_kept(memory, recipe):
 @pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
 @pytest.mark.parametrize("name", list(MOE))
 def test_mixtures_of_experts(name, recipe):
-    """Every token goes to every expert: what FP8 changes in a router's input would else send some elsewhere."""
+    """Every token goes to every expert: else FP8's error in a router's input would route some tokens elsewhere."""
     model_name, config = MOE[name]
     torch.manual_seed(0)
     sizes = DECODER | EXPERTS | {"hidden_size": 128, "intermediate_size": 256}
@@ -82,7 +82,7 @@ def test_mixtures_of_experts(name, recipe):
 
 @pytest.mark.parametrize(("attention", "recipe"), [("fp8", "delayed"), ("fp8", "current"), ("fp8_both", "delayed")])
 def test_attention_in_fp8_by_te(attention, recipe, te):
-    """Heads of 128, which a Hopper's kernels train."""
+    """Heads of 128, which Hopper's kernels can train."""
     case, config = CASES["llama"], hf.LlamaConfig(**DECODER | {"hidden_size": 512}, num_hidden_layers=2)
     model = hf.LlamaForCausalLM(config).to(DEVICE, torch.bfloat16)
     sites = compare(model, on_device(case.inputs(length=128)), 5, provider="auto", attention=attention, recipe=recipe)
@@ -92,7 +92,7 @@ def test_attention_in_fp8_by_te(attention, recipe, te):
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_generation_with_a_static_cache(mode):
-    """Token by token; FP8 may choose another one of two that are as likely, so the logits are compared."""
+    """Token by token. Of two tokens that are about equally likely FP8 may choose the other, so the logits are compared."""
     model = CASES["llama"].model(dtype=torch.bfloat16).to(DEVICE).eval()
     ids = on_device(CASES["llama"].inputs(batch=2, length=16))["input_ids"]
     found = []

@@ -18,7 +18,7 @@ from tests.numerics import sqnr
 
 pytestmark = pytest.mark.gpu
 SIZE = 1024
-IN_THEORY = {"y": 28.5, "dx": 24.6, "weight": 24.6}  # dB, of E4M3 and E5M2 with Gaussian operands
+IN_THEORY = {"y": 28.5, "dx": 24.6, "weight": 24.6}  # dB, for E4M3 and E5M2 with Gaussian operands
 
 
 def operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -40,7 +40,7 @@ def test_errors_are_those_of_the_formats(provider, dtype):
 
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 def test_errors_of_what_is_compiled(provider, recipe):
-    """The first step, whose scales are its own, and the steady graph."""
+    """The first step, which uses its own scales, and the steady graph."""
     x, w, g, exact = operands(torch.bfloat16)
     model = nn.Linear(SIZE, SIZE, bias=False, device=DEVICE, dtype=torch.bfloat16)
     model.weight.data.copy_(w)
@@ -55,7 +55,7 @@ def test_errors_of_what_is_compiled(provider, recipe):
 
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 def test_a_linear_is_the_definition_s(provider, recipe):
-    """FP8 operands are the same; what differs is how a GEMM accumulates. Scales and histories are equal to the bit."""
+    """The FP8 operands are the same; only a GEMM's accumulation differs. Scales and histories are bitwise equal."""
     found, states = {}, {}
     for who in dict.fromkeys((provider, "reference")):
         torch._dynamo.reset()
@@ -75,7 +75,7 @@ def test_a_linear_is_the_definition_s(provider, recipe):
 
 @pytest.mark.parametrize(("recipe", "tokens"), [("delayed", 100), ("current", 128)], ids=["delayed-padded", "current"])
 def test_blocks_are_the_definition_s(provider, recipe, tokens):
-    """Norms, shared inputs, merged GEMMs, biases, residuals: to what FP8 makes of a last bit that differs before a cast."""
+    """Norms, shared inputs, merged GEMMs, biases, residuals: equal up to the effect of a last bit that differs before a cast."""
     found = {}
     for who in dict.fromkeys((provider, "reference")):
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""What te_dynamo says of itself, on the device."""
+"""te_dynamo's reports, on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own, at the root of the repository, whether te_dynamo is installed or not."""
+    """Runs Python in a separate process, at the root of the repository, whether te_dynamo is installed or not."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"PYTHONPATH": paths}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What a step costs besides arithmetic: waiting for the device, memory; and that CUDA graphs and recompiles change nothing."""
+"""The cost of a step besides arithmetic: device synchronization, memory; and that CUDA graphs and recompiles change nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 
 def trainer(model: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A step of training that looks at no number; it returns the loss."""
+    """A training step that reads no number back to the host; it returns the loss."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
 
     def step(x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def test_cuda_graphs_change_nothing(provider, recipe):
 
 
 def test_a_recompile_keeps_the_state(small_sites_too):
-    """Bit for bit; and the run goes on as one that was never recompiled."""
+    """The state is bitwise equal, and the run goes on like one that was never recompiled."""
     found = []
     for again in (False, True):
         torch._dynamo.reset()
@@ -117,7 +117,7 @@ class Stack(nn.Module):
 
 
 def peak_of_a_step(backend: Any, options: dict[str, Any] | None) -> int:
-    """Bytes at the peak of a step of training, weights and all, beyond what was allocated before."""
+    """Peak bytes of a training step, including weights, beyond what was allocated before."""
     size, shape = LayerSize(hidden=1024, ffn=3584, heads=8, kv_heads=2), (4, 2048)
     torch._dynamo.reset()
     gc.collect()
@@ -137,7 +137,7 @@ def peak_of_a_step(backend: Any, options: dict[str, Any] | None) -> int:
 
 
 def test_a_step_needs_no_more_memory_than_in_bf16(provider):
-    """The activations of 8192 tokens, in FP8 where linears keep them, make room for the weights' FP8 copies."""
+    """Linears keep the activations of 8192 tokens in FP8, which saves more than the weights' FP8 copies need."""
     if provider == "reference":
         pytest.skip("the definition multiplies in float32")
     peak_of_a_step("inductor", None)  # cuBLAS keeps the workspaces of its first calls
@@ -153,7 +153,7 @@ def changed_unseen(model: nn.Module) -> None:
 @pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_weights_that_changed_unseen_are_quantized_again_without_waiting(recipe, mode):
-    """To the bit as they would be made anew."""
+    """Bitwise equal to fresh copies."""
     model, x = mlps().eval(), random(16, 256)
     run = compiled(model, provider="native", recipe=recipe, mode=mode)
     with torch.no_grad():

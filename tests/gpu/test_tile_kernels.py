@@ -1,4 +1,4 @@
-"""The kernels that compute something and write FP8 both ways, as the device runs them, against their definitions on the CPU."""
+"""The kernels that compute something and write FP8 plain and transposed, run on the device, against their definitions on the CPU."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def on_both(op: Any, *arguments: Any) -> tuple[Any, Any]:
-    """What the device gives, moved to the CPU, and what the CPU gives: the definition."""
+    """The device's result, moved to the CPU, and the CPU's result, which is the definition."""
     there = op(*tree_map_only(Tensor, lambda t: t.to(DEVICE), arguments))
     return tree_map_only(Tensor, Tensor.cpu, there), op(*arguments)
 
 
 def check_fp8(found: Tensor, expected: Tensor) -> None:
-    """Equal but for what a last bit in float32 moves across the border between two FP8 numbers."""
+    """Equal, except for values that a last bit in float32 moves across a rounding boundary of FP8."""
     assert found.shape == expected.shape and found.dtype == expected.dtype
     if found.numel():
         a, b = found.float(), expected.float()
@@ -139,7 +139,7 @@ def test_the_gradient_of_qkv(rotary, head, dtype):
 
 
 def test_the_update_of_the_scale_state():
-    """To the bit, under all that a recipe says of it."""
+    """Bitwise equal, for all settings of a recipe that affect it."""
     torch.manual_seed(0)
     recipes = [
         DelayedScaling(amax_history_len=5),

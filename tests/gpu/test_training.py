@@ -18,7 +18,7 @@ STEPS = 20
 
 
 def losses(backend: Any, options: dict[str, Any] | None) -> torch.Tensor:
-    """Of STEPS steps on the same batch, by AdamW in bf16."""
+    """The losses of STEPS steps on the same batch, with AdamW in bf16."""
     case = CASES["llama"]
     model = case.model(dtype=torch.bfloat16).to(DEVICE)
     ids = case.inputs(batch=4, length=64)["input_ids"].to(DEVICE)

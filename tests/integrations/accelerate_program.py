@@ -1,4 +1,4 @@
-"""What a user of Accelerate runs: `main(folder, ...)` trains a tiny Llama for six steps and prints what it ended with."""
+"""A program of a user of Accelerate: `main(folder, ...)` trains a tiny Llama for six steps and prints the final state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batches(size: int = 2, count: int = 2 * STEPS) -> DataLoader[Tensor]:
 
 
 def train(accelerator: Accelerator, trained: nn.Module, optimizer: Any, schedule: Any, data: Any, **at: Any) -> list[float]:
-    """Losses. at: what to do after a step, by its name: `step_3`, ..."""
+    """The losses. at: what to do after a step, by the step's name: `step_3`, ..."""
     losses = []
     for step, ids in enumerate(data, start=1):
         with accelerator.accumulate(trained):

@@ -1,7 +1,7 @@
-"""Processes that begin with Hugging Face's libraries imported, and Accelerate as a fresh process finds it.
+"""Processes that start with Hugging Face's libraries imported, and Accelerate in the state of a fresh process.
 
-peft, which the Trainer imports where it is installed, imports Transformer Engine where that is installed. Here that is NVIDIA's Python
-package without its libraries, whose import fails: so it is hidden from peft.
+peft, which the Trainer imports if it is installed, imports Transformer Engine if that is installed. Here that is NVIDIA's Python package
+without its libraries, and importing it fails, so it is hidden from peft.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def hf_forks() -> Iterator[Forks]:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Neither Dynamo nor Accelerate, whose state is the process's, remembers the test before."""
+    """Resets Dynamo and Accelerate, whose state is global, so that they do not remember the previous test."""
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     torch._dynamo.reset()

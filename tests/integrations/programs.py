@@ -1,4 +1,4 @@
-"""Running the programs of this folder as a user does: each in a process of its own."""
+"""Runs the programs of this folder as a user does, each in a separate process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ main(sys.argv[1], **json.loads(sys.argv[2]))
 
 
 def run(forks: Forks, name: str, folder: Path, *, dies: bool = False, **settings: Any) -> tuple[Any, str]:
-    """What the program printed, as JSON, in its last line; and what it said on stderr. dies: it kills itself."""
+    """The JSON in the last line that the program printed, and its stderr. dies: it kills itself."""
     given = json.dumps({"dies": dies, **settings})
     printed, said = forks.process_of(PROGRAM.format(name=name), str(folder), given, path=[str(ROOT)], dies=dies)
     return None if dies else json.loads(printed.splitlines()[-1]), said

@@ -28,7 +28,7 @@ def everything(trained: Any) -> dict[str, torch.Tensor]:
 
 
 def saved_and_resumed(folder: Path, accelerator: Accelerator) -> None:
-    """In one process: back to a checkpoint and on, and the end is the one that was seen before, bit for bit."""
+    """In one process: goes back to a checkpoint and trains on; the end is bitwise the same as before."""
     set_seed(0)
     made = model()
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3)
@@ -41,7 +41,7 @@ def saved_and_resumed(folder: Path, accelerator: Accelerator) -> None:
     assert len([name for name in scales if name.endswith("grad_output.scale")]) == 7, sorted(scales)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, scales)
-    assert all(torch.equal(found[0][name], scales[name]) for name in scales)  # of all ranks' batches, on each rank
+    assert all(torch.equal(found[0][name], scales[name]) for name in scales)  # each rank's scales are those of all ranks' batches
 
     te_dynamo.scale_state(made).reset()
     accelerator.load_state(str(folder))
@@ -56,7 +56,7 @@ def ddp(folder: Path) -> None:
 
 
 def fsdp2(folder: Path) -> None:
-    """Accelerate shards on accelerators only; on a CPU it is told that it has some."""
+    """Accelerate only shards on accelerators, so on a CPU it is made to believe that there are some."""
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     plugin = FullyShardedDataParallelPlugin(**SHARDED)

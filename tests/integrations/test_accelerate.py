@@ -105,7 +105,7 @@ def test_a_prepared_model_trains(regional, precision):
     unwrapped = accelerator.unwrap_model(trained, keep_torch_compile=False)
     assert unwrapped is made and made.state_dict().keys() == before.keys()
     assert all(not torch.equal(before[name], value) for name, value in made.state_dict().items() if "proj" in name)
-    state = te_dynamo.scale_state(made).state_dict()  # not of the head: its logits stay in high precision, compiled by itself or not
+    state = te_dynamo.scale_state(made).state_dict()  # not the head's: its logits stay in high precision, compiled by itself or not
     assert len([name for name in state if name.endswith("grad_output.scale")]) == 7
     assert te_dynamo.scale_state(trained).state_dict().keys() == state.keys()
 

@@ -1,4 +1,4 @@
-"""Each example does what it says, in a tiny setting: as a script in a process of its own."""
+"""Each example does what it says, in a tiny setting, as a script in a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run(forks: Forks, name: str, *arguments: str) -> str:
-    """What the example prints."""
+    """Runs an example, and returns what it prints."""
     return forks.run(SCRIPT, str(EXAMPLES / name), *arguments, path=[str(EXAMPLES)])
 
 
@@ -101,11 +101,11 @@ def test_moe(hf_forks):
 
 def test_vision_digits(hf_forks):
     printed = run(hf_forks, "vision_digits.py", "--epochs", "1")
-    assert all(number(f"{name}: accuracy", printed) > 0.14 for name in ("float32", "te_fp8"))  # chance is a tenth, of 360 images
+    assert all(number(f"{name}: accuracy", printed) > 0.14 for name in ("float32", "te_fp8"))  # chance is 0.1; 360 images
 
 
 @pytest.mark.slow
 def test_vision_digits_is_as_accurate_as_in_float32(hf_forks):
     printed = run(hf_forks, "vision_digits.py")
     exact, here = (number(f"{name}: accuracy", printed) for name in ("float32", "te_fp8"))
-    assert exact > 0.9 and abs(exact - here) < 0.03  # of 360 images; their sampling error is 0.011
+    assert exact > 0.9 and abs(exact - here) < 0.03  # 360 images, with a sampling error of 0.011

@@ -1,4 +1,4 @@
-"""Accelerate's own FP8 settings become te_fp8's options, or are refused with the reason."""
+"""Accelerate's own FP8 settings become te_fp8's options, or are rejected with the reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling, Float8Rowwise
 
 @pytest.fixture(autouse=True)
 def with_te_and_torchao(monkeypatch):
-    """Their settings cannot be made without them, though nothing of them is used."""
+    """Pretends that TE and torchao are installed: their settings cannot be made without them, though nothing of them is used."""
     for name in ("is_transformer_engine_available", "is_torchao_available"):
         monkeypatch.setattr(settings, name, lambda: True)
 
@@ -78,7 +78,7 @@ class Of(enum.Enum):
 
 
 def torchao(granularity: Of = Of.TENSORWISE, wgrad: Of = Of.DYNAMIC, weight: Of | None = None, **more: bool) -> SimpleNamespace:
-    """torchao's Float8LinearConfig, as far as it is read."""
+    """The fields of torchao's Float8LinearConfig that are read."""
 
     def cast(granularity: Of, scaling: Of = Of.DYNAMIC) -> SimpleNamespace:
         return SimpleNamespace(scaling_granularity=granularity, scaling_type=scaling)

@@ -46,7 +46,7 @@ def test_generate_decodes_in_fp8(options):
 
 @pytest.mark.parametrize("recipe", ["current", {"*.q_proj": None, "*": "rowwise"}])
 def test_a_generation_config_keeps_it(recipe, tmp_path):
-    """As `generation_config.json` does not have it, for any backend."""
+    """In memory; `generation_config.json` drops it, for any backend."""
     config = GenerationConfig(cache_implementation="static", compile_config=te_dynamo.compile_config(recipe=recipe))
     assert "te_fp8" in repr(config) and hash(config)
     config.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""What is imported, and when; and the scripts that need no import at all."""
+"""What te_dynamo imports, and when; and scripts that run in FP8 without importing it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_run_names_a_script_that_is_not_there():
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["launch -m te_dynamo run", "named"])
 def test_accelerate_launch(way, script, tmp_path):
-    """The command line itself, with processes of its own."""
+    """The command line itself, with the processes that it launches."""
     if way == "named":
         script.write_text("import te_dynamo.integrations.accelerate\n" + SCRIPT)
         command = ["-m", "te_dynamo", "accelerate", "launch", "--cpu", "--num_processes", "1", "--dynamo_backend", "te_fp8", str(script)]

@@ -1,4 +1,4 @@
-"""Each page's Python runs, from its first block to its last, in a process of its own."""
+"""Each page's Python runs, from its first block to its last, in a separate process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = re.compile(r"^#+ (?P<heading>[^\n]*)$|^ *```(?P<language>\w*)\n(?P<block>.*?)^ *```", re.MULTILINE | re.DOTALL)
-# What every page may speak of: a model that learns, and a batch.
+# What every page may use: a model to train, and a batch.
 COMMON = """
 import os, sys, torch
 import te_dynamo
@@ -44,7 +44,7 @@ model = tiny(LlamaForSequenceClassification)
 train = test = [{"input_ids": [3 + i % 7] * 8, "label": i % 2} for i in range(8)]
 args = TrainingArguments("out", max_steps=2, save_steps=1, per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True)
 """
-# What a page, or a section of it, needs besides: its heading -> code that runs before its first block; "" the page's own.
+# What else a page, or a section of it, needs: its heading -> code that runs before its first block; "" for the whole page.
 NEEDS: dict[str, dict[str, str]] = {
     "README.md": {},
     "docs/index.md": {},
@@ -127,7 +127,7 @@ te_llama_state_dict["model.layers.0.layernorm_mlp.fc1_weight"] = torch.cat(mlp)
 """
     },
 }
-# What must hold in the end.
+# What must hold at the end.
 HOLDS = {
     "docs/index.md": "assert te_dynamo.scale_state(model).sites() == ['up', 'down'] and y.shape == (512, 256)",
     "docs/checkpoints.md": "assert te_dynamo.scale_state(model).state_dict()['up.input.amax_history'].count_nonzero() == 0",
@@ -139,7 +139,7 @@ HOLDS = {
 
 
 def blocks_of(page: str) -> list[tuple[str, str]]:
-    """The Python of a page: (the heading that it stands under, the block)."""
+    """The Python of a page: (the heading above the block, the block)."""
     found, heading = [], ""
     for part in PARTS.finditer((ROOT / page).read_text()):
         if part["heading"] is not None:

@@ -57,7 +57,7 @@ def test_adapters_learn_as_they_do_in_float32(dora):
     with observing(lambda gm, sites, options: graphs.append(sites)):
         losses = [(step(call, model, optimizers[0]), step(reference, reference, optimizers[1])) for _ in range(5)]
     assert len(graphs) == (25 if dora else 1)  # Dynamo does not trace all of DoRA
-    assert sum(len(sites.taken()) for sites in graphs) == 22  # 7 linears, their adapters' two each, and the attention
+    assert sum(len(sites.taken()) for sites in graphs) == 22  # 7 linears, two for each one's adapter, and the attention
     assert all(abs(fp8 - exact) < 0.01 * exact for fp8, exact in losses)
     assert losses[-1][0] < losses[0][0] - 0.02
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
@@ -65,7 +65,7 @@ def test_adapters_learn_as_they_do_in_float32(dora):
 
 @KINDS
 def test_adapters_are_right_from_the_first_step(dora):
-    """B begins at zero: its gradient must come through, and in the second step, where it is not zero any more, A's."""
+    """B starts at zero: its gradient must not vanish, nor A's in the second step, where B is no longer zero."""
     model = adapted(dora=dora)
     reference = copy.deepcopy(model)
     call = torch.compile(model, backend="te_fp8")
@@ -103,7 +103,7 @@ def test_the_frozen_base_is_quantized_once(monkeypatch):
         quantized.append(set())
         step(call, model, optimizer)
     base = {p.data_ptr() for name, p in model.named_parameters() if "base_layer.weight" in name}
-    assert len(base) == 7 and base <= quantized[2]  # until then an adapter that was zero calibrates
+    assert len(base) == 7 and base <= quantized[2]  # until then an adapter that was zero is calibrating
     assert not any(base & ids for ids in quantized[3:])
 
 
@@ -142,7 +142,7 @@ def test_averaged_weights_have_scales_of_their_own(average):
         schedule.step()
         averaged.eval()
         with torch.no_grad():
-            assert 20 < sqnr(output(averaged(**ids)), output(in_fp8(**ids)))  # of the average as it is now
+            assert 20 < sqnr(output(averaged(**ids)), output(in_fp8(**ids)))  # uses the current average
     assert te_dynamo.scale_state(averaged).sites() == []
     assert len(te_dynamo.scale_state(model).sites()) == 7
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(*arguments: str, ranks: int = 2, folder: Path = ROOT) -> str:
-    """What rank 0 and the others print."""
+    """Runs torchrun, and returns what all ranks print."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)

@@ -1,4 +1,4 @@
-"""Models with their real weights, in FP8 as in float32; and what is said where they cannot be downloaded."""
+"""Models with their real weights, in FP8 as in float32; and the message if they cannot be downloaded."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_killed_and_resumed_is_bit_equal_to_never_killed_and_differs_without_sca
 
 
 def test_one_argument_compiles_trains_evaluates_and_keeps_the_model(tmp_path):
-    """Checkpointing, accumulation, clipping, evaluation: and the saved model is what it is without te_fp8."""
+    """Checkpointing, accumulation, clipping, evaluation; and the saved model loads like one trained without te_fp8."""
     args = arguments(
         tmp_path,
         max_steps=2,
@@ -139,5 +139,5 @@ def test_optimizers(optimizer, tmp_path):
     assert all(not torch.equal(before[name], changed[name]) for name in before if "proj" in name)
     made.eval()
     ids = torch.randint(3, VOCABULARY, (2, 16))
-    with torch.no_grad():  # the weights that were quantized before are not used after
+    with torch.no_grad():  # weights that were quantized before are not used after this
         torch.testing.assert_close(torch.compile(made, backend="te_fp8")(ids).logits, made(ids).logits, rtol=0.2, atol=0.2)

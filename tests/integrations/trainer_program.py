@@ -1,4 +1,4 @@
-"""What a user of the Trainer runs: `main(folder, ...)` trains a tiny Llama for six steps and prints what it ended with."""
+"""A program of a user of the Trainer: `main(folder, ...)` trains a tiny Llama for six steps and prints the final state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS, SAVED = 6, 3
 
 
 class Killed(TrainerCallback):
-    """The process dies in the step after a checkpoint, as it would by a machine that goes away."""
+    """Kills the process in the step after a checkpoint, as if the machine had died."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == SAVED + 1:
@@ -53,7 +53,7 @@ def model() -> nn.Module:
 
 
 def digest(trained: nn.Module) -> str:
-    """Of every weight and scale, bit for bit."""
+    """A hash of the bits of every weight and scale."""
     found = hashlib.sha256()
     for name, tensor in sorted({**trained.state_dict(), **te_dynamo.scale_state(trained).state_dict()}.items()):
         found.update(name.encode() + tensor.numpy().tobytes())

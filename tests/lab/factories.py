@@ -1,4 +1,4 @@
-"""What `python -m te_dynamo estimate` is given in the tests."""
+"""Factories for `python -m te_dynamo estimate` in the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Its table is no buffer, and must be on the GPU all the same."""
+    """Its table is not a buffer, but must be on the GPU all the same."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`te_dynamo.estimate` and its command: a whole step of a small model for a GPU that is not there, against plain arithmetic."""
+"""`te_dynamo.estimate` and its command: a whole step of a small model for a GPU that is not present, against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.lab import factories
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKENS, HIDDEN = 4096, 2048
-FORWARD = 2 * 2 * TOKENS * HIDDEN * 2 * HIDDEN / 1e12  # TFLOP of both linears
+FORWARD = 2 * 2 * TOKENS * HIDDEN * 2 * HIDDEN / 1e12  # TFLOPs of both linears
 reason = pretend.unavailable()
 possible = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
 @possible
 def test_the_command(forks):
-    """With everything, in a process of its own; the arithmetic is that of the two linears."""
+    """With all its options, in a separate process; the FLOPs are those of the two linears."""
     arguments = ["--device", "h100", "--set", f"tokens={TOKENS}", "--recipe", "delayed", "--json", "--kernels"]
     command = ["estimate", "tests.lab.factories:mlp", *arguments]
     (found,) = json.loads(forks.run(f"from te_dynamo.__main__ import main; assert main({command}) == 0", path=[str(ROOT)]))
@@ -60,7 +60,7 @@ def test_the_command(forks):
 
 @possible
 def test_a_model_as_it_is_here():
-    """Real tensors on the CPU, after a step of autograd's in this process: nothing changes. In inference weights are quantized once."""
+    """Real tensors on the CPU, after autograd has run in this process: nothing changes. In inference, weights are quantized once."""
     model, x = factories.mlp(tokens=4096, hidden=256)
     model(x).sum().backward()
     before = {name: (p, p.device, p.grad.clone()) for name, p in model.named_parameters()}
@@ -77,7 +77,7 @@ def test_a_model_as_it_is_here():
 
 @possible
 def test_opaque_operators_are_looked_into():
-    """Emulated, the products are in float32, and every operator around them is a kernel."""
+    """When emulated, the products are in float32, and every operator around them is a kernel."""
     with torch.device("meta"):
         model, x = factories.mlp()
     found = te_dynamo.estimate(model, x, train=False, options={"provider": "reference", "recipe": "mxfp8"})
@@ -122,7 +122,7 @@ def test_factories_on_fake_tensors():
                 tied = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
                 tied[2].weight = tied[0].weight
                 tied.requires_grad_(False).bfloat16()
-                nn.init.trunc_normal_(tied[0].weight, std=0.02)  # which samples until all is within bounds
+                nn.init.trunc_normal_(tied[0].weight, std=0.02)  # samples until all values are within bounds
             assert tied[0].weight is tied[2].weight and tied[0].weight.dtype == torch.bfloat16 and not tied[0].weight.requires_grad
             assert tied[1].running_mean.dtype == torch.bfloat16 and tied[1].num_batches_tracked.dtype == torch.int64
 

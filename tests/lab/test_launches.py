@@ -1,4 +1,4 @@
-"""What is noted of a launch, against counts by hand."""
+"""What is recorded for a launch, against counts by hand."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Config:
 def test_sectors_that_are_not_filled():
     across, along = Accesses(KERNEL.format("y0 + 128*x1", "y0 + 128*x1")), Accesses(KERNEL.format("x1 + 64*y0", "x1 + 64*y0"))
     signature = {"in_ptr0": "*bf16", "out_ptr0": "*fp8e4nv", "out_ptr1": "*fp8e4nv"}
-    wide, narrow = Config(64, 64), Config(1, 64)  # a program's tile: 64 rows fill sectors both ways, one does not
+    wide, narrow = Config(64, 64), Config(1, 64)  # a program's tile: 64 rows fill sectors in both directions, one row does not
     assert along.scattered_bytes([128, 64], False, signature, [narrow]) == 0
     assert across.scattered_bytes([128, 64], False, signature, [wide]) == 0
     assert across.scattered_bytes([128, 64], False, signature, [narrow]) == 2 * 128 * 64 * 32

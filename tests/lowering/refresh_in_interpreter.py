@@ -1,7 +1,7 @@
-"""Run by `test_refresh.py` with TRITON_INTERPRET=1: the kernels that make kept weights again, and the cache that has them do it.
+"""Run by `test_refresh.py` with TRITON_INTERPRET=1: the kernels that requantize kept weights, and the cache that launches them.
 
-The interpreter loses the carry of a rounding to FP8, and a NaN, which hardware does right: where bits are compared, the weights are FP8
-values times a power of two, which is what their scale undoes.
+Unlike hardware, the interpreter loses the carry when it rounds to FP8, and a NaN. So where bits are compared, the weights are FP8 values
+times a power of two, which their scale undoes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def on_a_cpu(monkeypatch: Any) -> Iterator[None]:
 def exact(rows: int, columns: int, dtype: torch.dtype, exponent: int = 0, top: float = 448.0) -> Tensor:
     """FP8 values, `top` the largest of each row, times a power of two."""
     w = torch.randn(rows, columns).mul(20).clamp(-200, 200).to(torch.float8_e4m3fn).float()
-    w[w.abs() < 1] = 0  # what is smaller may have fewer digits
+    w[w.abs() < 1] = 0  # smaller values may have fewer digits
     w[torch.arange(rows), torch.arange(rows) % columns] = top
     return (w * 2.0**exponent).to(dtype)
 
@@ -114,7 +114,7 @@ SHAPES: list[tuple[tuple[int, ...], int, dict[str, Any]]] = [
 ]
 
 
-# Each shape with half of the recipes, in turns with dtypes and kinds.
+# Each shape with half of the recipes, alternating dtypes and kinds.
 CASES = [
     (shape, RECIPES[(i + 2 * j) % 6], DTYPES[(i + j) % 3], ("inference", "training")[j % 2])
     for i, shape in enumerate(SHAPES)
@@ -129,7 +129,7 @@ def test_what_changed_is_made_again_and_nothing_else(case):
     linears = Linears(recipe, sizes, columns, dtype, kind=kind, **how)
     again = Refresh(linears.gemms())
     assert linears.right()
-    spoiled(linears)  # not written while nothing changes
+    spoiled(linears)  # not overwritten while nothing changes
     again()
     assert all(bool((t.float() == 1).all()) for q in linears.made for t in q if t is not None)
     for exponent, top in ((3, 448.0), (-2, 288.0 if getattr(recipe, "power_2_scale", False) else 448.0)):
@@ -141,7 +141,7 @@ def test_what_changed_is_made_again_and_nothing_else(case):
 
 @pytest.mark.parametrize("recipe", [Float8CurrentScaling(), Float8RowwiseScaling()])
 def test_scales_of_any_values(recipe):
-    """Of what is not FP8's own, bits of the copy differ by the interpreter's rounding, scales do not."""
+    """If values are not exact in FP8, the copy differs by the interpreter's rounding, but scales do not."""
     linears = Linears(recipe, (40,), 50, torch.float32)
     again = Refresh(linears.gemms())
     (w,), (made,) = linears.weights, linears.made
@@ -160,7 +160,7 @@ def test_scales_of_any_values(recipe):
 
 
 def test_several_gemms_of_several_recipes():
-    """A weight of one GEMM changes: only that one is made again, and of several joined all."""
+    """If a weight changes, only its GEMM is quantized again, with all of the weights that are merged in it."""
     everyone = [Linears(recipe, (32, 16), 48, DTYPES[i % 3], merged=True) for i, recipe in enumerate(RECIPES)]
     again = Refresh([gemm for linears in everyone for gemm in linears.gemms()])
     for changed in (everyone[0], everyone[-1]):
@@ -173,7 +173,7 @@ def test_several_gemms_of_several_recipes():
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 64), (512, 512), (1000, 3)])
 def test_samples_are_spread(shape):
-    """All of a small weight; of a larger one as many elements, in all regions."""
+    """All elements of a small weight; the same number of a larger one, from all regions."""
     linears = Linears(Float8CurrentScaling(), shape[:1], shape[1])
     offsets = Refresh(linears.gemms()).offsets[0]
     elements = shape[0] * shape[1]
@@ -196,7 +196,7 @@ def test_what_differs_in_2_percent_is_seen():
 
 @pytest.mark.parametrize("recipe", [DelayedScaling(), Float8RowwiseScaling()])
 def test_experts(recipe):
-    """Their matrices lie one after the other; where a model has them inputs first, the kernel cannot read them."""
+    """Their matrices are stored one after the other; if a model stores them inputs first, the kernel cannot read them."""
     attributes = {"out_dtype": torch.bfloat16, "in_features": 40, "inputs_first": False}
     call = Call("grouped_linear", "native", "cuda", (torch.bfloat16, ()), recipe.key, cached="inference", attributes=attributes)
     weights = torch.stack([exact(24, 40, torch.bfloat16, exponent) for exponent in (0, 0, -1)])
@@ -252,7 +252,7 @@ def address_comes_back(w: nn.Parameter) -> None:
 
 
 def by_a_flat_buffer(w: nn.Parameter) -> None:
-    """Which the weight is a view of since before the first call."""
+    """Writes through a flat buffer, of which the weight has been a view since before the first call."""
     w.flat.mul_(-2)  # type: ignore[attr-defined]
 
 
@@ -293,7 +293,7 @@ def test_weights_that_changed_unseen_are_made_again(change, recipe, no_codegen, 
 
 
 def test_not_noticed_without_it(no_codegen, monkeypatch):
-    """That the tests here would fail."""
+    """Without the kernel, the tests here would fail."""
     monkeypatch.setattr(refresh, "DEVICES", ())
     model, x = Model().eval(), torch.randn(16, 32)
     run = compiled(model)
@@ -321,7 +321,7 @@ def test_kept_in_training(no_codegen):
 
 
 def test_seen_and_unseen_at_once(no_codegen):
-    """What is made again because the host saw it must not hide what only the samples tell."""
+    """A weight that is requantized because the host saw it change must not hide one that only the samples show."""
     model, x = Model().eval(), torch.randn(16, 32)
     run = compiled(model)
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_two_graphs_of_one_model(no_codegen):
 
 
 def test_inside_a_cuda_graph(no_codegen, monkeypatch):
-    """What was not made before is made by the graph itself at each replay, and not kept; what was kept lives as long as the process."""
+    """A copy that was not made before capture is made by the graph at each replay, and not kept; kept ones live as long as the process."""
     model, x = Model().eval(), torch.randn(16, 32)
     run = compiled(model)
     with torch.no_grad():

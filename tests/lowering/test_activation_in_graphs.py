@@ -1,4 +1,4 @@
-"""An MLP on a GPU: its activation makes an FP8 operand in forward and an FP8 gradient in backward, each by one kernel. The graphs after
+"""An MLP on a GPU: one kernel computes its activation and writes it in FP8 in forward, and one its gradient in backward. The graphs after
 AOTAutograd's partition, made and run on a CPU."""
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def model_and_input(kind: str = "swiglu", tokens: int = TOKENS, dtype: torch.dty
 
 
 def results(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, steps: int = 1) -> list[Tensor]:
-    """The output and all gradients of the last of some steps, in which the scales are delayed."""
+    """The output and all gradients of the last of several steps, with delayed scales."""
     for _ in range(steps):
         y = run(x)
         learned = [p for p in model.parameters() if p.requires_grad]
@@ -103,7 +103,7 @@ def test_it_is_one_kernel_each_way_and_right(kind, memory):
 
 
 def sites_of(model: nn.Module, x: Tensor, **options: Any) -> tuple[list[Site], int, int]:
-    """The sites of a model that is trained, and how many kernels compute an activation in forward, and its gradient in backward."""
+    """The sites of a training model, and how many kernels compute an activation in forward, and its gradient in backward."""
     found: list[Site] = []
     with interpreted() as graphs, observing(lambda gm, sites, _: found.extend(sites.all)):
         results(compiled(model, **options), model, x, steps=2)
@@ -154,7 +154,7 @@ def test_a_checkpoint_gives_the_same_gradients():
     with interpreted() as graphs:
         expected = results(compiled(model), model, x, steps=3)
         found = results(compiled(lambda x: checkpoint(model, x, use_reentrant=False)), model, x, steps=3)
-        assert sum(len(calls(gm, ours.activation.default)) for gm in graphs[-2:]) == 2  # made again in backward
+        assert sum(len(calls(gm, ours.activation.default)) for gm in graphs[-2:]) == 2  # recomputed in backward
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 

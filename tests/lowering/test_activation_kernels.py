@@ -1,4 +1,4 @@
-"""The kernels that compute an activation, or its gradient, and write FP8 both ways: by definition, and by Triton's interpreter."""
+"""The kernels that compute an activation, or its gradient, and write FP8 plain and transposed: the definition, and Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cases() -> list[tuple[str, bool]]:
 
 
 def tensors(count: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Views of one buffer, as gate and up are."""
+    """Views of one buffer, like gate and up."""
     torch.manual_seed(0)
     return list((2 * torch.randn(rows, count * columns)).to(dtype).split(columns, 1))
 
@@ -80,7 +80,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("columns", [24, 64, 130])
 def test_what_is_kept_is_as_near_as_e4m3_comes(columns):
-    """A scale for each row of a tile: half of an E4M3 step, of the largest in its 64 elements."""
+    """There is a scale for each row of a tile, so the error is half an E4M3 step relative to the largest of 64 elements."""
     x, up = tensors(2, 20, columns)
     x[3] *= 1e-6
     x[4] = 0
@@ -102,8 +102,8 @@ def test_what_is_not_finite_is_kept_so():
     assert not infinite.isfinite().any()
 
 
-# Triton's interpreter rounds to FP8 otherwise than hardware: it loses the carry of a rounding. So the kernels are first given memory of
-# float32, where what they would round can be seen and is rounded by torch; then FP8, with values that are FP8's own.
+# Triton's interpreter rounds to FP8 differently from hardware: it loses the carry. So the kernels first write to float32, which shows the
+# values before rounding, and torch rounds them; then to FP8, with values that are exact in FP8.
 KERNEL = """
     import torch
     from te_dynamo.lowering.activation import gradients, value

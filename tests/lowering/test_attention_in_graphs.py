@@ -1,4 +1,4 @@
-"""What an attention says reaches the kernel that computes it: scale, mask, causality and heads, by way of the whole pipeline."""
+"""An attention's scale, mask, causality and heads reach the kernel that computes it, through the whole pipeline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(WIDTH, SIZE * heads, bias=False) for heads in (HEADS, kv_heads, kv_heads))
         self.o, self.how = nn.Linear(WIDTH, WIDTH, bias=False), how
         for p in self.parameters():
-            nn.init.normal_(p, std=WIDTH**-0.5)  # q, k and v of the order of 1, so scores of the order of 4 times the scale
+            nn.init.normal_(p, std=WIDTH**-0.5)  # q, k and v are about 1, so scores are about 4 times the scale
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (linear(x).unflatten(-1, (-1, SIZE)).transpose(1, 2) for linear in (self.q, self.k, self.v))
@@ -48,7 +48,7 @@ def padding() -> Tensor:
 
 
 def distances() -> Tensor:
-    """Added: each head looks to another side."""
+    """An additive mask: each head prefers another direction."""
     step = torch.arange(LENGTH, dtype=torch.float32)
     return (step - step[:, None]) * torch.linspace(-1, 1, HEADS)[:, None, None]
 
@@ -71,7 +71,7 @@ def results(call: Any, model: nn.Module, x: Tensor, *given: Any) -> list[Tensor]
 
 
 def compare(how: str, **options: Any) -> Site:
-    """The site of the attention, whose results were those of float64."""
+    """The site of the attention, after its results were compared with float64."""
     keywords, make = HOW[how]
     model, x = Attention(**keywords).bfloat16(), torch.randn(BATCH, LENGTH, WIDTH).bfloat16()
     mask = None if make is None else make()
@@ -82,7 +82,7 @@ def compare(how: str, **options: Any) -> Site:
         for _ in range(2):
             ours = results(call, model, x, mask)
     wanted = results(exact, exact, x.double(), mask if mask is None or mask.dtype == torch.bool else mask.double())
-    # Linears and attention in FP8, a gradient through four E5M2 roundings: more than 11 dB. A scale or a mask that is lost: less than 5.
+    # With linears and attention in FP8, a gradient passes four E5M2 roundings: above 11 dB. With a lost scale or mask: below 5.
     errors = [sqnr(a, b) for a, b in zip(wanted, ours, strict=True)]
     assert errors[0] > 17 and all(e > 10 for e in errors), errors
     (site,) = found
@@ -102,7 +102,7 @@ def test_by_te(how, attention):
     if reason is not None:
         pytest.skip(reason)
     te_on_cpu.install()
-    with te_on_cpu.pretended((10, 0)):  # whose FP8 attention trains heads of this size
+    with te_on_cpu.pretended((10, 0)):  # its FP8 attention can train heads of this size
         site = compare(how, provider="te", attention=attention)
     taken = site.detail.get("kernel", "").startswith("TE's fused attention")
     if attention == "fp8":

@@ -1,4 +1,4 @@
-"""What lies in memory already is cast both ways by one kernel; what a kernel of Inductor's makes is cast by that."""
+"""One kernel casts a tensor in memory, plain and transposed; a tensor that one of Inductor's kernels computes is cast by that kernel."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_kernel(interpreter):
 
 
 class Attention(nn.Module):
-    """Its first linear reads an input of the graph, its last one what an attention gives, and the sum with it is returned."""
+    """Its first linear reads an input of the graph, its last one the output of an attention; their sum is returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
 
 def trained(model: nn.Module, scaled: bool = False) -> tuple[int, int, int, int]:
-    """How often forward casts by Inductor and by the kernel, and backward; the numbers are checked."""
+    """How many casts are Inductor's and the kernel's, in forward, then in backward; checks the numbers too."""
     torch.manual_seed(0)
     x, wanted = torch.randn(2, 16, HIDDEN, requires_grad=True), [0, 0]
     with interpreted() as graphs:

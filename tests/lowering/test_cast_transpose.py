@@ -1,4 +1,4 @@
-"""The kernel that casts, transposes and measures in one reading: by definition, and by Triton's interpreter."""
+"""The kernel that casts, transposes and computes the amax in one pass: the definition, and Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_opcheck(data, transposed, monkeypatch):
     torch.library.opcheck(torch.ops.te_dynamo.cast_transpose.default, (parts, torch.tensor(2.0), FP8[1], 8, data, transposed))
 
 
-# Values that are FP8's own, under a scale of 2: Triton's interpreter loses the carry of a rounding, and a NaN, which hardware does right.
+# Values that are exact in FP8, with a scale of 2: unlike hardware, Triton's interpreter loses the carry when it rounds, and a NaN.
 KERNEL = """
     import torch
     from te_dynamo.lowering.kernels.cast_transpose import _blocks, _reference, launch

@@ -1,4 +1,4 @@
-"""Where FP8 pays on a GPU: against plain arithmetic, and who asks."""
+"""When FP8 pays off on a GPU, against plain arithmetic; and that it is asked for each linear."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reason(tokens: int, k: int, n: int, *, training: bool, device: str = "cuda")
 @pytest.mark.parametrize(
     ("tokens", "k", "n", "pays"),
     [
-        (8192, 4096, 14336, True),  # a Llama's MLP: 1 TFLOP, a millisecond saved, for 100 MB that are moved in 0.1 ms
+        (8192, 4096, 14336, True),  # a Llama's MLP: 1 TFLOP; saves a millisecond, and moves 100 MB in 0.1 ms
         (4096, 4096, 4096, True),
         (64, 64, 64, False),  # nothing to save
         (16384, 256, 256, None),
@@ -43,7 +43,7 @@ def test_a_large_gemm_pays_and_a_small_one_does_not(tokens, k, n, pays, training
 
 
 def test_fewer_tokens_never_pay_more():
-    """From some number of tokens on it pays."""
+    """FP8 pays off from some number of tokens on."""
     taken = [reason(2**i, 1024, 1024, training=True) is None for i in range(16)]
     assert not taken[0] and taken[-1] and taken == sorted(taken)
 
@@ -73,7 +73,7 @@ def test_whoever_selects_asks_for_each_linear(grad, no_codegen, monkeypatch):
 
 
 def test_the_device_at_hand_decides(monkeypatch):
-    """What pays on an RTX 4090, whose memory is slow beside its GEMMs' gain, is less than on an H100."""
+    """A known GPU's own peaks count, as an RTX 4090's, whose memory is slow compared with its GEMMs' gain; else an H100's."""
     from te_dynamo.lowering.devices import H100, PEAKS, peak_of
 
     names = iter(["NVIDIA GeForce RTX 4090", "a GPU of tomorrow"])
@@ -84,14 +84,14 @@ def test_the_device_at_hand_decides(monkeypatch):
     peak_of.cache_clear()
 
 
-# --- torchao's own model of its kernels, benchmarks/float8/float8_roofline.py and torchao/testing/training/roofline_utils.py: what it
-# says of an H100, whose memory is slower than the datasheet's there, and what its kernels read and write for each element.
+# --- torchao's own model of its kernels, benchmarks/float8/float8_roofline.py and torchao/testing/training/roofline_utils.py: its numbers
+# for an H100, with memory slower than in the datasheet, and the bytes that its kernels read and write for each element.
 
 AO_BANDWIDTH, AO_LAUNCH = 2.4e12 * 0.92, 2e-6
 AO_GEMM = {1: 1979e12 * 0.78, 2: 989e12 * 0.78}  # by bytes of an operand's element
-# By recipe, of a weight and of an input or a gradient that the kernel before is fused with: bytes for each kernel.
+# By recipe, for a weight, and for an input or gradient with which the kernel before is fused: bytes for each kernel.
 AO_CASTS = {"tensorwise": ((2, 0, 3, 3), (0, 0, 4)), "rowwise": ((3, 4, 3), (3, 3))}
-# What it has us count: the same bytes, and as many kernels as we launch.
+# Our cost model with torchao's bytes, and as many kernels as we launch.
 AS_TORCHAO = {"tensorwise": Overhead(8, 3, 3, kernels=4), "rowwise": Overhead(10, 6, 6, kernels=4)}
 SIZES = (1024, 2048, 4096, 8192, 16384)
 
@@ -121,7 +121,7 @@ def we_take(recipe: str) -> dict[tuple[int, int, int], bool]:
 
 @pytest.mark.parametrize("recipe", list(AO_CASTS))
 def test_with_torchao_s_bytes_the_decisions_are_torchao_s(recipe):
-    """docs/estimate.md lists what differs, and what our own bytes make of it."""
+    """docs/estimate.md lists the differences, and the effect of our own bytes."""
     ours = we_take(recipe)
     theirs = {shape: torchao_pays(*shape, recipe) for shape in ours}
     differ = {shape for shape in ours if ours[shape] != theirs[shape]}

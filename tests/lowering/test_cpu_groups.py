@@ -25,7 +25,7 @@ NEEDS = [True, True, False]
 
 
 def routed(tokens: int, k: int, where: str) -> list[int]:
-    """How many rows each expert has of tokens that choose k experts each: by a router of random scores, or all the same ones."""
+    """The number of rows of each expert if tokens choose k experts each: by random scores, or all tokens the same ones."""
     scores = torch.rand(tokens, E) if where == "anywhere" else torch.arange(E).float().expand(tokens, E)
     return torch.bincount(scores.topk(k).indices.flatten(), minlength=E).tolist()
 

@@ -39,7 +39,7 @@ def compiled() -> None:
 
 @st.composite
 def matrices(draw: Any, special: bool = True, like: Any = shapes) -> Tensor:
-    """Of any dtype, values and strides."""
+    """Matrices of any dtype, values and strides."""
     rows, columns = draw(like)
     torch.manual_seed(draw(st.integers(0, 1000)))
     whole = torch.randn(2 * rows, columns + 3) * 2.0 ** draw(st.integers(-12, 12))
@@ -65,7 +65,7 @@ def forward(x: Tensor, weights: list[Tensor], recipe: Recipe, scales: Tensor | N
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bit by bit, but for NaN."""
+    """Bitwise equal, except for the bits of a NaN."""
     a, b = a.float(), b.float()
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num().view(torch.int32), b.nan_to_num().view(torch.int32))
 
@@ -130,7 +130,7 @@ def test_weights_that_are_kept(w, form):
 @given(matrices(like=st.tuples(st.integers(1, 40), st.integers(1, 40))), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_fake_results_lie_as_real_ones(x, across):
-    """However the operands do: also where torch computes them, which tells of shapes."""
+    """For any strides of the operands; also for quantized weights, whose fakes torch's own operators compute."""
 
     def described(values: Any) -> Any:
         return [(t.shape, t.stride(), t.dtype) for t in values]
@@ -155,7 +155,7 @@ VECTORS = ("x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ()
 
 @pytest.fixture(params=[ANY, DOT_PRODUCTS, TILES, *VECTORS])
 def instructions(request: Any, monkeypatch: Any) -> Iterator[None]:
-    """Each way to multiply that this processor has, and vectors of other widths than its own."""
+    """Each kind of multiplication instruction that this processor has, and vectors of other widths than its own."""
     if isinstance(request.param, str):
         if not hasattr(torch._inductor.config.cpp, "march"):
             pytest.skip("torch 2.11 compiles for the processor it runs on alone")
@@ -176,7 +176,7 @@ def instructions(request: Any, monkeypatch: Any) -> Iterator[None]:
 
 
 def near(value: Tensor, a: Tensor, b: Tensor, bias: float = 0.0) -> None:
-    """`value` is a @ b + bias but for the roundings of a sum in float32, and for that to its dtype."""
+    """`value` is a @ b + bias up to the rounding errors of a float32 sum, and of the cast to its dtype."""
     exact, size = a.double() @ b.double() + bias, a.double().abs() @ b.double().abs()
     unit = torch.finfo(value.dtype).eps
     assert ((value.double() - exact).abs() <= size * 2.0**-20 + exact.abs() * unit).all()
@@ -184,7 +184,7 @@ def near(value: Tensor, a: Tensor, b: Tensor, bias: float = 0.0) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_kept_of_an_activation_s_inputs(instructions, dtype):
-    """By vectors of any width, to the bit."""
+    """Bitwise equal, with vectors of any width."""
     torch.manual_seed(0)
     for v in (torch.randn(9, 131, dtype=dtype)[:, :130], torch.randn(3, 256, dtype=dtype)):
         found, expected = torch.ops.te_dynamo.pack_kept(v), packed.pack(v)
@@ -196,7 +196,7 @@ def test_what_is_kept_of_an_activation_s_inputs(instructions, dtype):
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 33, 31), (64, 32, 96), (40, 1100, 70), (1030, 130, 520)])
 @pytest.mark.parametrize("form", [(False, 0), (True, 0), (True, 5)])
 def test_products(instructions, out, size, form):
-    """All three, of several linears, as the sums of products of FP8 values that they are; and the gradients of biases."""
+    """The three GEMMs of several linears are the sums of products of the FP8 values; and the gradients of biases."""
     tokens, k, n = size
     merged, interleave = form
     n = -(-n // 5) * 5
@@ -229,7 +229,7 @@ def test_products(instructions, out, size, form):
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("shape", [(7, 70), (64, 128), (130, 300)])
 def test_few_tokens_give_what_many_do(instructions, tokens, shape):
-    """Of weights that are kept, biases, and NaN where it is."""
+    """With kept weights, biases, and NaN in the same places."""
     torch.manual_seed(0)
     n, k = shape
     x, w, b = torch.randn(8, k), torch.randn(n, k), torch.randn(n)
@@ -276,7 +276,7 @@ def test_without_a_compiler_torch_computes_the_same(monkeypatch):
 
 
 def test_ranks_agree_on_a_first_scale_elsewhere():
-    """An unset slot is +0 where ranks share it, -0 where this one runs alone: only the latter is for the C++."""
+    """An unset slot is +0 if ranks share it, -0 if this rank runs alone: C++ only handles the latter."""
     x, w = torch.randn(8, 32), torch.randn(16, 32)
     call = calls.linears_call("native", [x, [w], [None]], records=True, calibrating=True, amax_group="0")
     made = cpu.CPULinears()

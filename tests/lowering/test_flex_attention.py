@@ -1,4 +1,4 @@
-"""Attention by `flex_attention` out of a mask's formula gives what `scaled_dot_product_attention` gives of the mask, gradients too."""
+"""`flex_attention` with a mask's formula gives the same as `scaled_dot_product_attention` with the mask, including gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attention_of(make: Callable[..., Tensor], *given: Tensor, rows: int = S, col
 
 
 def both(make: Callable[..., Tensor], *given: Tensor, rows: int = S, columns: int = S) -> Proof:
-    """Checks that flex_attention and eager attention agree in float64; gives what the mask was proved to be."""
+    """Checks that flex_attention and eager attention agree in float64, and returns what the mask was proved to be."""
     gm, node = attention_of(make, *given, rows=rows, columns=columns)
     proof = prove(node.args[3], node)
     assert proof.attends is not None, proof
@@ -82,7 +82,7 @@ def column(n: int) -> Tensor:
 
 
 def valid(*lengths: tuple[int, int], holes: bool = False) -> Tensor:
-    """[B, S] int64: 1 from the first to the last of each."""
+    """[B, S] int64: 1 in each sample's range of positions."""
     made = torch.stack([((torch.arange(S) >= a) & (torch.arange(S) < b)).long() for a, b in lengths])
     if holes:
         made[:, 70:75] = 0
@@ -117,7 +117,7 @@ def test_a_window_and_padded():
 
 
 def test_queries_that_are_masked_too():
-    """Not a padding of keys alone, and right all the same."""
+    """Padding that masks queries as well as keys is right too."""
     both(lambda s, t, m: m.bool()[:, None, None, :] & m.bool()[:, None, :, None] & (column(t) <= row(s)), PADDINGS["both"])
 
 
@@ -153,7 +153,7 @@ def test_a_mask_that_is_given():
 
 
 def test_what_may_lie_outside_is_not_read():
-    """A cache that is full, and new tokens that may be padding: beyond the first part nothing is read of it."""
+    """A full cache, then new tokens that may be padding: the new tokens' mask is not indexed outside of its bounds."""
     new = torch.rand(B, S - 100) > 0.3
     both(lambda s, t, m: torch.cat((torch.ones(B, 100, dtype=torch.bool), m), 1)[:, None, None, :].expand(B, 1, s, t), new)
 
@@ -182,7 +182,7 @@ FORMULA = (((("column", 1), ("row", -1)),),), ()
 
 
 def reason(mask: bool = True, rows: int = 1024, columns: int = 1024, head: int = 64, **changed: Any) -> str | None:
-    """Why flex_attention does not compute an attention in bfloat16 with a mask; "" where torch's own kernels are as good."""
+    """Why flex_attention does not compute an attention in bfloat16 with a mask; "" if torch's own kernels are as good."""
     dtype = changed.pop("dtype", torch.bfloat16)
     q, k = (torch.empty(2, 4, n, head, dtype=dtype, device="meta") for n in (rows, columns))
     inputs = {

@@ -60,7 +60,7 @@ def high_precision(tensors, do, attn_mask=None, **kwargs):
 
 
 def forward(q, k, v, mask, scale, start, causal, softmax_scale, quantize_output, form):
-    """(o, o8, q8, k8, v8, scale_inv [5], lse, amax [5]) by the operator."""
+    """(o, o8, q8, k8, v8, scale_inv [5], lse, amax [5]) from the operator."""
     how = {"causal": causal, "softmax_scale": softmax_scale, "quantize_output": quantize_output, "form": form}
     call = attention_call(q, k, v, mask, **how)
     (o,), saved, amax = forward_results(OPS.site_fwd(call.key, [q, k, v, mask, None], scale, start, [True] * 3 + [False] * 2))
@@ -75,8 +75,8 @@ def forward(q, k, v, mask, scale, start, causal, softmax_scale, quantize_output,
 @pytest.mark.parametrize(("b", "h", "s"), [(B, H, S), (1, 1, 4096)])
 @pytest.mark.parametrize(("quantize_output", "expected"), [(False, 25.4), (True, 24.4)])
 def test_output_has_the_error_that_four_or_five_e4m3_roundings_give(quantize_output, expected, b, h, s):
-    # Rounding a Gaussian to E4M3 is noise 31.5 dB below it. O gathers that of V, of S, and of Q and K (by way of the
-    # scores, whose absolute error is a relative one of S): 31.5 - 10 log10(4) = 25.5; with O rounded too, a fifth: 24.5.
+    # Rounding a Gaussian to E4M3 adds noise 31.5 dB below it. O gets that of V, of S, and of Q and K (through the
+    # scores, whose absolute error is a relative error of S): 31.5 - 10 log10(4) = 25.5; with O rounded too, a fifth: 24.5.
     q, k, v = qkv(b, h, s=s)
     o, _ = attention(q, k, v, quantize_output=quantize_output)
     assert abs(sqnr(F.scaled_dot_product_attention(q.double(), k.double(), v.double()), o) - expected) < 0.5
@@ -85,9 +85,9 @@ def test_output_has_the_error_that_four_or_five_e4m3_roundings_give(quantize_out
 @pytest.mark.parametrize(("quantize_gradients", "expected"), [(False, (20.7, 20.7, 23.1)), (True, (19.5, 19.5, 21.1))])
 @pytest.mark.parametrize("quantize_output", [False, True])
 def test_gradients_have_the_error_of_their_roundings(quantize_output, quantize_gradients, expected):
-    # E5M2's noise is 25.5 dB down, four times E4M3's. In units of E4M3's, 31.5 dB down: dQ and dK gather q and k (2, by
-    # way of S), v (1), dO (4), dP (4), and k or q once more (1): 12, or 20.7 dB. dV: q, k (2), S (1), dO (4): 7, or 23.1 dB.
-    # What the gradient's own rounding (4) adds makes 16, or 19.5 dB, and 11, or 21.1 dB.
+    # E5M2's noise is 25.5 dB down, four times E4M3's. In units of E4M3's noise, 31.5 dB down: dQ and dK get that of q and k
+    # (2, through S), v (1), dO (4), dP (4), and k or q again (1): 12, or 20.7 dB. dV: q, k (2), S (1), dO (4): 7, or 23.1 dB.
+    # With the gradient's own rounding (4): 16, or 19.5 dB, and 11, or 21.1 dB.
     tensors, do = qkv(), gaussian(B, H, S, D, seed=3)
     _, reference = high_precision(tensors, do)
     _, found = gradients(
@@ -98,7 +98,7 @@ def test_gradients_have_the_error_of_their_roundings(quantize_output, quantize_g
 
 
 class Emulated(torch.autograd.Function):
-    """A tensor rounded through FP8 in forward, its gradient in backward; either left out by None. scale: None is by its own amax."""
+    """Rounds a tensor to FP8 in forward, its gradient in backward; None skips either. scale: None for one from its own amax."""
 
     @staticmethod
     def forward(ctx, x, dtype, gradient_dtype, gradient_scale=None):
@@ -118,7 +118,7 @@ class Emulated(torch.autograd.Function):
 
 
 class FusedSoftmax(torch.autograd.Function):
-    """A softmax whose backward sums what a fused kernel sums, dO * O: the rounded S times dS."""
+    """A softmax whose backward sums dO * O like a fused kernel: the rounded S times dS."""
 
     @staticmethod
     def forward(ctx, scores):
@@ -136,8 +136,8 @@ class FusedSoftmax(torch.autograd.Function):
 @pytest.mark.parametrize(("softmax", "closeness"), [(FusedSoftmax.apply, 70), (lambda x: x.softmax(-1), 28)])
 def test_is_what_transformer_engine_emulates(causal, softmax, closeness):
     # UnfusedDotProductAttention with FP8 emulation: QKV, S, dO and dP are rounded, P, O, dS and dQKV are not. Its softmax is
-    # torch's, which in backward sums the S that is not rounded: many a dP falls to the other side of the edge between two
-    # E5M2 numbers, 12% to 25% apart (and were dP's scale its own amax's, they would all be rounded another way).
+    # torch's, whose backward sums the unrounded S: many dP cross the rounding boundary between two E5M2 numbers, 12% to 25%
+    # apart (and if dP's scale came from its own amax, all of them would be rounded differently).
     tensors, do = qkv(s=128), gaussian(B, H, 128, D, seed=3)
     scale = torch.tensor([0.0] * 6 + [4096.0, 0.0])
 
@@ -179,7 +179,7 @@ def test_definition_shares_torch_s_meaning_of_every_argument():
 
 @pytest.mark.parametrize("never", [-torch.inf, torch.finfo(torch.float32).min])
 def test_rows_in_which_nothing_may_be_seen(never):
-    # With -inf torch gives such a row zeros; with the lowest float, as HF builds its masks, it becomes uniform.
+    # With -inf torch makes such a row zero; with the lowest float, as HF builds its masks, it becomes uniform.
     q, k, v = qkv(s=32)
     do = gaussian(B, H, 32, D, seed=3)
     mask = torch.zeros(32, 32)
@@ -283,7 +283,7 @@ def test_blocks_change_nothing(monkeypatch):
         monkeypatch.setattr(definition, "BLOCK", block)
         again, grads_again = gradients(lambda q, k, v: attention(q, k, v, mask)[0], tensors, do)
         for a, b in zip([whole, *grads], [again, *grads_again], strict=True):
-            assert sqnr(a, b) > 45  # a value at the edge between two FP8 numbers may fall to the other side
+            assert sqnr(a, b) > 45  # a value may cross the rounding boundary between two FP8 numbers
 
 
 def test_no_tensor_holds_all_scores_of_a_long_sequence():
@@ -323,8 +323,7 @@ def test_saves_fp8_for_backward(quantize_output):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_backward_in_high_precision(causal):
-    """Forward to the bit as with both, for a recipe that is like TE; gradients several dB nearer to the exact ones, and far from those of
-    another scale."""
+    """Forward is bitwise the same as with both in FP8, for a recipe like TE's; gradients are at least 3 dB closer to the exact ones."""
     tensors, do = qkv(s=128, h_kv=2), gaussian(B, H, 128, D, seed=5)
     _, exact = high_precision(tensors, do, is_causal=causal, enable_gqa=True)
     how = {"causal": causal, "recipe": DelayedScaling(like_te=True).key}
@@ -351,7 +350,8 @@ def large_in_all_keys(q: torch.Tensor, k: torch.Tensor) -> None:
     [(DelayedScaling, large_alike, 3), (Float8CurrentScaling, large_alike, 3), (Float8CurrentScaling, large_in_all_keys, 5)],
 )
 def test_large_channels_as_trained_models_have_them(recipe, channel, gain, causal):
-    """A rotation spreads them over the head, and what all keys have in common no score needs. Gradients are of q and k as they are."""
+    """A rotation spreads large channels over the head, and the mean of all keys, which no score needs, is removed. Gradients are those of
+    the original q and k."""
     (q, k, v), do = qkv(s=128, h_kv=2), gaussian(B, H, 128, D, seed=5)
     channel(q, k)
     expected, exact = high_precision([q, k, v], do, is_causal=causal, enable_gqa=True)
@@ -365,13 +365,13 @@ def test_large_channels_as_trained_models_have_them(recipe, channel, gain, causa
 
 
 def test_what_no_score_needs_may_be_anything():
-    """A key that is masked, and NaN or infinite, is in no mean."""
+    """A masked key that is NaN or infinite is not in the mean."""
     q, k, v = qkv(s=16)
     mask = torch.arange(16) < 12
     clean = attention(q, k, v, mask.expand(1, 1, 16, 16), op="fp8_forward_attention", recipe=Float8CurrentScaling().key)[0]
     k[:, :, 12:] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])[:, None]
     found = attention(q, k, v, mask.expand(1, 1, 16, 16), op="fp8_forward_attention", recipe=Float8CurrentScaling().key)[0]
-    assert sqnr(clean, found) > 24  # the mean is another, and so is what rounding makes of it
+    assert sqnr(clean, found) > 24  # the mean differs, and so does rounding
 
 
 # --- the operations

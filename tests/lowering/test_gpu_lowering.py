@@ -1,4 +1,4 @@
-"""What Inductor is given for a GPU: the graphs after AOTAutograd's partition, made and run on a CPU."""
+"""The graphs that Inductor gets for a GPU: after AOTAutograd's partition, made and run on a CPU."""
 
 import pytest
 import torch
@@ -42,14 +42,14 @@ def graphs():
 
 @pytest.fixture(scope="module")
 def steady():
-    """Forward and backward of the model below, by delayed scaling: to be looked at only."""
+    """Forward and backward graphs of the model below, with delayed scaling: read-only."""
     with interpreted() as given:
         train(*model_and_input(), memory="speed")
     return tuple(given)
 
 
 def train(model, x, **options):
-    """Two steps: the first takes its scales from itself and is not compiled, the second is the steady graph's."""
+    """Two steps: the first computes its own scales and is not compiled, the second is the steady graph's."""
     compiled = torch.compile(model, backend=te_fp8, fullgraph=True, options=options)
     for _ in range(2):
         compiled(x).sum().backward()
@@ -88,7 +88,7 @@ def test_under_current_scaling_every_cast_waits_for_its_amax(graphs):
 
 
 def test_scales_are_taken_apart_once_and_never_selected(steady):
-    """A kernel that read a scale at an offset would be another kernel for every layer."""
+    """A kernel that reads a scale at an offset would be a different kernel for every layer."""
     for gm, count in zip(steady, (1, 2), strict=True):
         unpacks = calls(gm, ours.unpack.default)
         assert len(unpacks) == count  # backward: the weights' and the gradients'
@@ -102,7 +102,7 @@ def test_amaxes_are_measured_once_a_graph(steady):
     forward, backward = steady
     (one,), (other,) = calls(forward, ours.largest.default), calls(backward, ours.largest.default)
     assert len(one.args[1]) == 2 * 3 * BLOCKS and len(other.args[1]) == 3 * BLOCKS
-    assert len(one.args[0]) <= GROUPS + 3 * BLOCKS  # an input's amax once, though three slots may hold it
+    assert len(one.args[0]) <= GROUPS + 3 * BLOCKS  # an input's amax once, although three slots may hold it
 
 
 def test_inputs_and_transposed_weights_are_kept_in_fp8_once(steady):
@@ -111,7 +111,7 @@ def test_inputs_and_transposed_weights_are_kept_in_fp8_once(steady):
     inputs = [(TOKENS, HIDDEN), (TOKENS, INNER)] * BLOCKS
     weights = [tuple(n.meta["val"][1].shape) for n in calls(steady[0], ours.cast_transpose.default)]
     assert sorted(map(sorted, kept)) == sorted(map(sorted, inputs + weights)) and len(weights) == GROUPS  # some as transposed views
-    # in high precision: what the activation and the residual need, and not what the linears read
+    # in high precision: what the activation and the residual need, but not the linears' inputs
     rest = [t for t in saved if t.dtype == torch.bfloat16 and t.numel() >= TOKENS * HIDDEN]
     assert sum(t.numel() for t in rest) <= BLOCKS * TOKENS * (2 * INNER + HIDDEN)
 
@@ -119,8 +119,8 @@ def test_inputs_and_transposed_weights_are_kept_in_fp8_once(steady):
 def test_backward_writes_each_transposed_copy_once(steady):
     forward, backward = steady
     assert not calls(forward, ours.transpose.default)
-    gemms = len(calls(forward, aten.mm.default))  # what a CPU has in the place of torch's FP8 GEMM
-    # the operand of `down` is transposed in forward and the gradient of gate and up in backward, each by the kernel that makes it; the
+    gemms = len(calls(forward, aten.mm.default))  # the CPU's substitute for torch's FP8 GEMM
+    # the operand of `down` is transposed in forward and the gradient of gate and up in backward, each by the kernel that computes it; the
     # gradient of the last `down`, which is backward's input, by the kernel that casts it
     assert len(calls(backward, ours.cast_both.default)) == 1
     assert gemms and len(calls(backward, ours.transpose.default)) == GROUPS + gemms - 2 * BLOCKS - 1
@@ -133,7 +133,7 @@ def test_backward_writes_each_transposed_copy_once(steady):
 def test_numerics_and_the_first_step(graphs):
     model, x = model_and_input(tokens=24)  # not a multiple of 16
     compiled = torch.compile(model, backend=te_fp8, fullgraph=True)
-    for _ in range(3):  # the first with scales of its own, then delayed
+    for _ in range(3):  # the first with its own scales, then delayed
         y = compiled(x)
         (y - x).square().sum().backward()
         found = x.grad, model[0].down.weight.grad, model[1].gate.weight.grad, model[0].down.bias.grad
@@ -149,7 +149,7 @@ def test_numerics_and_the_first_step(graphs):
 
 
 def test_what_each_setting_of_memory_keeps(graphs):
-    """FP8 inputs and copies of weights that backward makes again give the bits of those that are kept."""
+    """FP8 inputs and copies of weights that backward recomputes are bitwise equal to kept ones."""
     saved, gradients = {}, {}
     for memory in ("speed", "balanced", "saving"):
         torch._dynamo.reset()
@@ -176,11 +176,11 @@ def test_what_each_setting_of_memory_keeps(graphs):
     assert not any(t.dtype == torch.bfloat16 and t.shape[-1] in (INNER, 2 * INNER) for m in ("balanced", "saving") for t in saved[m])
     for name, gradient in gradients["speed"].items():
         same = torch.equal(gradient, gradients["balanced"][name])
-        assert same == name.startswith("1.down."), name  # whose gradients were taken through no activation
+        assert same == name.startswith("1.down."), name  # its gradients did not pass an activation
         assert sqnr(gradient, gradients["saving"][name]) > 20
 
 
-# What a host waits for a GPU in, so that a CUDA graph cannot be captured: numbers out of tensors, and sizes that depend on values.
+# Operators in which the host waits for the GPU, which a CUDA graph cannot capture: reads of numbers, and sizes that depend on values.
 WAITS = {
     "item",
     "_local_scalar_dense",
@@ -198,7 +198,7 @@ WAITS = {
 @pytest.mark.parametrize("trains", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
 def test_nothing_waits_for_the_gpu(graphs, recipe, trains):
-    """Opaque operators do not either: what they compute is run on fake tensors, which have no values."""
+    """Neither do opaque operators: their computation is run on fake tensors, which have no values."""
     model, x = model_and_input()
     with torch.set_grad_enabled(trains):
         compiled = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": recipe})
@@ -287,14 +287,14 @@ def test_what_a_gpu_supports(k, n, dtype, reason):
 
 
 def test_a_cpu_is_not_a_gpu():
-    """What is generated for a GPU is not what a CPU gets, where it is opaque."""
+    """A CPU gets opaque operators instead of the code that is generated for a GPU."""
     found = [registry.find(op_named("linears"), "native", DelayedScaling(), torch.device(d)) for d in ("cpu", "cuda")]
     assert [implementation.opaque for implementation in found] == [True, False]
 
 
 @pytest.mark.parametrize("op", ["attention", "fp8_forward_attention"])
 def test_fp8_attention_on_a_gpu_is_te_s_or_none(op):
-    """Its definition goes through the scores in blocks, many times slower than high precision's kernel."""
+    """Its definition computes the scores in blocks, many times slower than the high-precision kernel."""
     on_a_cpu, on_a_gpu = (registry.why_not(op_named(op), DelayedScaling(), "native", torch.device(d)) for d in ("cpu", "cuda"))
     assert on_a_cpu is None and on_a_gpu == "on a GPU only Transformer Engine has kernels for FP8 attention"
 
@@ -310,7 +310,7 @@ for rows, columns in ((128, 128), (100, 37), (16, 400), (1, 5), (0, 3)):
 
 
 class Pooled(nn.Module):
-    """As an encoder of sentences: what the pooler gives is returned, and not learned from."""
+    """Like a sentence encoder: the pooler's output is returned, but the loss does not use it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ def own_state():
 
 
 def test_a_layer_that_the_loss_does_not_reach_calibrates_alone(graphs, own_state):
-    """Its gradient's scale is never set: it takes that from the gradient, should one come, and the rest waits for no amax."""
+    """Its gradient's scale is never set: it is computed from the gradient, if one comes, and the other layers do not wait for an amax."""
     torch.manual_seed(0)
     model, x = Pooled().bfloat16(), torch.randn(1, TOKENS, HIDDEN).bfloat16().requires_grad_()
     compiled, forms = torch.compile(model, backend=te_fp8, fullgraph=True), []
@@ -336,23 +336,23 @@ def test_a_layer_that_the_loss_does_not_reach_calibrates_alone(graphs, own_state
         before = len(graphs)
         compiled(x)[0].sum().backward()
         forms.append(graphs[before:])
-    assert [len(form) for form in forms[1:]] == [0, 0, 2, 0, 0, 0]  # after three calls there is one more form, which stays in use
-    # The kernel of the activation knows its scale before; where sites calibrate there is none.
+    assert [len(form) for form in forms[1:]] == [0, 0, 2, 0, 0, 0]  # after three calls there is one more variant, which stays in use
+    # The activation's kernel needs its scale in advance; while sites calibrate, there is none.
     assert [len(calls(gm, ours.activation.default)) for gm in (graphs[0], forms[3][0])] == [1, 1]
-    # The pooler learns all the same, right from the first gradient on.
+    # The pooler can still be trained, correctly from the first gradient on.
     exact = Pooled().double()
     exact.load_state_dict(model.state_dict())
     exact_x = x.detach().double().requires_grad_()
     expected = torch.autograd.grad(exact(exact_x)[1].square().sum(), [exact.pooler.weight, exact_x])
     found = torch.autograd.grad(compiled(x)[1].square().sum(), [model.pooler.weight, x])
     assert all(sqnr(e, f) > 17 for e, f in zip(expected, found, strict=True))
-    # A scale that is lost is seen at once.
+    # A lost scale is noticed at once.
     arena = STATE.arenas[torch.device("cpu")]
     arena.clear(FORWARD, range(1, arena.used[FORWARD]))
     expected = exact(exact_x)[0]
     assert sqnr(expected, compiled(x)[0]) > 20
-    # Then all are set, which is looked at now and then.
+    # Then all are set, which is checked from time to time.
     for _ in range(40):
         before = len(graphs)
         sum(y.square().sum() for y in compiled(x)).backward()
-    assert len(graphs) == 2 + 2 + 2  # a form for the lost ones, and no more
+    assert len(graphs) == 2 + 2 + 2  # one variant for the lost ones, and no more

@@ -23,7 +23,7 @@ f32 = np.float32
 
 
 def table(mantissa: int, least: int, top: float) -> np.ndarray:
-    """The values of a small float format that are not negative, ascending: by code, so that the even ones have even places."""
+    """The non-negative values of a small float format, ascending and indexed by code, so that even codes have even indices."""
     below = [m * 2.0 ** (least - mantissa) for m in range(2**mantissa)]
     above = [(1 + m / 2**mantissa) * 2.0**e for e in range(least, 17) for m in range(2**mantissa)]
     return np.array([v for v in below + above if v <= top])
@@ -48,7 +48,7 @@ def largest(block: np.ndarray) -> np.float32:
 
 
 def quantized_block(kind: Blocks | MX | NVFP4, block: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """What the values of one block become; whole: the matrix."""
+    """The quantized values of one block; whole: the matrix."""
     amax = largest(block)
     if isinstance(kind, Blocks):
         top = f32(TABLES[kind.dtype][-1])
@@ -57,7 +57,7 @@ def quantized_block(kind: Blocks | MX | NVFP4, block: np.ndarray, whole: np.ndar
         if kind.power_of_2:
             scale = f32(2.0 ** math.floor(math.log2(scale)))
         values = nearest(block * scale, kind.dtype).astype(f32) * (f32(1) / scale)
-        return np.full_like(values, np.nan) if np.isinf(amax) else values  # an overflow is to be seen
+        return np.full_like(values, np.nan) if np.isinf(amax) else values  # an overflow must stay visible
     if isinstance(kind, MX):
         ratio = float(amax) / TABLES[kind.dtype][-1]
         exponent = 127 if np.isinf(ratio) else -127 if ratio == 0 else max(math.ceil(math.log2(ratio)), -127)
@@ -149,7 +149,7 @@ def test_what_is_representable_stays(kind):
 
 
 def test_mx_never_saturates_and_never_wastes_a_power():
-    """The largest of a block comes to lie in (fp8_max / 2, fp8_max]."""
+    """The largest value of a block is scaled into (fp8_max / 2, fp8_max]."""
     torch.manual_seed(0)
     t = torch.rand(4000, 1) * torch.exp2(torch.randint(-60, 60, (4000, 1)))
     t[:60] = 448 * torch.exp2(torch.arange(-30, 30.0))[:, None]
@@ -168,7 +168,7 @@ def test_a_block_is_scaled_by_what_is_in_it():
 
 
 def test_finer_scales_are_better_where_there_are_outliers():
-    """Among 0.1% of outliers, the error of the other elements. FP8 needs large ones, being a float format of 18 octaves."""
+    """With 0.1% of outliers, the error of the other elements. The outliers must be large, since FP8 spans 18 octaves."""
     torch.manual_seed(0)
     x = torch.randn(1024, 1024)
     outlier = torch.rand_like(x) < 0.001
@@ -179,7 +179,7 @@ def test_finer_scales_are_better_where_there_are_outliers():
 
     found = errors(2.0**16, *(Blocks(E4M3, *size) for size in ((None, None), (128, 128), (1, None), (1, 128), (1, 32))), MX(E4M3))
     assert all(finer > coarser + 1 for coarser, finer in pairwise(found[:-1])), found
-    assert found[-1] > found[-3]  # MX's powers of two cost up to 2 dB against other scales of the same blocks
+    assert found[-1] > found[-3]  # MX's power-of-two scales cost up to 2 dB compared with other scales for the same blocks
     coarse, fine = errors(50, NVFP4(rows=16), NVFP4())
     assert fine > coarse + 3
     assert max(errors(50, Blocks(E4M3, None, None), MX(E4M3))) < 32

@@ -1,4 +1,4 @@
-"""FP8 copies of weights that are kept from one training step to the next: results and state as without, and when they are made."""
+"""FP8 copies of weights that are kept between training steps: results and state are as without, and when copies are made."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def provider(request: Any, no_codegen: None) -> str:
 
 @pytest.fixture
 def made(monkeypatch: Any) -> Iterator[list[int]]:
-    """The number of GEMMs for which weights were made outside of the graph, real ones."""
+    """The number of GEMMs for which weights were quantized outside of the graph, not counting fake ones."""
     counts: list[int] = []
     original = PerTensorLinears.quantize_weights
 
@@ -88,7 +88,7 @@ def in_high_precision(model: nn.Module) -> list[Tensor]:
 def test_over_an_accumulation(provider, made, recipe):
     model = Model()
     kept, _ = accumulate(copy.deepcopy(model), provider=provider, recipe=recipe, keep_weights=True)
-    # gate and up are one GEMM, down the other. Delayed: the first call has its scales from itself, in a graph of its own.
+    # gate and up are one GEMM, down the other. Delayed: the first call computes its own scales, in a separate graph.
     assert made == [2, 1] * 3
     torch._dynamo.reset()
     made.clear()
@@ -102,7 +102,7 @@ def test_over_an_accumulation(provider, made, recipe):
 
 
 def test_the_amax_is_recorded_at_each_call(provider):
-    """State is what it is without: three microbatches, in which no weight moves."""
+    """The state is the same as without: three microbatches, during which no weight changes."""
     states = [accumulate(Model(), steps=1, provider=provider, keep_weights=keep)[1] for keep in (True, False)]
     weights = [{k: v for k, v in state.items() if ".weight." in k} for state in states]
     assert len(weights[0]) == 6 and all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
@@ -111,7 +111,7 @@ def test_the_amax_is_recorded_at_each_call(provider):
 
 @pytest.mark.parametrize("frozen", [("gate", "up", "down"), ("down",), ("up",)], ids=", ".join)
 def test_weights_that_are_frozen(provider, made, frozen):
-    """They are kept without being asked for: what is quantized again is what learns. The bits are those of weights that are not kept."""
+    """They are kept without the option: only trained weights are quantized again. Results are bitwise those without kept weights."""
     model = Model()
     fresh, _ = accumulate(copy.deepcopy(model), provider=provider, recipe="current")
     assert not made
@@ -120,7 +120,7 @@ def test_weights_that_are_frozen(provider, made, frozen):
         getattr(model, name).requires_grad_(False)
     seen, _ = accumulate(model, provider=provider, recipe="current")
     steps = 3
-    # gate and up share their input: one GEMM where both learn or both are frozen, else two, of which the one that learns is made anew
+    # gate and up share their input: one GEMM if both are trained or both are frozen, else two, of which the trained one is made again
     expected = {("gate", "up", "down"): [2, 1], ("down",): [1], ("up",): [1, 1] + [1] * (steps - 1)}
     assert made == expected[frozen]
     if len(frozen) == 3:
@@ -130,7 +130,7 @@ def test_weights_that_are_frozen(provider, made, frozen):
 @pytest.mark.parametrize("keep", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("how", ["fused", "data", "load", "plain"])
 def test_weights_that_changed_are_made_again(provider, keep, how):
-    """By a fused optimizer, which leaves no trace in a version, by another tensor in a parameter's place, ..."""
+    """Changed by a fused optimizer, which does not bump versions, by swapping a parameter's tensor, ..."""
     model, (x,) = Model(), batches(1)
     run = torch.compile(model, backend=te_fp8, options={"provider": provider, "recipe": "current", "keep_weights": True})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=how == "fused")
@@ -153,7 +153,7 @@ def test_weights_that_changed_are_made_again(provider, keep, how):
 
 
 def test_a_kept_weight_does_not_outgrow_its_scale(provider):
-    """Frozen weights that grow at once: a fresh copy would saturate for one step, a kept one for good."""
+    """Frozen weights that suddenly grow: a fresh copy would saturate for one step, a kept one forever."""
     model, (x,) = Model().requires_grad_(False), batches(1)
     model.norm.requires_grad_(True)
     run = torch.compile(model, backend=te_fp8, options={"provider": provider, "keep_weights": True})
@@ -170,7 +170,7 @@ def test_a_kept_weight_does_not_outgrow_its_scale(provider):
 @pytest.mark.parametrize("keep", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", ["gate", "up"])
 def test_one_element_of_any_weight_of_a_gemm(no_codegen, keep, name):
-    """It is none of those that are looked at: the version tells, of the second weight of a GEMM as of the first."""
+    """The element is not among the sampled ones: the version shows the change, of a GEMM's second weight as well as of its first."""
     torch._dynamo.reset()
     model, (x,) = Model(), batches(1)
     run = torch.compile(model, backend=te_fp8, options={"provider": "reference", "recipe": "current", "keep_weights": True})

@@ -1,4 +1,4 @@
-"""What backward reads of linears' results, kept in FP8: which results are, how exactly, and that gradients are those of what is kept."""
+"""Results of linears that are kept in FP8 for backward: which ones, how exactly, and that gradients are those of the kept values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 class MLP(nn.Module):
-    """gate and up share an input; `act` makes the input of `down` of them."""
+    """gate and up share an input; `act` computes the input of `down` from them."""
 
     def __init__(self, act: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def graphs() -> Iterator[list[GraphModule]]:
 
 
 def gradients(model: nn.Module, x: Tensor, steps: int = 2, **options: object) -> list[Tensor]:
-    """Of the second step, that of x among them."""
+    """The gradients of the second step, including that of x."""
     torch._dynamo.reset()
     model, x = copy.deepcopy(model), x.clone().requires_grad_()
     run = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": "current", **options})
@@ -119,7 +119,7 @@ class Between(nn.Module):
 @pytest.mark.parametrize(("recipe", "provider"), [("current", "native"), ("current", "reference"), ("rowwise", "native")])
 @pytest.mark.parametrize("name", [*STATISTICS, *SENSITIVE])
 def test_what_rounding_would_spoil_stays_as_it_is(name, recipe, provider, graphs):
-    """A mean that is exact beside values that are rounded: their difference would be the rounding's, and no value the largest."""
+    """An exact mean and rounded values would differ by the rounding error, and no value would equal an exact maximum."""
     model, x = Between((STATISTICS | SENSITIVE)[name]), torch.randn(TOKENS, WIDTH)
     balanced, speed = (gradients(model, x, memory=memory, provider=provider, recipe=recipe) for memory in ("balanced", "speed"))
     assert all(torch.equal(a, b) for a, b in zip(balanced, speed, strict=True))
@@ -129,7 +129,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def rows(count: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Of several magnitudes, side by side with others; with zeros, a NaN, an infinity and what is next to nothing."""
+    """Adjacent rows of different magnitudes, with zeros, a NaN, an infinity and tiny values."""
     generator = torch.Generator().manual_seed(seed)
     whole = torch.randn(count, columns + 3, generator=generator) * 10 ** torch.empty(count, 1).uniform_(-6, 3, generator=generator)
     whole[::5], whole[1::7, 0], whole[2::7, columns // 2] = 0, torch.nan, torch.inf
@@ -138,7 +138,7 @@ def rows(count: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """To the bit, but for those of a NaN."""
+    """Bitwise equal, except for the bits of a NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     nan, bits = b.float().isnan(), {1: torch.uint8, 2: torch.int16, 4: torch.int32}[b.itemsize]
@@ -164,7 +164,7 @@ def test_opcheck(monkeypatch):
 
 @pytest.mark.parametrize("memory", ["balanced", "speed"])
 def test_on_a_cpu_operators_pack_and_join(memory, monkeypatch):
-    """What would be generated otherwise, for each layer and for each site, is most of what is compiled."""
+    """Otherwise their generated code, for each layer and each site, would be most of what is compiled."""
     ops, forms = torch.ops.te_dynamo, list[GraphModule]()
 
     def interpret(gm, example_inputs, **_):
@@ -199,7 +199,7 @@ def test_what_an_activation_reads_is_kept_in_fp8(graphs, act):
 
 
 def test_scales_of_its_own_are_no_such_statistic(graphs):
-    """wgrad's operand is cast by scales of its columns, which forward took of the exact values."""
+    """wgrad's operand is cast with scales of its columns, which forward computed from the exact values."""
     model, x = MLP(ACTIVATIONS["swiglu"]).bfloat16(), torch.randn(2, TOKENS // 2, WIDTH).bfloat16()
     found = gradients(model, x, recipe="rowwise")
     assert kept(graphs) == (2 * TOKENS * INNER, 2 * INNER * WIDTH)  # the latter: gate's and up's weights
@@ -209,10 +209,10 @@ def test_scales_of_its_own_are_no_such_statistic(graphs):
 
 
 def test_dropout_is_drawn_once(graphs):
-    """Backward drops what forward dropped."""
+    """Backward drops the same elements as forward."""
     model, x = MLP(lambda gate, up: F.dropout(F.silu(gate) * up, 0.5)), torch.randn(1, WIDTH)
     with torch.no_grad():
-        model.down.weight.zero_()[:, :WIDTH].fill_diagonal_(1.0)  # gives the first features as they are
+        model.down.weight.zero_()[:, :WIDTH].fill_diagonal_(1.0)  # passes the first features through
     run = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": "current"})
     for _ in range(3):
         model.zero_grad()
@@ -224,7 +224,7 @@ def test_dropout_is_drawn_once(graphs):
 
 
 class Reads(MLP):
-    """Something else reads a result too."""
+    """Another operation reads a result too."""
 
     def __init__(self, reads: Callable[[Tensor], Tensor]) -> None:
         super().__init__(ACTIVATIONS["swiglu"])
@@ -286,7 +286,7 @@ def test_like_te_it_is_what_te_reads(graphs):
 
 
 def test_compiled_on_a_cpu():
-    """With symbolic lengths: bytes at the allocator, and gradients beside those of high precision."""
+    """With symbolic lengths: bytes at the allocator, and gradients compared with those in high precision."""
     model, x = MLP(ACTIVATIONS["swiglu"]), torch.randn(1024, WIDTH)
     model(x).square().sum().backward()
     live, noise = {}, {}
@@ -299,7 +299,7 @@ def test_compiled_on_a_cpu():
             run(x[:tokens]).square().sum().backward()
         noise[memory] = [sqnr(e.grad, p.grad) for e, p in zip(model.parameters(), trained.parameters(), strict=True)]
         live[memory] = live_after(lambda run=run: run(x))
-    # gate and up are float32: a byte of four is kept, and what Inductor keeps in their place, a factor of a gradient, is not
+    # gate and up are float32: one byte of four is kept, and the factor of a gradient that Inductor would keep instead is not
     assert live["speed"] - live["saving"] > 0.9 * 2 * 1024 * INNER * 3
     assert all(s > 17 and s > f - 1.5 for f, s in zip(noise["speed"], noise["saving"], strict=True))
 

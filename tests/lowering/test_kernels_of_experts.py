@@ -1,4 +1,4 @@
-"""The kernels that cast experts' weights both ways and transpose rows into groups: by definition, and by Triton's interpreter."""
+"""The kernels that cast experts' weights plain and transposed, and transpose rows into groups: the definition, and Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bits(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("power_of_2", [False, True])
 @pytest.mark.parametrize("dtype", FP8)
 def test_a_scale_for_each_row(dtype: torch.dtype, power_of_2: bool) -> None:
-    """As `Blocks` has it, which is tested by itself."""
+    """Like `Blocks`, which is tested separately."""
     torch.manual_seed(0)
     x = torch.randn(3, 40, 48) * torch.randn(3, 40, 1).exp()
     x[0, 0, 0], x[1, 2, 3], x[2, 5] = torch.nan, torch.inf, 0
@@ -55,7 +55,7 @@ def test_rows_go_where_they_are_told() -> None:
     assert (taken[:, [1, 5]] == 0).all() and torch.equal(taken[:, [0, 2, 3, 4]], x.float()[[3, 0, 6, 6]].t())
     factor = torch.tensor([0.5, torch.nan, 1, 2**-20, 1, 1])
     halved = torch.ops.te_dynamo.transpose_rows(x, rows, factor).float()
-    torch.testing.assert_close(halved[:, 0], x.float()[3] / 2, rtol=0, atol=2**-10)  # but for the smallest numbers
+    torch.testing.assert_close(halved[:, 0], x.float()[3] / 2, rtol=0, atol=2**-10)  # except for the smallest numbers
     assert (halved[:, [1, 3, 5]] == 0).all() and torch.equal(halved[:, [2, 4]], taken[:, [2, 4]])
 
 
@@ -80,7 +80,7 @@ def fp8_allclose(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_scale_of_a_row_undoes_it() -> None:
-    """Not by the code under test: what comes back is within FP8's step of what went in."""
+    """Independent of the code under test: the dequantized values are within FP8's step of the originals."""
     torch.manual_seed(0)
     x = torch.randn(2, 8, 64) * torch.tensor([1e-6, 1e6]).view(2, 1, 1)
     plain, across, inverse, _ = torch.ops.te_dynamo.cast_matrices(x, None, FP8[0], True, True)
@@ -89,7 +89,7 @@ def test_the_scale_of_a_row_undoes_it() -> None:
     assert torch.equal(inverse.log2(), inverse.log2().round())
 
 
-# Values that are FP8's own, under scales that leave them so: Triton's interpreter loses the carry of a rounding, and a NaN.
+# Values that are exact in FP8, with scales that keep them so: Triton's interpreter loses the carry when it rounds, and a NaN.
 KERNELS = """
     import torch
     from te_dynamo.lowering.kernels import cast_matrices as cast, transpose_rows as rows_of

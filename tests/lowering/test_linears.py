@@ -1,4 +1,4 @@
-"""FP8 linears against what FP8 theoretically gives, and the operators that compute them."""
+"""FP8 linears against FP8's theoretical error, and the operators that compute them."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from te_dynamo.recipe import DelayedScaling
 from tests import calls
 
 SIZE = 1024
-PROVIDERS = ("reference", "native:cpu", "native:cuda")  # the last is what is generated for a GPU, computed by a CPU here
+PROVIDERS = ("reference", "native:cpu", "native:cuda")  # the last is the code that is generated for a GPU, run on a CPU here
 FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # bits of mantissa, least exponent, largest value
 
 
 def rounded(x: Tensor, name: str) -> Tensor:
-    """`x` as an FP8 format with a scale from its own amax holds it: by the formats' definition, in float64."""
+    """`x` rounded to an FP8 format with a scale from its own amax: by the format's definition, in float64."""
     mantissa, least, top = FORMATS[name]
     scale = top / x.abs().max()
     scaled = x * scale
@@ -101,11 +101,11 @@ def test_linears_of_one_input(provider, merged, interleave):
 
 @pytest.mark.parametrize("tokens", [16, 38])
 def test_the_formulation_for_a_gpu_gives_what_the_cpus_gives(tokens):
-    """Its padding, copies and merged weight gradient change nothing."""
+    """Its padding, copies and merged weight gradient do not change the results."""
     for merged, interleave in ((False, 0), (True, 0), (True, 16)):
         here, there = (three(p, merged, interleave, tokens) for p in ("native:cpu", "native:cuda"))
         assert torch.equal(here[4], there[4])
-        # sums in another order may round otherwise
+        # sums in another order may round differently
         for a, b in zip((*here[0], *here[2]), (*there[0], *there[2]), strict=True):
             torch.testing.assert_close(a, b, rtol=2.0**-7, atol=2.0**-7)
 

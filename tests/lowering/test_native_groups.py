@@ -1,4 +1,4 @@
-"""Experts on a GPU: forward, dgrad and wgrad by torch's grouped FP8 GEMM, which is stood in for by its definition and its demands."""
+"""Experts on a GPU: forward, dgrad and wgrad with torch's grouped FP8 GEMM, replaced here by its definition and its checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEEDS = [True, True, False]
 def scaled_grouped_mm(
     a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, *, offs: Tensor, out_dtype: torch.dtype, use_fast_accum: bool
 ) -> Tensor:
-    """What torch's GroupedBlas.cpp asks of its arguments and GroupMMCommon.cuh of the groups, and what CUTLASS computes."""
+    """The checks of arguments in torch's GroupedBlas.cpp and of groups in GroupMMCommon.cuh, and what CUTLASS computes."""
     assert a.dtype == b.dtype == torch.float8_e4m3fn and offs.dtype == torch.int32 and out_dtype == torch.bfloat16
     assert a.dim() == 2 and a.stride(1) == 1 < a.stride(0) and b.stride(-2) == 1 < b.stride(-1)  # row-major, column-major
     assert all(size % 16 == 0 for size in (a.shape[1], *b.shape[-2:]))
@@ -41,7 +41,7 @@ def scaled_grouped_mm(
     groups = list(pairwise([0, *offs.tolist()]))
     if b.dim() == 3:
         assert len(groups) == b.shape[0] and rows.shape == a.shape[:1] and columns.shape == (b.shape[0], b.shape[2])
-        y = torch.full((a.shape[0], b.shape[2]), torch.nan)  # what is not written holds anything
+        y = torch.full((a.shape[0], b.shape[2]), torch.nan)  # unwritten rows may hold anything
         for e, (start, end) in enumerate(groups):
             y[start:end] = a[start:end].float() @ b[e].float() * rows[start:end, None] * columns[e]
         return y.bfloat16()
@@ -60,7 +60,7 @@ def stood_in() -> Iterator[None]:
 
 
 def made(sizes: list[int], after: int = 3, spread: float = 0.0) -> tuple[list[Tensor], Tensor]:
-    """[x, weight, offsets] and the gradient, in which tokens differ by e to a normal variate times `spread`."""
+    """[x, weight, offsets] and the gradient, whose tokens are scaled by exp(spread * a normal variate)."""
     torch.manual_seed(0)
     tokens = sum(sizes) + after
     x, weight = torch.randn(tokens, K).bfloat16(), (torch.randn(E, N, K) * 0.02).bfloat16()
@@ -81,7 +81,7 @@ def run(
 
 
 def truth(inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, dx, dw) in float64, the first two of rows in groups."""
+    """(y, dx, dw) in float64, the first two for rows in groups only."""
     x, weight, offsets = inputs
     groups = list(pairwise([0, *offsets.tolist()]))
     y = [x[a:b].double() @ w.double().t() for (a, b), w in zip(groups, weight, strict=True)]
@@ -90,7 +90,7 @@ def truth(inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def errors(inputs: list[Tensor], grad: Tensor, done: tuple[Forward, Backward]) -> list[float]:
-    """dB of y, dx and dw."""
+    """SQNR in dB of y, dx and dw."""
     used = int(inputs[2][-1])
     (y,), (dx, dw, _) = done[0].outputs, done[1].gradients
     return [sqnr(a, b) for a, b in zip(truth(inputs, grad), (y[:used], dx[:used], dw), strict=True)]
@@ -106,7 +106,7 @@ def test_all_three_products_are_fp8_s(recipe: Recipe, sizes: list[int]) -> None:
     inputs, grad = made(sizes)
     ours, defined = (errors(inputs, grad, run(recipe, inputs, grad, i)) for i in (None, definition_of(recipe)))
     assert all(27 < found < 31 for found in ours)
-    # An element that is a row's largest is exact in E4M3, but where scales are powers of two: it counts in rows of 16.
+    # A row's largest element is exact in E4M3, unless scales are powers of two: that matters in rows of 16.
     less = 1 if getattr(recipe, "power_2_scale", True) else 2
     assert all(a > b - less for a, b in zip(ours, defined, strict=True))  # dB
 
@@ -123,7 +123,7 @@ def test_where_the_kernel_is(capability: tuple[int, int], there: bool, monkeypat
 
 @pytest.mark.parametrize("spread", [0.0, 2.0, 4.0])
 def test_gradients_in_e4m3_lose_less_than_in_e5m2(spread: float) -> None:
-    """What the recipe would have by its definition, also where tokens differ by orders of magnitude; and of each expert."""
+    """Compared with the recipe's definition, also if tokens differ by orders of magnitude; and for each expert."""
     inputs, grad = made([40, 8, 300, 19], spread=spread)
     recipe = Float8CurrentScaling()
     ours, defined = (run(recipe, inputs, grad, i) for i in (None, definition_of(recipe)))
@@ -158,7 +158,7 @@ def test_rows_of_no_expert_are_not_read(recipe: Recipe, garbage: float) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES[:2], ids=["current", "rowwise"])
 def test_an_overflow_is_seen_by_its_expert(recipe: Recipe) -> None:
-    """A GradScaler looks for what is not finite: an infinite gradient must not be cast to a finite one."""
+    """A GradScaler looks for non-finite values: an infinite gradient must not be cast to a finite one."""
     inputs, grad = made([8, 8, 8, 8], after=0)
     grad[9, 2] = torch.inf
     dx, dw, _ = run(recipe, inputs, grad)[1].gradients
@@ -173,7 +173,7 @@ def test_wgrad_in_high_precision() -> None:
 
 
 def test_the_gradient_lies_as_the_weight_does() -> None:
-    """[E, K, N] in memory, as gpt-oss has it: an optimizer's gradient that lies otherwise is copied."""
+    """[E, K, N] in memory, as in gpt-oss: a gradient with other strides than its weight would be copied."""
     inputs, grad = made([16, 4, 32, 12])
     straight = run(RECIPES[1], inputs, grad)[1].gradients[1]
     inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)
@@ -182,7 +182,7 @@ def test_the_gradient_lies_as_the_weight_does() -> None:
 
 
 def test_scales_of_delayed_scaling() -> None:
-    """The slots' scales are used as they are, and amaxes are measured: the gradient's too, though its rows have scales of their own."""
+    """The slots' scales are used as they are, and amaxes are measured: the gradient's too, although each of its rows has its own scale."""
     inputs, grad = made([16, 16, 16, 16], after=0)
     recipe = DelayedScaling()
     call = Call(
@@ -230,7 +230,7 @@ def test_weights_that_are_kept(recipe: Recipe, cached: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6), after=st.integers(0, 20))
 def test_where_groups_are_spread_to(sizes: list[int], after: int) -> None:
-    """Against a loop: each begins at a multiple of 16, in order, and has all of its rows."""
+    """Against a loop: each group begins at a multiple of 16, in order, and has all of its rows."""
     groups = Groups(torch.tensor(sizes).cumsum(0).to(torch.int32), sum(sizes) + after)
     ends, rows, group = groups.spread
     expected, ended, row = [], [], 0

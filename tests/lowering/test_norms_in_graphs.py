@@ -1,4 +1,4 @@
-"""What a norm says reaches whoever computes it: each stage gives the bits of the one before, and TE's kernel the right gradients."""
+"""A norm's attributes reach its implementation: each stage gives bitwise the result of the one before, and TE's kernel right gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fresh(no_codegen: None) -> Iterator[None]:
 
 
 class Llama(nn.Module):
-    """Rounds before its weight is applied, and after."""
+    """Rounds before and after its weight is applied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Layer(nn.LayerNorm):
 
 
 class Attends(nn.Module):
-    """A norm in front of what is fused: the q, k and v of an attention; and one whose result is wanted beside."""
+    """A norm before the fused q, k and v of an attention; and one whose result is used elsewhere too."""
 
     def __init__(self, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Attends(nn.Module):
 
 @pytest.mark.parametrize("norm", [Llama, Gemma, Layer])
 def test_fusing_planning_and_lowering_change_no_bit_of_a_norm(norm):
-    """A graph of semantic operations runs in high precision. Of the lowered one the norms are looked at, which Inductor computes."""
+    """A graph of semantic operations runs in high precision. In the lowered graph, only the norms are compared, which Inductor computes."""
     x = torch.randn(2, 8, SIZE).bfloat16() * 3
     model = Attends(norm).bfloat16()
     recorded = stages_of(model, x)
@@ -126,7 +126,7 @@ def test_te_s_norm_in_a_graph_has_the_gradients_of_the_model(norm: Any):
 
 
 class ReadBefore(nn.Module):
-    """Something else reads the norm's result: before the linear does, or after."""
+    """Another operation reads the norm's result, before the linear or after."""
 
     def __init__(self, before: bool) -> None:
         super().__init__()

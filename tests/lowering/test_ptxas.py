@@ -1,4 +1,4 @@
-"""Every Triton kernel of the package fits into registers, on Hopper and on Blackwell: by ptxas, in a process of its own."""
+"""Every Triton kernel of the package fits into registers, on Hopper and on Blackwell, according to ptxas in a separate process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_no_kernel_spills(capability):
     assert done.returncode == 0, done.stderr
     ((_, found),) = json.loads(done.stdout).items()
     used = [resources for rows in found.values() for resources in rows]
-    assert {r["kernel"] for r in used} == kernels()  # a new one belongs into benchmarks/ptxas.py
+    assert {r["kernel"] for r in used} == kernels()  # a new one must be added to benchmarks/ptxas.py
     assert not [r for r in used if r["spilled"]]
     assert all(0 < r["registers"] <= 255 and r["shared"] <= 227 * 1024 for r in used)
 

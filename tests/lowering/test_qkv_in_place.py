@@ -1,5 +1,5 @@
-"""q, k and v that go to the attention as the GEMM gave them: their gradient is written as that GEMM's FP8 gradient by one kernel. The
-graphs after AOTAutograd's partition, made and run on a CPU."""
+"""q, k and v that go from the GEMM to the attention unchanged: one kernel writes their gradient as that GEMM's FP8 gradient. The graphs
+after AOTAutograd's partition, made and run on a CPU."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_one_kernel_writes_it_both_ways(how, graphs, monkeypatch):
     backward = graphs[1]
     assert len(calls(backward, ours.qkv_gradient.default)) == 1
     assert not calls(backward, torch.ops.aten.cat.default) and len(casts(backward, E5M2)) == 0
-    assert not calls(graphs[0], ours.qkv.default)  # nothing is written on the way to the attention
+    assert not calls(graphs[0], ours.qkv.default)  # nothing is copied before the attention
     monkeypatch.setattr("te_dynamo.passes.fuse.kernels_write_gradients", lambda attention: False)
     torch._dynamo.reset()
     without = results(torch.compile(model, backend=te_fp8, fullgraph=True), model, x, steps=3)
     assert not calls(graphs[3], ours.qkv_gradient.default)
     for e, f, w in zip(expected, found, without, strict=True):
-        # No score depends on a bias of k, whose gradient is 0: of that nothing is left but noise.
+        # No score depends on a bias of k: its gradient is 0 plus noise.
         assert e.abs().max() < 1e-6 or sqnr(e, f) > sqnr(e, w) - 0.5, (sqnr(e, f), sqnr(e, w))
 
 
@@ -97,7 +97,7 @@ def in_place(model: nn.Module, x: Tensor, **options: Any) -> int:
 
 def test_only_where_the_gradient_could_be_handed_over():
     assert in_place(*made()) == in_place(*made(packed=True)) == 1
-    assert in_place(*made(reads_q=True)) == 0  # whose gradient is another's too
+    assert in_place(*made(reads_q=True)) == 0  # q's gradient has another source too
     assert in_place(*made(cross=True)) == 0  # two GEMMs
     assert in_place(*made(), skip=["qkv.0"]) == 0
     model, x = made()

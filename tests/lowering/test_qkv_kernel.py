@@ -1,4 +1,4 @@
-"""The kernel that normalizes and turns q and k and writes the layout, by Triton's interpreter and against the definition."""
+"""The kernel that normalizes and rotates q and k and writes the layout, in Triton's interpreter and against the definition."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_results_lie_as_the_layout_says(form, packing):
     given = [q, k, v if packing else None, angles.cos(), angles.sin()]
     made = ops.qkv(*given, form=form, packing=packing, out_dtype=q.dtype, rotary="halves", width=16)
     buffers = torch.ops.te_dynamo.qkv(call_of(given, form=form, packing=packing, out_dtype=q.dtype, rotary="halves", width=16).key, given)
-    if not packing:  # v stays where it is: laid beside them as attention would read it
+    if not packing:  # v stays where it is: here in the layout that attention reads
         v = as_bhsd(v.permute(ORDER[form]).contiguous(), form)
     for found in (made, views(buffers, form, packing)):
         layout = in_memory(*found, *([] if packing else [v]))

@@ -1,4 +1,4 @@
-"""Kept weights that a kernel makes again on a GPU: by Triton's interpreter, and whose they are."""
+"""Kept weights that a kernel requantizes on a GPU: in Triton's interpreter, and for which providers and recipes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_whose_weights(provider, by_kernel, by_version):
 @pytest.mark.parametrize(("cached", "by_kernel"), [("inference", True), ("training", False)])
 @pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
 def test_experts(recipe, cached, by_kernel):
-    """In training there is a transposed copy of each matrix, which the kernel does not write."""
+    """Training needs a transposed copy of each matrix, which the kernel does not write."""
     found = registry.find(op_named("grouped_linear"), "native", RECIPES[recipe](), CUDA)
     call = Call("grouped_linear", "native", "cuda", (torch.bfloat16, torch.bfloat16, torch.int32), RECIPES[recipe]().key, cached=cached)
     assert found is not None and (found.kept_as(call) is not None) == by_kernel

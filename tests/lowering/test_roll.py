@@ -1,4 +1,4 @@
-"""The update of the scale state as one kernel, by Triton's interpreter, against the arena's own."""
+"""The update of the scale state as one kernel, in Triton's interpreter, against the arena's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rotation of q and k before they are rounded, and the kernel that does it and casts: by definition, and by Triton's interpreter."""
+"""The rotation of q and k before they are rounded, and the kernel that rotates and casts: the definition, and Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_cast(size, keys, dtype):
 
 
 def test_what_is_not_finite():
-    """It spoils its own row and no other, counts as infinite for the amax, and finite values saturate."""
+    """A non-finite value spoils its own row only, and counts as infinite for the amax; finite values saturate."""
     x = gaussian(1, 3, 2, 64, dtype=torch.bfloat16)
     x[0, 0, 0, 5], x[0, 1, 1, 6] = torch.nan, torch.inf
     data, peaks = ours.cast_rotated(x, None, torch.tensor(1e6), E4M3)

@@ -1,4 +1,4 @@
-"""Linears by the stateless recipes: against what their formats give in theory, and the operators that compute them."""
+"""Linears with the stateless recipes: against the theoretical error of their formats, and the operators that compute them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PROVIDERS = [(name, kind) for name, recipe in RECIPES.items() for kind in ("refe
 
 @pytest.fixture
 def linears():
-    """Linears, by a provider and a recipe."""
+    """A function that runs linears with a provider and a recipe."""
 
     def call(kind: str, recipe: str, x, weights, biases, *, merged=False, interleave=0, out_dtype=None):
         options = {"merged": merged, "interleave": interleave, "out_dtype": out_dtype}
@@ -73,15 +73,15 @@ FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0), "e2m1": (1, 0, 6.0
 
 
 def noise(t: Tensor, format: str, block: tuple[int, int], power_of_2: str = "", stochastic: bool = False) -> float:
-    """Noise to signal of a matrix quantized along its rows, in float64. block: rows x columns of one scale, 0 for all;
-    power_of_2: the scale is rounded "down" or (its inverse) "up" to one; both leave the largest value in range."""
+    """Noise-to-signal ratio of a matrix quantized along its rows, in float64. block: rows x columns per scale, 0 for all;
+    power_of_2: the scale is rounded "down", or its inverse "up", to a power of two; both keep the largest value in range."""
     mantissa, least, top = FORMATS[format]
     r, c = (size or whole for size, whole in zip(block, t.shape, strict=True))
     blocks = t.reshape(t.shape[0] // r, r, t.shape[1] // c, c)
     step = blocks.abs().amax((1, 3), keepdim=True) / top
     if power_of_2:
         step = torch.exp2(torch.ceil(torch.log2(step)))
-    if format == "e2m1":  # its scales are E4M3, of 3 bits of mantissa, under one that maps the largest to 448
+    if format == "e2m1":  # its scales are E4M3, with 3 bits of mantissa, and a second-level scale maps the largest to 448
         unit = t.abs().max() / 448 / 6
         exponent = torch.floor(torch.log2(step / unit))
         step = torch.round(step / unit / torch.exp2(exponent - 3)) * torch.exp2(exponent - 3) * unit
@@ -213,7 +213,7 @@ def test_native_is_the_definition(linears, recipe):
 
 
 def test_one_rounding_to_the_output(linears):
-    """bfloat16 inputs have the outputs and gradients that float32 inputs of the same values have, rounded."""
+    """bfloat16 inputs have the outputs and gradients of float32 inputs with the same values, rounded."""
     torch.manual_seed(0)
     x, w, g = (torch.randn(48, 48).bfloat16() for _ in range(3))
     bias = torch.randn(48).bfloat16()
@@ -299,7 +299,7 @@ def test_nan_is_not_lost(linears, recipe, kind):
 
 
 def test_compiled(linears):
-    """In one graph, and with what is saved chosen by what needs gradients."""
+    """In one graph; what is saved depends on what needs gradients."""
     torch.manual_seed(0)
     x, w = torch.randn(20, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
     for recipe, kind in PROVIDERS:
@@ -351,7 +351,7 @@ def test_where_native_is_available():
 
 
 def samples(count=2):
-    """Linears with so many weights; where there are two, the last is not trained, and their input has 3 dimensions."""
+    """Linears with `count` weights; if there are two, the last is not trained, and their input has 3 dimensions."""
     torch.manual_seed(0)
     rows = (2, 8) if count == 2 else (16,)
     x, weights, biases = torch.randn(*rows, 32), [torch.randn(16, 32) for _ in range(count)], [torch.randn(16), None][:count]
@@ -393,8 +393,8 @@ def test_opcheck(name, monkeypatch):
         return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
 
     monkeypatch.setattr(torch, "allclose", lambda a, b, **k: allclose(bits(a), bits(b), **k))
-    # Blocks take seconds under symbolic shapes: for each weight, and for each dimension of the input that is not a symbol of its own.
-    # How many of both there are concerns the operator, whatever the recipe.
+    # With symbolic shapes, blocks take seconds for each weight, and for each dimension of the input that is not its own symbol. The number
+    # of weights and dimensions only matters to the operator, whatever the recipe.
     op, args = samples(2 if "rowwise" in name else 1)[name]
     torch.library.opcheck(op.default, args)
 
@@ -411,7 +411,7 @@ def test_flops_are_the_gemms():
 
 
 def test_by_rows_on_a_gpu_is_traced_and_gives_the_same(no_codegen, monkeypatch):
-    """There operator by operator would cost more than the GEMMs gain. Traced on a CPU, it is the opaque operators' computation."""
+    """On a GPU, running operator by operator would cost more than the GEMMs gain. Traced on a CPU, the result is the opaque operators'."""
     rowwise = Float8RowwiseScaling()
     on_gpu, here = (registry.find(LINEARS, "native", rowwise, torch.device(device)) for device in ("cuda", "cpu"))
     assert not on_gpu.opaque and here.opaque and isinstance(on_gpu, type(here))

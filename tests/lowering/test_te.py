@@ -1,4 +1,4 @@
-"""The operators around Transformer Engine's kernels, on NVIDIA's Python package with its C++ layer stood in for."""
+"""The operators around Transformer Engine's kernels, on NVIDIA's Python package with a stand-in for its C++ layer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_forward_accumulates_fast_and_backward_does_not(stand_in, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
 def test_operands_lie_row_by_row_whatever_the_input_s_strides(stand_in, bias, grad):
-    """TE reads memory, not strides (the stand-in refuses what does not lie so): channels-last images, transposed inputs."""
+    """TE ignores strides (the stand-in rejects operands that are not contiguous): channels-last images, transposed inputs."""
     first, second = nn.Linear(32, 48, bias=bias), nn.Linear(16, 32, bias=bias)
 
     def model(image: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def test_asked_for_by_name_and_not_there(monkeypatch):
 
 
 def test_the_lowered_graph_s_script_runs(stand_in, tmp_path, capsys):
-    """As every dumped stage does by itself: where TE is, or its stand-in."""
+    """Like every dumped stage, it runs by itself if TE or its stand-in is there."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
     run = torch.compile(model, backend=te_fp8, options={"provider": "te", "debug_dir": str(tmp_path), "keep_weights": True})
@@ -271,7 +271,7 @@ def test_dimensions_that_it_cannot_take_are_left_with_the_reason(stand_in):
     ],
 )
 def test_a_model_trains_as_with_the_reference(stand_in, monkeypatch, name, recipe):
-    """8 steps, one graph: losses and scale state as the definition's, to the bit."""
+    """8 steps, one graph: losses and scale state are bitwise the definition's."""
     check_training(SMALL[name], recipe, monkeypatch, exactly=True)
 
 
@@ -280,7 +280,7 @@ def test_a_model_trains_as_with_the_reference(stand_in, monkeypatch, name, recip
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "vit"])
 def test_a_model_trains_as_with_the_reference_under_inductor(stand_in, monkeypatch, name, recipe):
-    """But that Inductor sums otherwise around other GEMMs."""
+    """The same, except that Inductor sums in another order around other GEMMs."""
     check_training(CASES[name], recipe, monkeypatch, exactly=False)
 
 
@@ -289,7 +289,7 @@ def check_training(case: Case, recipe: str, monkeypatch: pytest.MonkeyPatch, exa
     for provider in ("te", "reference"):
         torch._dynamo.reset()
         model = case.model()
-        if provider == "reference":  # the definition, whatever the other is compiled by
+        if provider == "reference":  # the definition, however the other is compiled
             monkeypatch.setattr("te_dynamo.runtime.compile_inductor", compile_without_codegen)
         compiled = torch.compile(model, backend=te_fp8, fullgraph=True, options={"recipe": recipe, "provider": provider})
         optimizer, seen = torch.optim.SGD(model.parameters(), lr=1e-2), []

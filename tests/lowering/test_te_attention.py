@@ -1,4 +1,4 @@
-"""TE's fused attention behind te_dynamo's operators: against torch's attention, against te.DotProductAttention, in whole models."""
+"""TE's fused attention behind te_dynamo's operators: against torch's attention and te.DotProductAttention, and in whole models."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def te() -> Any:
 def te_attention(
     q: Tensor, k: Tensor, v: Tensor, *given: Any, layout: str, causal: bool, softmax_scale: Any = None, recipe: str = ""
 ) -> list:
-    """TE's attention as a graph calls it; given: scales, gradients' scales, sink."""
+    """TE's attention as a graph calls it. given: scales, gradients' scales, sink."""
     how = {"causal": causal, "softmax_scale": softmax_scale, "qkv_layout": layout, "form": layout[:2] + "hd"}
     call = attention_call(q, k, v, provider="te", recipe=recipe, records=bool(recipe), calibrating=False, **how)
     return site(call.key, [q, k, v, None, None, ()], *given)
 
 
 def qkv_in(layout: str, heads: int = 4, kv_heads: int = 4, d: int = 16, b: int = 2, s: int = 24) -> tuple[list[Tensor], list[Tensor]]:
-    """(what a gradient goes to, q, k and v [B, H, S, D] as `layout` has them)."""
+    """(the leaves that get a gradient; q, k and v [B, H, S, D] in `layout`)."""
     a, c = (b, s) if layout.startswith("b") else (s, b)
     if "3" in layout:
         interleaved = layout.endswith("h3d")
@@ -80,7 +80,7 @@ def test_packed_parts_that_lie_elsewhere_are_copied():
     torch.manual_seed(0)
     _, (q, k, v) = qkv_in("bs3hd")
     parts = [t.transpose(1, 2).detach() for t in (q, k, v)]
-    # The strides of a packed layout, with a memory of its own for each.
+    # The strides of a packed layout, but separate memory for each tensor.
     apart = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in parts]
     assert kernels.as_claimed(*parts, "bs3hd")[1] == "bs3hd"
     assert kernels.as_claimed(*apart, "bs3hd")[1] == "bshd_bshd_bshd"
@@ -142,11 +142,11 @@ def test_flops():
         assert counter.get_total_flops() == flops, name
 
 
-# --- in FP8, beside TE's own module
+# --- in FP8, against TE's own module
 
 
 def test_in_fp8_it_is_te_s_dot_product_attention(te, monkeypatch):
-    """Scales as TE's module has them: outputs and gradients to the bit, and so are the amaxes that it records."""
+    """With the scales of TE's module, outputs, gradients and the recorded amaxes are bitwise equal."""
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch.constants import FP8BwdTensorIdx, FP8FwdTensorIdx
 
@@ -179,7 +179,7 @@ def test_in_fp8_it_is_te_s_dot_product_attention(te, monkeypatch):
         assert torch.equal(o.flatten(2), z), step
         for mine, yours in zip(ours, other, strict=True):
             assert torch.equal(mine.grad, yours.grad), step
-        # Rolled when the autocast ended: the newest stands last. The gradients' state is rolled by TE's other modules only.
+        # Rolled when the autocast ended: the newest is last. Only TE's other modules roll the gradients' state.
         history = theirs.fp8_meta["scaling_fwd"].amax_history[-1]
         assert [recorded[:3].max(), *recorded[3:]] == [history[int(i)] for i in forward[2:]], step
         state = theirs.fp8_meta["scaling_bwd"]
@@ -249,7 +249,7 @@ def test_what_is_refused(changed, words):
 
 
 def test_nothing_is_promised_that_te_refuses():
-    """Against tex.get_fused_attn_backend, wherever the table says yes."""
+    """Wherever our table says yes, so does tex.get_fused_attn_backend."""
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.constants import TE_DType
 
@@ -350,9 +350,9 @@ def test_a_model_whose_gemm_packs_q_k_and_v(model, short, kernel, no_codegen):
     ours, site = trained(module, x, provider="te", short_sequence=short)
     assert site.detail["kernel"].startswith(kernel)
     expected, _ = trained(module, x, provider="reference", short_sequence=short)
-    assert sqnr(expected[0], ours[0]) > 39  # with RoPE a rounding more
+    assert sqnr(expected[0], ours[0]) > 39  # with RoPE there is one more rounding
     least = min(sqnr(a, b) for a, b in zip(expected, ours, strict=True))
-    assert least > (22 if "rope" in model else 25), least  # what bf16 rounds otherwise, FP8 makes more of
+    assert least > (22 if "rope" in model else 25), least  # FP8 amplifies differences in bf16 rounding
 
 
 @pytest.mark.parametrize("attention", ["fp8", "fp8_both"])
@@ -370,8 +370,8 @@ def test_a_model_in_fp8(attention, no_codegen):
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_in_fp8_under_current_scaling(scale, no_codegen):
-    """Forward in FP8 by scales of its own, without state: as near to the truth as the definition, which measures S and O first; and no
-    element of O saturates, at any size of V."""
+    """Forward in FP8 with current scales, without state: as accurate as the definition, which computes the amaxes of S and O first; and no
+    element of O saturates, whatever the size of V."""
     torch.manual_seed(0)
     module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 64, 256).bfloat16()
     with torch.no_grad():
@@ -381,9 +381,9 @@ def test_in_fp8_under_current_scaling(scale, no_codegen):
     exact, _ = trained(module, x, provider="te", attention="high_precision", recipe="current")
     definition, _ = trained(module, x, provider="reference", attention="fp8", recipe="current")
     errors = [(sqnr(a, b), sqnr(a, c)) for a, b, c in zip(exact, ours, definition, strict=True)]
-    rounds_o = -10 * math.log10(10 ** (-errors[0][1] / 10) + 10**-3.15)  # TE's kernel gives O in FP8, 31.5 dB, the definition does not
+    rounds_o = -10 * math.log10(10 ** (-errors[0][1] / 10) + 10**-3.15)  # TE's kernel returns O in FP8, 31.5 dB, the definition does not
     assert rounds_o - 0.5 < errors[0][0] and 18 < errors[0][0] < 30, errors
-    assert sum(theirs - mine for mine, theirs in errors) < 2 * len(errors), errors  # a linear's casts make more of what differs
+    assert sum(theirs - mine for mine, theirs in errors) < 2 * len(errors), errors  # a linear's casts amplify differences
 
 
 def test_in_fp8_q_k_and_v_share_their_scale(no_codegen):
@@ -394,7 +394,7 @@ def test_in_fp8_q_k_and_v_share_their_scale(no_codegen):
         run(x).sum().backward()
     state = te_dynamo.scale_state(model).state_dict()
     assert len({state[f"attention.{name}.scale"].item() for name in "qkv"}) == 1
-    assert state["attention.s.scale"] == 448  # a row of a causal softmax is all on its first element
+    assert state["attention.s.scale"] == 448  # the first row of a causal softmax is 1 at its first element
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_auto_takes_te_for_fp8_attention_alone(monkeypatch, no_codegen):
 @pytest.mark.parametrize("form", ["bshd", "sbhd"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_in_fp8_keys_that_have_much_in_common(causal, form):
-    """It is taken off, and forward's statistics of the scores, which backward reads, are of what is left."""
+    """Their mean is subtracted, and forward's statistics of the scores, which backward reads, are those after that."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, 64, 128) for _ in range(3))
     k[..., 5] += 30

@@ -1,4 +1,4 @@
-"""Blocks of 128 and MXFP8 by Transformer Engine's kernels: on NVIDIA's Python package with its C++ layer stood in for."""
+"""Blocks of 128 and MXFP8 by Transformer Engine's kernels, on NVIDIA's Python package with a stand-in for its C++ layer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def choose_for(recipe: Recipe, requested: str, chosen: str, device: torch.device
 
 @pytest.fixture(autouse=True)
 def te() -> Iterator[Any]:
-    """TE, on a device that has both recipes."""
+    """TE, on a device that supports both recipes."""
     reason = te_on_cpu.missing()
     if reason is not None:
         pytest.skip(reason)
@@ -84,7 +84,7 @@ def arguments(how: Blocks | MX) -> tuple[Any, ...]:
 
 
 def matrix(rows: int = 160, columns: int = 416, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Of six orders of magnitude, with zeros, a NaN and an infinity."""
+    """A matrix over six orders of magnitude, with zeros, a NaN and an infinity."""
     torch.manual_seed(0)
     x = torch.randn(rows, columns) * 10 ** torch.empty(rows, columns).uniform_(-3, 3)
     x[:, :32] = 0
@@ -93,7 +93,7 @@ def matrix(rows: int = 160, columns: int = 416, dtype: torch.dtype = torch.bfloa
 
 
 def as_defined(data: Tensor, scale_inv: Tensor, how: Blocks | MX, across: bool) -> Quantized:
-    """A copy of TE's as `granularity` has it: of the matrix that is summed over its columns, scales in plain order, without padding."""
+    """TE's copy in the form of `granularity`: the matrix with the summed dimension last, scales in plain order, without padding."""
     if isinstance(how, MX):
         plain = te_on_cpu.mx.unswizzle(scale_inv.reshape(scale_inv.shape[::-1]) if across else scale_inv)
         data = data.t() if across else data
@@ -115,10 +115,10 @@ def test_a_cast_is_the_definition(name, dtype):
     made = quantize(x, *arguments(how), True, True)
     for copy, t, across in ((made[:2], x, False), (made[2:], x.t(), True)):
         found, expected = as_defined(*copy, how, across), how.quantize(t)
-        kept = ~t.isnan()  # which NaN a NaN becomes is nobody's business
+        kept = ~t.isnan()  # the bits of a NaN do not matter
         assert torch.equal(found.data.float().isnan(), ~kept)
         assert torch.equal(bits(found.data.contiguous())[kept], bits(expected.data)[kept])
-        # TE's kernel saturates an infinity, and nobody sees it; by definition its block is NaN.
+        # TE's kernel saturates an infinity, which hides it; by definition its block is NaN.
         visible = ~expected.scale_inv.float().isnan()
         assert (~visible).sum() == isinstance(how, Blocks)
         assert torch.equal(bits(found.scale_inv.contiguous())[visible], bits(expected.scale_inv)[visible])
@@ -156,7 +156,7 @@ def test_a_fake_is_what_comes_out(name, shape, wanted):
         assert torch.equal(bits(real), bits(both[i])) if wanted[i // 2] else real.numel() == 0
 
 
-# Not two operands in E5M2, nor two of 128 x 128: no device multiplies them.
+# Not two operands in E5M2, nor two with blocks of 128 x 128: no device multiplies them.
 PRODUCTS = [
     (a, b)
     for a, how_a in FORMATS.items()
@@ -168,7 +168,7 @@ PRODUCTS = [
 @pytest.mark.parametrize("layout", ["TN", "NN", "NT"])
 @pytest.mark.parametrize(("a", "b"), PRODUCTS)
 def test_a_gemm_is_the_product_of_what_was_quantized(a, b, layout):
-    """Of the matrices that the operands stand for, in whichever copy."""
+    """The product of the dequantized operands, whichever copy is used."""
     torch.manual_seed(0)
     how_a, how_b = FORMATS[a], FORMATS[b]
     t, u = torch.randn(64, 160), torch.randn(96, 160)
@@ -226,14 +226,14 @@ pytestmark = pytest.mark.usefixtures("no_codegen")
 def linears(
     provider: str, recipe: Recipe, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], **layout: Any
 ) -> list[Tensor]:
-    """Linears, by a provider and a recipe."""
+    """A function that runs linears with a provider and a recipe."""
     ys = sites.linears(provider, x, weights, biases, recipe=recipe, **layout)
     assert len(ys) == len(weights)  # and no amax
     return ys
 
 
 def compiled(model: Callable[..., Any], recipe: Any, provider: str = "te", **kwargs: Any) -> tuple[Any, list[Any]]:
-    """The compiled model, and the sites that are reported when it is called."""
+    """The compiled model, and a list that gets its sites when it is called."""
     sites: list[Any] = []
     call = torch.compile(model, backend=te_fp8, options={"recipe": recipe, "provider": provider}, **kwargs)
 
@@ -275,7 +275,7 @@ def test_linears_of_one_input_are_the_definition(name, dtype, merged, interleave
 @pytest.mark.parametrize("tokens", [0, 1, 33])
 @pytest.mark.parametrize("name", ["block", "mxfp8"])
 def test_any_number_of_tokens(name, tokens):
-    """Padded for the GEMMs; what is padded is not seen."""
+    """Tokens are padded for the GEMMs; the padding is not visible."""
     outcomes = []
     for provider in ("te", "reference"):
         torch.manual_seed(0)
@@ -306,7 +306,7 @@ def test_what_is_not_needed_is_not_computed(name):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators of this package."""
+    """Counts the calls of this package's operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,7 +321,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", ["block", "mxfp8"])
 def test_each_tensor_is_quantized_once(name, merged):
-    """Of three linears: the input, and each weight and gradient of a GEMM, both ways in one kernel."""
+    """For three linears: the input, and each weight and gradient of a GEMM, plain and transposed in one kernel."""
     gemms = 1 if merged else 3
     with Calls() as calls:
         three("te", RECIPES[name], torch.bfloat16, merged=merged)
@@ -349,7 +349,7 @@ def test_activation_checkpointing_changes_nothing(name):
 @pytest.mark.parametrize(("name", "scale"), [("block", 4 / 128), ("mxfp8", 1 / 32)])
 @pytest.mark.parametrize("needed", ["x", "w", "both"])
 def test_what_backward_keeps(name, scale, needed):
-    """The column-wise copies of the input and of the weight, nothing in high precision, in the graph that is compiled too."""
+    """The column-wise copies of the input and of the weight, and nothing in high precision; also in the compiled graph."""
     x, model = torch.randn(512, 256, requires_grad=needed != "w"), nn.Linear(256, 128, bias=False)
     w = model.weight.requires_grad_(needed != "x")
     call, sites = compiled(model, name)
@@ -360,7 +360,7 @@ def test_what_backward_keeps(name, scale, needed):
     elements = (x.numel() if needed != "x" else 0) + (w.numel() if needed != "w" else 0)
     size = sum(t.nbytes for t in saved if isinstance(t, Tensor) and t is not w and t is not x)
     per_element = size / elements - 1
-    assert 0 <= per_element < 2 * scale  # of square blocks fewer, padded to four
+    assert 0 <= per_element < 2 * scale  # square blocks have fewer scales, padded to four
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -399,8 +399,8 @@ def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("name", ["block", "mxfp8", "mxfp8 hybrid with square weights"])
 def test_a_linear_is_te_s(te, name, dtype, bias):
-    """Bit for bit: the same copies are given to the same GEMMs. Only a bias's gradient is summed in another order, and what is infinite is
-    not saturated."""
+    """Bitwise equal: the same copies go to the same GEMMs. Only a bias's gradient is summed in another order, and infinities do not
+    saturate."""
     from transformer_engine.common import recipe as recipes
 
     theirs_of = {
@@ -417,7 +417,7 @@ def test_a_linear_is_te_s(te, name, dtype, bias):
         with te_on_cpu.cuda_is_cpu():
             theirs = te.Linear(K, N, bias=bias, params_dtype=dtype, device="cpu")
         with torch.no_grad():
-            if bias:  # TE gives an FP8 GEMM its bias in bf16
+            if bias:  # TE passes the bias to an FP8 GEMM in bf16
                 ours.bias.copy_(ours.bias.bfloat16())
                 theirs.bias.copy_(ours.bias)
             theirs.weight.copy_(ours.weight)
@@ -435,7 +435,7 @@ def test_a_linear_is_te_s(te, name, dtype, bias):
                 z.backward(dy)
             if bias:
                 assert_one_rounding([ours.bias.grad], [theirs.bias.grad])
-            if step == 3 and name == "block":  # TE saturates what is infinite; here it stays in sight, where it is multiplied into
+            if step == 3 and name == "block":  # TE saturates an infinity; here it stays visible wherever it is multiplied in
                 assert [(~t.isfinite()).all(1).nonzero().flatten().tolist() for t in (y, mine.grad)] == [[1], [1]]
                 assert (~ours.weight.grad.isfinite()).sum() == K + N - 1
                 continue
@@ -481,7 +481,7 @@ def test_inference(name):
 
 @pytest.mark.parametrize("name", ["block", "mxfp8"])
 def test_a_number_of_tokens_that_changes(name):
-    """One graph for all, whether they are padded or not."""
+    """One graph for all numbers of tokens, padded or not."""
     torch.manual_seed(0)
     model, graphs = nn.Linear(64, 32), []
     call, _ = compiled(model, name, dynamic=True, fullgraph=True)

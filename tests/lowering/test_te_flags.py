@@ -1,4 +1,4 @@
-"""What TE's kernels are told that changes no number on a stand-in: how they accumulate, and whether they must be deterministic."""
+"""Arguments of TE's kernels that change no number on the stand-in: how to accumulate, and whether to be deterministic."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def te(no_codegen: None) -> Any:
     [("DelayedScaling", HOPPER), ("Float8CurrentScaling", HOPPER), ("Float8BlockScaling", HOPPER), ("MXFP8BlockScaling", BLACKWELL)],
 )
 def test_gemms_accumulate_as_those_of_te_s_linear(te, recipe, capability):
-    """Forward, dgrad and wgrad, each as TE's own module asks for it."""
+    """Forward, dgrad and wgrad, each as TE's own module requests it."""
     from transformer_engine.common import recipe as recipes
 
     chosen = getattr(recipes, recipe)()

@@ -1,4 +1,4 @@
-"""Experts on a Blackwell by Transformer Engine's grouped GEMM: on NVIDIA's Python package with its C++ layer stood in for."""
+"""Experts on a Blackwell by Transformer Engine's grouped GEMM, on NVIDIA's Python package with a stand-in for its C++ layer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SIZES = [[16, 16, 16, 16], [64, 0, 0, 0], [0, 1, 40, 19], [5, 0, 300, 0]]
 
 @pytest.fixture(autouse=True)
 def te() -> Iterator[Any]:
-    """TE, on a Blackwell whose rows of no group and results hold NaN until they are written."""
+    """TE, on a Blackwell where results, and rows in no group, are NaN until they are written."""
     if (reason := te_on_cpu.missing()) is not None:
         pytest.skip(reason)
     module = te_on_cpu.install()
@@ -124,7 +124,7 @@ def test_weights_that_are_kept(cached: str) -> None:
 
 
 def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """The operator with arguments, by layout."""
+    """The operator and its arguments, by layout."""
     ends, one, fp8 = torch.tensor([16, 48], dtype=torch.int32), torch.tensor(0.5), torch.float8_e4m3fn
     rows, other, weight = (torch.randn(*s).to(fp8) for s in ((64, 32), (64, 48), (2, 48, 32)))
     operands = {"TN": (rows, weight), "NN": (other, weight), "NT": (other, rows)}
@@ -134,7 +134,7 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("layout", ["TN", "NN", "NT"])
 def test_opcheck(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    allclose, fp8 = torch.allclose, torch.float8_e4m3fn  # which opcheck compares arguments by
+    allclose, fp8 = torch.allclose, torch.float8_e4m3fn  # opcheck compares arguments with it
     monkeypatch.setattr(torch, "allclose", lambda *ts, **k: allclose(*(t.view(torch.uint8) if t.dtype == fp8 else t for t in ts), **k))
     monkeypatch.setattr(grouped, "_empty", lambda *given: _zeros(*given))
     op, arguments = samples()[f"te_grouped_gemm, {layout}"]
@@ -185,7 +185,7 @@ def failing(*given: Any, **more: Any) -> Any:
 
 @pytest.mark.parametrize(("multiply", "why"), [(wrong, "wrong results"), (failing, "No suitable algorithm found for grouped GEMM")])
 def test_a_kernel_that_fails_its_trial_is_not_used(multiply: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device and a cuBLAS that nobody has tried it on: the experts stay in high precision, with the reason."""
+    """On an untested device and cuBLAS, the experts stay in high precision, with the reason."""
     monkeypatch.setattr(library.api(), "grouped_gemm", multiply)
     grouped._why_not.cache_clear()
     assert why in str(grouped.why_not(CPU)) and "\n" not in str(grouped.why_not(CPU))
@@ -197,7 +197,7 @@ def test_a_kernel_that_fails_its_trial_is_not_used(multiply: Any, why: str, monk
     ids=str,
 )
 def test_who_computes_experts_on_a_gpu(capability: Any, with_te: bool, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's kernels on a Hopper, TE's on a Blackwell; where there are none, native says why they are left in high precision."""
+    """torch's kernels on a Hopper, TE's on a Blackwell; without either, native says why experts are left in high precision."""
     grouped._why_not.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     if not with_te:
@@ -205,7 +205,7 @@ def test_who_computes_experts_on_a_gpu(capability: Any, with_te: bool, provider:
         monkeypatch.setitem(registry.PROVIDERS, "te", missing)
     cuda, op, recipe = torch.device("cuda"), op_named("grouped_linear"), DelayedScaling()
     with te_on_cpu.pretended(capability):
-        monkeypatch.setattr(grouped, "_tried", lambda device: None)  # which puts tensors on it
+        monkeypatch.setattr(grouped, "_tried", lambda device: None)  # it would put tensors on the device
         choice = registry.choose_for(op, recipe, "auto", "native", cuda)
         assert registry.choose_for(op, recipe, "native", "native", cuda).provider == "native"
     assert choice.provider == provider and (choice.reason is not None) == (provider != "native")
@@ -245,7 +245,7 @@ def test_a_model_trains_and_infers(recipe: str, inductor: bool, request: pytest.
 
 
 def test_te_s_own_module_is_as_near_to_the_truth(te: Any) -> None:
-    """Which has a scale for each expert's rows and weight: within a dB and a half of what one scale for all gives here."""
+    """It has a scale for each expert's rows and weight: its error is within 1.5 dB of ours, with one scale for all experts."""
     from transformer_engine.common.recipe import Float8CurrentScaling as Current
 
     inputs, grad = made([16, 32, 48, 16], after=0)

@@ -1,4 +1,4 @@
-"""Which recipes Transformer Engine computes on which GPU: the table row by row, and against TE's own answers."""
+"""Which recipes Transformer Engine supports on which GPU: the table row by row, and against TE's own answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALL = (AMPERE, ADA, HOPPER, BLACKWELL, BLACKWELL_300, RTX_BLACKWELL)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends a GPU, and no Transformer Engine."""
+    """Pretends that there is a GPU, and no Transformer Engine."""
 
     def pretend(capability: tuple[int, int], cuda: str | None = "13.0") -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -121,7 +121,7 @@ def test_a_stand_in_without_a_capability_is_a_hopper(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="transformer_engine is not installed")
 @pytest.mark.parametrize("capability", ALL)
 def test_the_table_is_what_te_answers(capability):
-    """TE's own functions, on its stand-in's device."""
+    """Compared with TE's own functions, on its stand-in's device."""
     reason = te_on_cpu.missing()
     if reason is not None:
         pytest.skip(reason)

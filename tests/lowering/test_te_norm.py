@@ -1,4 +1,4 @@
-"""TE's norms that write FP8, and its cast that sums a bias's gradient: the operators, where they are chosen, beside te.LayerNormLinear."""
+"""TE's norms that write FP8, and its cast that sums a bias's gradient: the operators, when they are chosen, and te.LayerNormLinear."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_a_norm_in_fp8(kind, dtype, zero_centered):
         if kind == "layer"
         else nn.functional.rms_norm(x.float(), shape, factor, 1e-5)
     )
-    torch.testing.assert_close(h8.float() / 20, exact, rtol=2**-4, atol=2**-10)  # E4M3 has three bits behind the point
-    assert (bits(h8) != bits(quantize(exact, scale, E4M3))).sum() <= 4  # another order of float32's sums
+    torch.testing.assert_close(h8.float() / 20, exact, rtol=2**-4, atol=2**-10)  # E4M3 has three mantissa bits
+    assert (bits(h8) != bits(quantize(exact, scale, E4M3))).sum() <= 4  # float32 sums in another order
     torch.testing.assert_close(peak.item(), amax(exact).item(), rtol=1e-6, atol=0)
     assert mean.numel() == (32 if kind == "layer" else 0) and inverse.shape == (32,)
 
@@ -105,7 +105,7 @@ def test_opcheck(name, monkeypatch):
 
 
 def norms_of(model: nn.Module, x: Tensor, **options: Any) -> list[str | None]:
-    """What the report says of the norms before linears."""
+    """What the report says about the norms before linears."""
     torch._dynamo.reset()
     seen: list[Any] = []
     run = torch.compile(model, backend=te_fp8, fullgraph=True, options={"provider": "te", **options})
@@ -157,15 +157,15 @@ def test_a_norm_of_another_dtype_than_its_weight_is_inductor_s():
     assert "take weights of the dtype" in first
 
 
-# --- beside TE's own module
+# --- against TE's own module
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
 def test_a_norm_and_a_linear_are_te_s_layer_norm_linear(te, kind, recipe, dtype):
-    """30 steps. Delayed: scales and histories to the bit. Outputs and gradients to a rounding of what is between the two: in current
-    scaling TE rounds the norm to its dtype and so does Inductor, which sums in another order."""
+    """30 steps. Delayed: scales and histories are bitwise equal. Outputs and gradients are equal up to a rounding between norm and linear:
+    in current scaling TE rounds the norm to its dtype, and so does Inductor, which sums in another order."""
     from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
 
     torch._dynamo.reset()

@@ -1,7 +1,7 @@
-"""What te_dynamo calls of Transformer Engine, against what each version lets one call (tests/te_signatures, tools/te_signatures.py).
+"""te_dynamo's calls to Transformer Engine, against the signatures of each version (tests/te_signatures, tools/te_signatures.py).
 
-The operators run on TE's Python package with its C++ layer stood in for; what they call of `library.api()` is recorded on its way,
-and bound to each version's signatures. A new operator needs a sample here, or in the `samples` of its own tests.
+The operators run on TE's Python package with a stand-in for its C++ layer. Their calls to `library.api()` are recorded, and bound to each
+version's signatures. A new operator needs a sample here, or in the `samples` of its own tests.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ SOURCES: tuple[Callable[[], Samples], ...] = (
 )
 NAMES = [name for source in SOURCES for name in source()]
 
-# The first version that takes the calls of a sample, where it is not the oldest one that is known.
+# The first version that accepts the calls of a sample, if that is not the oldest known one.
 SINCE = {
     "te_gemm": "2.14.1",  # Float8TensorStorage(fake_dtype=)
     "te_gemm with a bias": "2.14.1",
@@ -104,7 +104,7 @@ SINCE = {
 
 
 class Recorded:
-    """Stands for a function, class or module of TE: notes what is called, and calls it."""
+    """Stands for a function, class or module of TE: records calls, and passes them on."""
 
     def __init__(self, real: Any, prefix: str, calls: list[Call]) -> None:
         self._real, self._prefix, self._calls = real, prefix, calls
@@ -120,7 +120,7 @@ class Recorded:
 
 @pytest.fixture
 def calls(monkeypatch) -> Iterator[list[Call]]:
-    """What is called of TE from here on."""
+    """The calls to TE from here on."""
     reason = te_on_cpu.missing()
     if reason is not None:
         pytest.skip(reason)
@@ -143,7 +143,7 @@ def signature(text: str) -> inspect.Signature:
 
 
 def refused(version: str, call: Call) -> str | None:
-    """Why a version would not take a call, or would drop an argument of it; None if it would not."""
+    """Why a version would reject a call, or ignore one of its arguments; None if it accepts the call."""
     name, args, kwargs = call
     facts = VERSIONS[version]
     if name.startswith("tex."):
@@ -166,7 +166,7 @@ def run(name: str) -> None:
     (found,) = (source()[name] for source in SOURCES if name in source())
     op, args = found
     with te_on_cpu.pretended((10, 0) if "mxfp8" in name or "grouped" in name else (9, 0)):
-        op(*(t.clone() if isinstance(t, Tensor) else t for t in args))  # an operator's arguments are tensors apart
+        op(*(t.clone() if isinstance(t, Tensor) else t for t in args))  # an operator's arguments must be separate tensors
 
 
 # --- the tests
@@ -197,7 +197,7 @@ def test_a_call_that_would_be_refused_is_noticed(calls):
     with pytest.raises(TypeError), library.running():
         te.Float8Quantizer(torch.ones(1), torch.zeros(1), te.dtype[E4M3], True, row=True)
     for call in (
-        calls[0],  # a parameter by position that is taken by name alone, and one that there is not
+        calls[0],  # passes a keyword-only parameter by position, and one that does not exist
         ("Float8Quantizer", (1, 2), {}),  # one too few
         ("Float8TensorStorage", (), {"data": 1, "fp8_scale_inv": 1, "fp8_dtype": 1, "color": 1}),  # dropped by **kwargs
         ("tex.layernorm_bwd", (1, 2, 3, 4, 5), {"sm_margin": 0, "zero_centered_gamma": False}),  # pybind knows no names there
@@ -227,7 +227,7 @@ def test_what_is_imported_is_there(version):
 
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_private_attributes_are_there(version):
-    """What is read of TE's tensors has no public name."""
+    """The attributes of TE's tensors that we read have no public names."""
     known = {name for names in VERSIONS[version]["attributes"].values() for name in names.split(", ")}
     for file, tree in sources():
         ours = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}

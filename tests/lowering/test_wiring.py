@@ -1,4 +1,4 @@
-"""Between a graph and a kernel: rows of a GEMM, the register, autocast, fakes, and what may be differentiated or made ahead."""
+"""Between a graph and a kernel: rows of a GEMM, the registry, autocast, fakes, and what may be differentiated or quantized ahead."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def described(values: Any) -> Any:
 
 
 def test_a_fake_forward_is_that_of_what_is_wanted():
-    """Asked for every choice of gradients, in one process: what is saved depends on it."""
+    """For every choice of gradients, in one process: what is saved depends on it."""
     x, weights = torch.randn(32, 64), [torch.randn(48, 64), torch.randn(16, 64)]
     call = calls.linears_call("native", [x, weights, [None, None]], recipe=Float8CurrentScaling())
     seen = set()
@@ -87,7 +87,7 @@ def test_a_second_derivative_is_refused(provider):
 
 
 class FromItsLength(nn.Module):
-    """Which rows of its weight are taken depends on the input."""
+    """The input's length determines which rows of its weight are used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def test_a_view_that_depends_on_more_than_the_weight_is_not_made_ahead(no_codege
 
 
 class Relative(nn.Module):
-    """Its attention adds what it has learnt, looked up by distance."""
+    """Its attention adds a learned bias, looked up by distance."""
 
     def __init__(self, by_hand: bool) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Relative(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self.table[self.distance].permute(2, 0, 1)[None] * 1.5
-        if self.by_hand:  # so that what is added to the scores must be made by the rule
+        if self.by_hand:  # so that the rule must build what is added to the scores
             return (((q @ k.mT + bias) * 0.3).softmax(-1) @ v).transpose(1, 2).flatten(2)
         return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 

@@ -1,4 +1,4 @@
-"""One spelling for each operation, and the same bits: values and gradients."""
+"""One spelling for each operation, with bitwise equal values and gradients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VARIANCES: dict[str, tuple[Callable[[Tensor], Any], dict[str, Any]]] = {
 
 
 def one_call(fn: Callable[[Tensor], Any]) -> Any:
-    """The one call of the canonical graph of `fn`, after a check that the graph gives the bits that `fn` gives."""
+    """The one call in the canonical graph of `fn`, after a check that the graph's result is bitwise equal to that of `fn`."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         gm = capture(fn, x)

@@ -1,4 +1,4 @@
-"""What a node writes, against what its call does write."""
+"""What a node is said to write, against what its call actually writes."""
 
 from __future__ import annotations
 

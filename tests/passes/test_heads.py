@@ -1,4 +1,4 @@
-"""RoPE and QK-norm between the GEMM and the attention: read in any spelling, and written in the layout that is wanted."""
+"""RoPE and QK-norm between the GEMM and the attention: recognized in any spelling, and written in the wanted layout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def angles(features: int, *, pairs: bool = False, interleaved: bool = False) -> 
     return frequencies.repeat_interleave(2, -1) if interleaved else torch.cat((frequencies, frequencies), -1)
 
 
-# Each gives x [B, H, S, D] turned, as some model's code does it.
+# Each rotates x [B, H, S, D] as some model's code does.
 
 
 def llama(x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def partial(x: Tensor) -> Tensor:
 
 
 def positioned_by_token(x: Tensor) -> Tensor:
-    """As Meta's code has it: before the heads come first."""
+    """As in Meta's code: before heads are moved to the front."""
     a = angles(D)[None, :, None]
     y = x.transpose(1, 2)
     return (y * a.cos() + halves(y) * a.sin()).transpose(1, 2)
@@ -110,7 +110,7 @@ SPELLINGS = {
 
 
 class Block(nn.Module):
-    """An attention of which q and k are prepared by functions of [B, H, S, D]."""
+    """An attention whose q and k are prepared by functions of [B, H, S, D]."""
 
     def __init__(self, prepare_q: Callable[..., Tensor], prepare_k: Callable[..., Tensor] | None = None, kv: int = KV) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def prepared(recorded: Recorded) -> list[Node]:
 
 
 def check_numbers(recorded: Recorded, least: float) -> None:
-    """The fused graph's result and gradients are Dynamo's own."""
+    """Checks that the fused graph's result and gradients equal those of Dynamo's graph."""
     results = []
     for name in ("dynamo", "fuse"):
         inputs = [t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in recorded.inputs]
@@ -242,7 +242,7 @@ def test_q_and_k_must_be_prepared_alike(pair: Any) -> None:
 
 
 def test_what_another_reads_too_is_left() -> None:
-    """A cache that keeps k, say: it would be computed twice."""
+    """For example, a cache that keeps k, which would be computed twice."""
     kept = []
 
     def keeping(x: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def test_what_another_reads_too_is_left() -> None:
 
 @pytest.mark.parametrize(("skip", "taken"), [(["q", "k", "v"], False), (["q", "k"], False), (["k", "v"], True)])
 def test_without_an_fp8_linear_it_is_inductor_s(skip: list[str], taken: bool) -> None:
-    """There is no GEMM whose layout would be kept. A norm of heads is what it was, too."""
+    """There is no GEMM whose layout would be kept. A norm of heads also stays as it was."""
     recorded, _ = staged(Block(llama), skip=skip)
     assert bool(prepared(recorded)) == taken and attentions(recorded)
     block = Block(llama)
@@ -283,7 +283,7 @@ def test_without_an_fp8_linear_it_is_inductor_s(skip: list[str], taken: bool) ->
     seed=st.integers(0, 99),
 )
 def test_the_gradients_written_out_are_the_definition_s(heads, half, passing, interleaved, pairs, form, norm, last, seed) -> None:
-    """A GPU's implementation has a backward of its own: the definition's, differentiated, is the truth."""
+    """The GPU's implementation has its own backward: autograd through the definition is the ground truth."""
     torch.manual_seed(seed)
     (h, kv), size = heads, 2 * half + passing
     packing = "3hd" if h == kv else "h2d"

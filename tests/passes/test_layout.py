@@ -1,4 +1,4 @@
-"""The choice of an attention's layout: the table row by row, then what is read off Dynamo's graphs of real modules."""
+"""The choice of an attention's layout: the table row by row, then what is read from Dynamo's graphs of real modules."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE over pairs, as GPT-J and the original Llama (in complex numbers) have it."""
+    """RoPE over adjacent pairs, as in GPT-J and (with complex numbers) the original Llama."""
     a, b = x[..., ::2], x[..., 1::2]
     cos, sin = cos[..., ::2], sin[..., ::2]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
 
 class Separate(nn.Module):
-    """q, k and v of their own linears, with all that stands between those and an attention in today's models."""
+    """q, k and v from separate linears, with everything that today's models do between those and an attention."""
 
     def __init__(self, kv_heads: int = H, *, rope: Any = None, norm: bool = False, repeat: bool = False, sequence_first: bool = False):
         super().__init__()
@@ -166,7 +166,7 @@ def test_cross_attention():
 
 
 class Packed(nn.Module):
-    """q, k and v of one linear, split in one of the ways in use."""
+    """q, k and v from one linear, split in one of the ways that models use."""
 
     def __init__(self, split: str) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ def test_decode_with_a_cache():
         return F.scaled_dot_product_attention(q, torch.cat((past_k, k), 2), torch.cat((past_v, v), 2))
 
     assert layouts(step, X[:, :1], past, past) == ["bshd_bshd_bshd"]
-    assert layouts(step, X[:, :3], past, past) == ["bshd_bshd_bshd"]  # as many rows, but a cache still: not self-attention
+    assert layouts(step, X[:, :3], past, past) == ["bshd_bshd_bshd"]  # as many rows, but still a cache: not self-attention
     assert layouts(Separate(), X[:, :1]) == ["bs3hd"]
 
 
@@ -277,7 +277,7 @@ def test_what_does_not_come_from_linears():
     def raw(x):
         return F.scaled_dot_product_attention(heads(x), heads(x), heads(x))
 
-    def residual(x):  # a linear's output plus something as large is not a linear's output
+    def residual(x):  # a linear's output plus a tensor of its size is not a linear's output
         return raw(x + linear(x))
 
     def two(x):

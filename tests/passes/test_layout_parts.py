@@ -1,4 +1,4 @@
-"""The small steps by which layouts and masks are told, each against what torch does."""
+"""The helpers that find layouts and masks, each against what torch does."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FULL = slice(None)
     ids=str,
 )
 def test_where_a_dimension_was_before_it_was_indexed(index: Any):
-    """Strides tell: each dimension of x has its own."""
+    """Checked by strides: each dimension of x has a different one."""
     x = torch.empty(3, 5, 7, 11)
     y = x[index]
     for dim in range(y.dim()):
@@ -64,7 +64,7 @@ def test_the_first_copy_is_the_one_next_to_the_gemm():
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 3, 6])
 def test_a_window_is_as_wide_as_it_is(window, added):
-    """Row i sees i - window up to i."""
+    """Row i attends to i - window up to i."""
     i, j = torch.arange(8)[:, None], torch.arange(8)
     sees = (j <= i) & (i - j <= window)
     mask = torch.zeros(8, 8).masked_fill(~sees, -torch.inf) if added else sees
@@ -76,7 +76,7 @@ def test_a_window_is_as_wide_as_it_is(window, added):
 
 @pytest.mark.parametrize(("order", "name"), [((0, 1, 2), "bs3hd"), ((2, 1, 0), None), ((0, 2, 1), None), ((1, 0, 2), None)])
 def test_parts_of_a_buffer_in_another_order_have_no_name(order, name):
-    """A kernel that is told the name reads q, k and v one after the other."""
+    """Given a name, a kernel reads q, k and v one after the other."""
     parts = torch.randn(2, 8, 3, 4, 16).unbind(2)
     found = in_memory(*(parts[i].transpose(1, 2) for i in order))
     assert (None if found is None else found.name) == name

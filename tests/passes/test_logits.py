@@ -1,4 +1,4 @@
-"""Which linears are logits: of real models and of small ones made to mislead."""
+"""Which linears are logits, in real models and in small ones made to mislead."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_transformers(name, labels):
 
 
 def test_layers_alone_have_no_logits():
-    """Per-layer compile, or the rest of a model after a graph break: the head may be there, but no embedding."""
+    """Per-layer compile, or the rest of a model after a graph break: the head may be in the graph, but no embedding."""
     model = llama(False)
     assert logits_of(lambda h: model.lm_head(model.model.norm(h)), torch.randn(2, 4, WIDTH)) == ([], 1)
 
@@ -170,7 +170,7 @@ def test_no_logits(name):
 
 
 def test_a_tied_weight_is_logits_wherever_it_stands():
-    """Soft embeddings: the probabilities go back through the table."""
+    """Soft embeddings: probabilities are multiplied by the embedding table again."""
 
     def fn(m, i):
         probabilities = F.linear(m.embed(i), m.embed.weight).softmax(-1)

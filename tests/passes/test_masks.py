@@ -1,4 +1,4 @@
-"""Masks are proved to be what they are, in every spelling, at every size, and never to be what they are not."""
+"""Masks are proved to be what they are, in every spelling and at every size, and never to be what they are not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CAUSAL, ALL = Proof("causal"), Proof("all")
 
 
 def raise_sdpa(gm: GraphModule) -> None:
-    """Every `scaled_dot_product_attention` as `ops.attention`."""
+    """Replaces every `scaled_dot_product_attention` by `ops.attention`."""
     for node in list(gm.graph.nodes):
         if is_call(node, SDPA):
             q, k, v, mask, dropout_p, causal = node.args
@@ -62,8 +62,8 @@ def guards(gm: GraphModule) -> int:
 
 
 def simplified(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphModule, list[Proof | None]]:
-    """The graph without the masks that are proved, and the proofs of its attentions. Checks that the graph gives the same
-    as before, and that no guard was set."""
+    """The graph without the masks that were proved, and the proofs of its attentions. Checks that the graph's results are the same
+    as before, and that no guard was added."""
     gm = capture(fn, *args, **kwargs)
     canonicalize(gm)
     raise_sdpa(gm)
@@ -95,7 +95,7 @@ def column(s: int) -> Tensor:
 
 
 def count(s: int) -> Tensor:
-    """Positions as they are found from a padding mask."""
+    """Positions computed from a padding mask."""
     return torch.ones(2, s, dtype=torch.long).cumsum(-1) - 1
 
 
@@ -104,7 +104,7 @@ def additive(keep: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def decoder(s: int, q: Tensor) -> Tensor:
-    """As older transformers built it."""
+    """As older versions of transformers built it."""
     mask = torch.full((s, s), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device)
     position = torch.arange(mask.size(-1), device=q.device)
     mask.masked_fill_(position < (position + 1).view(mask.size(-1), 1), 0)
@@ -170,7 +170,7 @@ SPELLINGS: dict[str, Callable[[int, Tensor], Tensor]] = {
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_causal(name: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(proofs, "compare", lambda *_: None)  # by the symbols alone
+    monkeypatch.setattr(proofs, "compare", lambda *_: None)  # symbolically only
     gm, proof, node = attend(SPELLINGS[name], dynamic=dynamic)
     assert proof == CAUSAL
     assert node.args[3] is None and node.kwargs["causal"] is True
@@ -316,7 +316,7 @@ def test_rectangular(rows: int, columns: int):
     q, k = torch.randn(1, 2, rows, 4), torch.randn(1, 2, columns, 4)
     assert simplified(fn, q, k, False)[1] == [CAUSAL]
     bottom = simplified(fn, q, k, True)[1][0]
-    if rows <= columns:  # otherwise rows that see nothing
+    if rows <= columns:  # otherwise some rows would be fully masked
         assert bottom is not None and bottom.kind == ("all" if rows == 1 else "unknown")
 
 
@@ -346,7 +346,7 @@ def test_a_mask_that_something_else_reads_stays():
 
 
 def test_the_generator_is_read_as_before():
-    """A dead random draw upstream of a mask is a side effect."""
+    """An unused random draw upstream of a mask is a side effect: it must stay."""
 
     def fn(q: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros_like(torch.rand(S, S)))
@@ -453,7 +453,7 @@ def test_transformers_eager(dtype: torch.dtype, dynamic: bool):
 
 
 def test_transformers_t5():
-    """A learned bias is no mask; the encoder and the cross-attention mask nothing."""
+    """A learned bias is not a mask; the encoder and the cross-attention mask nothing."""
 
     def run(model: nn.Module, x: Tensor) -> Tensor:
         return model(input_ids=x, decoder_input_ids=x, use_cache=False).logits
@@ -507,7 +507,7 @@ class Builder:
 
 
 class Eager:
-    """Makes the same calls at once."""
+    """Makes the same calls eagerly."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -517,7 +517,7 @@ class Eager:
 
 
 def truth(mask: Tensor) -> set[str]:
-    """All that is true of a mask."""
+    """Everything that is true of a mask."""
     rows, columns = mask.shape[-2:]
     i, j = torch.arange(rows)[:, None], torch.arange(columns)
     attended = mask if mask.dtype == torch.bool else mask == 0
@@ -535,7 +535,7 @@ small = st.integers(-3, 3)
 
 
 def call(fn: Callable[..., Any], *parts: st.SearchStrategy[Any], **kwargs: Any) -> st.SearchStrategy[Build]:
-    """A call of `fn`, its arguments built first where they are to be built."""
+    """A call to `fn`; arguments that are builds are built first."""
 
     def together(args: tuple[Any, ...]) -> Build:
         return lambda b: b(fn, *(a(b) if callable(a) else a for a in args), **kwargs)
@@ -615,7 +615,7 @@ checks = settings(max_examples=60, deadline=None, suppress_health_check=list(Hea
 @checks
 @given(random_masks, st.integers(1, 6))
 def test_random_masks(build: Build, size: int):
-    """By symbols: never a false claim. With the mask computed: the whole truth."""
+    """Symbolically: never a false claim. By computing the mask: the whole truth."""
     known, mask = truth(build(Eager(size))), build(Builder(size, dynamic=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proofs, "compare", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Rows chosen by a permutation: found in every way that mixtures write it, with the gradients of torch's index; and nothing else."""
+"""Rows indexed by a permutation: found in every way that mixtures write it, with the gradients of torch's index; and nothing else is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T, H, E, K = 24, 16, 4, 2
 
 
 class Experts(nn.Module):
-    """A mixture whose tokens `there` sorts by expert and `back` puts into their order."""
+    """A mixture: `there` sorts its tokens by expert, `back` restores their order."""
 
     def __init__(self, there: Callable[..., Any], back: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def test_each_spelling_is_read_and_right(there, back):
     recorded = stages_of(model, *inputs())
     nodes = [n for n in recorded.graphs["fuse"].graph.nodes if is_call(n, ops.permute)]
     assert [n.kwargs["copies"] for n in nodes] == [K, 1, 1]
-    assert nodes[2].args[2] is nodes[0].args[1]  # the inverse is at hand
+    assert nodes[2].args[2] is nodes[0].args[1]  # the inverse is passed
     results = []
     for stage in ("dynamo", "fuse"):
         gm = recorded.graphs[stage]
@@ -91,7 +91,7 @@ def test_each_spelling_is_read_and_right(there, back):
         (y,) = gm(*values)
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, shares, model.weight])])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)  # grouped_linear's definition rounds otherwise
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)  # grouped_linear's definition rounds differently
 
 
 def test_transformers_mixtral_has_three():
@@ -158,7 +158,7 @@ def test_copies_are_summed_in_float32():
     x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.tensor([[256.0], *[[0.75]] * 7], dtype=torch.bfloat16)
     (total,) = torch.autograd.grad(permute(x, torch.arange(8), copies=8), x, grad)
-    assert total.item() == 262  # 261.25; one after the other in bfloat16 each 0.75 would be lost or counted as 2
+    assert total.item() == 262  # 261.25; summed one by one in bfloat16, each 0.75 would be lost or counted as 2
 
 
 def test_there_and_back_is_the_identity():

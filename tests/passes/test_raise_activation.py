@@ -1,4 +1,4 @@
-"""Activations as models write them: found, left alone where they must be, and the same numbers to the bit."""
+"""Activations as models write them: found, left alone if they must be, and bitwise equal."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def tensors(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def raised(fn: Callable[..., Tensor], *inputs: Tensor, autocast: torch.dtype | None = None) -> tuple[GraphModule, list[Node]]:
-    """The graph after the rule, and its activations. Checks that results and gradients are what they were, to the bit: but those of
-    `F.glu`, whose backward is one operator that rounds otherwise."""
+    """The graph after the rule, and its activations. Checks that results and gradients are bitwise unchanged, except for gradients of
+    `F.glu`, whose backward is one operator that rounds differently."""
 
     def cast(*given: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
@@ -57,7 +57,7 @@ def raised(fn: Callable[..., Tensor], *inputs: Tensor, autocast: torch.dtype | N
 
 
 def spellings(nodes: list[Node]) -> list[tuple[str, bool]]:
-    """Of each activation: how it is spelled, and whether it is gated."""
+    """For each activation: its spelling, and whether it is gated."""
     return [(n.kwargs["spelling"], len(n.args) == 2) for n in nodes]
 
 

@@ -53,10 +53,10 @@ KEEP = some()
 def raised(
     fn: Callable[..., Any], *args: Any, tolerance: float = 1e-5, low_precision: float = 0.0, **kwargs: Any
 ) -> tuple[GraphModule, list[Node], list[str]]:
-    """The graph after the rules, its attentions, and the reasons of what was declined. Checks that the graph still gives
+    """The graph after the rules, its attentions, and the reasons for what was declined. Checks that the graph still gives
     the same values in the same memory format, and the same gradients.
 
-    low_precision: how far the values, and the gradients, may be off as a whole, relative to their norm, where rounding differs.
+    low_precision: the allowed relative error, in norm, of the values and of the gradients, if rounding differs.
     """
     gm = capture(fn, *args, **kwargs)
     inputs = gm.meta["example_inputs"]
@@ -100,14 +100,14 @@ def products(gm: GraphModule) -> list[Node]:
 
 
 def one(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-    """The one attention that `fn` becomes, with nothing of it left."""
+    """The one attention that all of `fn` becomes."""
     gm, found, reasons = raised(fn, *args, **kwargs)
     assert (len(found), reasons, products(gm)) == (1, [], [])
     return found[0]
 
 
 def none(fn: Callable[..., Any], *args: Any, reason: str | None) -> None:
-    """`fn` is left as it is, for this reason; None where it is no attention."""
+    """Checks that `fn` is left alone, for this reason; None if it is not an attention."""
     _, found, reasons = raised(fn, *args)
     assert found == []
     if reason is None:
@@ -285,7 +285,7 @@ def test_by_hand(spelling: Spelling, dtype: torch.dtype) -> None:
 
 
 def test_q_and_k_are_found_before_views_and_casts() -> None:
-    """What comes to the attention are the tensors themselves."""
+    """The attention's inputs are the tensors themselves."""
     for spelling in (upcast_and_reordered, batch_and_heads_in_one, scaled_before_batch_and_heads_are_one, product_in_float32):
         node = one(spelling, *qkv(torch.bfloat16), low_precision=ROUNDING[torch.bfloat16])
         assert [x.op for x in node.args[:3]] == ["placeholder"] * 3  # type: ignore[union-attr]
@@ -307,7 +307,7 @@ def test_values_of_another_size() -> None:
 
 
 def test_dynamic_lengths() -> None:
-    """No size is guarded on."""
+    """There is no guard on a size."""
     for spelling in (by_hand, softmax_in_float32, einsum_of_bshd):
         q, k, v = qkv()
         for x in (q, k, v):
@@ -441,12 +441,12 @@ def test_a_mask_in_low_precision(dtype: torch.dtype) -> None:
 
     one(fn, *qkv(dtype), KEEP, low_precision=ROUNDING[dtype])
     mask = some()
-    mask[0, 0, 0] = False  # a row that sees nothing is uniform, and stays so
+    mask[0, 0, 0] = False  # a fully masked row is uniform, and stays so
     one(fn, *(x.detach() for x in qkv(dtype)), mask, low_precision=ROUNDING[dtype])
 
 
 def test_a_row_that_sees_nothing() -> None:
-    """Uniform where never is a finite number, as it was. 0 where it is -inf, as torch's fused attention has it."""
+    """Uniform if "never attends" is a finite number, as before. 0 if it is -inf, as in torch's fused attention."""
     mask = some()
     mask[0, 0, 0] = False
 
@@ -583,7 +583,7 @@ def test_the_wrong_dimension() -> None:
 
 
 def test_transposes_of_the_wrong_dimensions_are_seen() -> None:
-    """With all sizes equal only the dimensions' names tell what is multiplied with what."""
+    """If all sizes are equal, only the names of dimensions show what is multiplied with what."""
     q, k, v = (random(4, 4, 4, 4, seed=i) for i in range(3))
     one(lambda q, k, v: (q @ k.transpose(1, 3)).softmax(-1) @ v, q, k, v)  # keys and heads swapped: another attention
     one(lambda q, k, v: (q @ k).softmax(-1) @ v, q, k, v)

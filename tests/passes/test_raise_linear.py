@@ -29,7 +29,7 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 
 def raised(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphModule, list[Node], list[str]]:
-    """The graph after the linear rules, its linears, and the reasons of what was declined. Checks that the graph still
+    """The graph after the linear rules, its linears, and the reasons for what was declined. Checks that the graph still
     gives the same values in the same memory format, and the same gradients."""
     gm = capture(fn, *args, **kwargs)
     inputs = gm.meta["example_inputs"]
@@ -135,13 +135,13 @@ def test_spelling(name):
 
 
 def test_what_was_flattened_for_addmm_is_read_as_it_was():
-    """So that what makes it is seen, and what reads the result sees views of the GEMM's memory."""
+    """So that the producer is found, and readers of the result see views of the GEMM's output."""
     _, (node,), _ = raised(lambda x: torch.addmm(bias, (x * 2).view(-1, D), w_kn).view(B, S, N), x)
     assert node.args[0].meta["example_value"].shape == (B, S, D)
     (flat,) = node.users
     memory = [n.meta["example_value"].untyped_storage()._cdata for n in (node, flat, *flat.users)]
     assert len(memory) == 3 and len(set(memory)) == 1
-    # Not where the last size is another.
+    # Not if the last size differs.
     _, (node,), _ = raised(lambda x: torch.addmm(bias, (x * 2).view(-1, 2, D // 2).reshape(-1, D), w_kn), x)
     assert node.args[0].meta["example_value"].shape == (B * S, D)
 
@@ -182,7 +182,7 @@ def test_add_in_a_wider_dtype_stays():
     "fn",
     [
         lambda x: (lambda y: (y + bias, y))(x @ w_kn),  # the product is used as it is
-        lambda x: x @ w_kn + x[..., :1],  # no parameter
+        lambda x: x @ w_kn + x[..., :1],  # not a parameter
         lambda x: torch.add(x @ w_kn, bias, alpha=2),
         lambda x: x @ w_nk.T[:, :1] + parameter_of_one,  # broadcast over nothing: N is 1, taken
     ],

@@ -39,12 +39,12 @@ def attention(**options: Any) -> nn.MultiheadAttention:
 
 
 def padding(keys: int = S) -> Tensor:
-    """True where a key is not there."""
+    """True where a key is padding."""
     return torch.arange(keys) >= torch.tensor([[keys], [keys - 2]])
 
 
 def raised(fn: Callable[..., Any], *args: Any, low_precision: float = 0.0, grad: bool = True) -> tuple[GraphModule, list[str]]:
-    """The graph after the rules for attention and for linears, and the reasons of what was declined. Checks that the graph
+    """The graph after the rules for attention and for linears, and the reasons for what was declined. Checks that the graph
     still gives the same values, and the same gradients."""
     with torch.set_grad_enabled(grad):
         gm = capture(fn, *args)
@@ -69,7 +69,7 @@ def raised(fn: Callable[..., Any], *args: Any, low_precision: float = 0.0, grad:
 
 
 def run(gm: GraphModule, inputs: list[Any]) -> list[Tensor]:
-    """The first result, and the gradients of whatever takes one."""
+    """The first result, and the gradients of all inputs that require grad."""
     out = gm(*inputs)[0]
     leaves = [i for i in inputs if isinstance(i, Tensor) and i.requires_grad]
     if not out.requires_grad:
@@ -79,7 +79,7 @@ def run(gm: GraphModule, inputs: list[Any]) -> list[Tensor]:
 
 
 def counts(gm: GraphModule) -> tuple[int, int]:
-    """How many linears and attentions there are; nothing opaque is left."""
+    """The number of linears and attentions; checks that nothing opaque is left."""
     opaque = (nn.functional.multi_head_attention_forward, torch._transformer_encoder_layer_fwd)
     assert not [n for n in gm.graph.nodes if is_call(n, *opaque) or is_call(n, torch._C._nn.linear)]
     linears = sum(is_call(n, ops.linear) for n in gm.graph.nodes)
@@ -87,7 +87,7 @@ def counts(gm: GraphModule) -> tuple[int, int]:
 
 
 def taken(fn: Callable[..., Any], *args: Any, linears: int, **options: Any) -> torch.fx.Node:
-    """The one attention that `fn` becomes, among so many linears."""
+    """The one attention in what `fn` becomes, besides this many linears."""
     gm, reasons = raised(fn, *args, **options)
     assert (*counts(gm), reasons) == (linears, 1, [])
     return next(n for n in gm.graph.nodes if is_call(n, ops.attention))
@@ -169,7 +169,7 @@ def test_masks(masks: dict[str, Tensor], is_bool: bool, need_weights: bool, batc
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize(("mask", "missing"), [(BAND, padding().float() * -3), (random(S, S), padding()), (BAND, padding())])
 def test_the_function_itself(mask: Tensor, missing: Tensor) -> None:
-    """It takes masks as the user has them; the module makes them all float."""
+    """It takes masks as the user passes them; the module converts them to float."""
     module = attention()
     parameters = (module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0, module.out_proj.weight, module.out_proj.bias)
 
@@ -185,7 +185,7 @@ def test_causal() -> None:
     mask = nn.Transformer.generate_square_subsequent_mask(S)
     node = taken(lambda x: module(x, x, x, need_weights=False, attn_mask=mask, is_causal=True)[0], random(B, S, E), linears=2)
     assert node.kwargs["causal"] and node.args[3] is None
-    # With padding, or where the weights are asked for, the mask itself counts.
+    # With padding, or if the weights are asked for, the mask itself counts.
     for more in ({"need_weights": True}, {"need_weights": False, "key_padding_mask": padding().float() * -3}):
         options: dict[str, Any] = {"attn_mask": mask, "is_causal": True, **more}
         node = taken(lambda x, o=options: module(x, x, x, **o)[0], random(B, S, E), linears=2)
@@ -238,7 +238,7 @@ def test_dynamic_lengths() -> None:
 
 
 def test_the_results_memory() -> None:
-    """A result that is returned as the module gives it is as contiguous as it was."""
+    """A result that is returned directly is as contiguous as before."""
     module = attention(batch_first=False)
     taken(lambda x: module(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1), need_weights=False)[0], random(B, S, E), linears=2)
 
@@ -259,7 +259,7 @@ def layer(**options: Any) -> nn.TransformerEncoderLayer:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_encoder_layer(norm_first: bool, activation: str, training: bool) -> None:
-    """In inference without gradients it is one opaque call."""
+    """In inference without gradients, the layer is one opaque call."""
     module = layer(norm_first=norm_first, activation=activation).train(training)
     node = taken(module, random(B, S, E).detach(), linears=4, grad=training)
     assert site_path(node) == "self_attn"

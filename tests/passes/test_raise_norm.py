@@ -28,7 +28,7 @@ from te_dynamo.passes.rules import apply
 from te_dynamo.sites import Sites
 from tests.capture import capture
 
-B, S, D = 2, 8, 8  # S == D: what is reduced over the wrong dimension still broadcasts
+B, S, D = 2, 8, 8  # S == D: a reduction over the wrong dimension still broadcasts
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Spelling = Callable[[Tensor, Tensor, Tensor], Any]
@@ -42,7 +42,7 @@ def data(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (B, S, D))
 
 
 def raised(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphModule, list[Node], list[str]]:
-    """The graph after the rules, its norms, and the reasons of what was declined. Checks the values and the gradients."""
+    """The graph after the rules, its norms, and the reasons for what was declined. Checks the values and the gradients."""
     gm = capture(fn, *args, **kwargs)
     inputs = gm.meta["example_inputs"]
     canonicalize(gm)
@@ -64,7 +64,7 @@ def raised(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphModu
 
 
 def assert_as_good(actual: Tensor, expected: Tensor, reference: Tensor, lowest: torch.dtype) -> None:
-    """Equal to 1e-6; where `lowest` is of low precision, no further from the reference than before, but for one rounding."""
+    """Equal to 1e-6; if `lowest` is a low precision, no further from the reference than before, except for one rounding."""
     if not expected.is_floating_point():
         assert torch.equal(actual, expected)
     elif lowest.itemsize >= 4:
@@ -86,7 +86,7 @@ def run(gm: GraphModule, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor]]
 
 
 def remains(gm: GraphModule) -> list[Any]:
-    """What is called in the graph besides norms."""
+    """The calls in the graph besides norms."""
     return [n.target for n in gm.graph.nodes if n.op.startswith("call") and n.target is not ops.norm]
 
 
@@ -401,7 +401,7 @@ def test_autocast(spelling: Spelling, dtype: torch.dtype):
         with torch.autocast("cpu", torch.bfloat16):
             return spelling(F.linear(x, m), w, b)
 
-    x, w, b = (t.detach().bfloat16().to(torch.float32) for t in data())  # and an identity: the linear itself rounds nothing
+    x, w, b = (t.detach().bfloat16().to(torch.float32) for t in data())  # with an identity weight the linear itself does not round
     _, (norm,), declined = raised(fn, x.requires_grad_(), w.to(dtype), b.to(dtype), torch.eye(D))
     assert norm.args[1] is not None and not declined
 
@@ -477,7 +477,7 @@ def test_models(name: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dims", [1, 2])
 def test_on_a_gpu_torch_s_layer_norm_stands_for_the_definition(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which Inductor has the better backward. The same numbers, here in float32."""
+    """Inductor has a better backward for it. The same numbers, here in float32."""
     from te_dynamo.ir import norm as file
 
     x, weight, bias = torch.randn(3, 5, 8), torch.randn((5, 8)[2 - dims :]), torch.randn((5, 8)[2 - dims :])

@@ -1,4 +1,4 @@
-"""The fake values that are given without running a definition are those that running it gives."""
+"""The fake values that are computed without running a definition equal those from running it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from te_dynamo.ir.graph import FAKES as SHAPES
 
 def arguments(dtype: torch.dtype):
     x = torch.empty(3, 5, 32, dtype=dtype)
-    across = torch.empty(5, 32, 3, dtype=dtype).permute(2, 0, 1)  # as a transposed activation lies
+    across = torch.empty(5, 32, 3, dtype=dtype).permute(2, 0, 1)  # with the strides of a transposed activation
     weights, norm = [torch.empty(16, 32, dtype=dtype), torch.empty(16, 32, dtype=dtype)], torch.empty(32, dtype=dtype)
     bias = torch.empty(16, dtype=dtype)
     attributes = {"kind": "rms", "eps": 1e-6}

@@ -1,4 +1,4 @@
-"""The specs hold after each stage of the real pipeline, and each kind of violation is told."""
+"""The specs hold after each stage of the real pipeline, and each kind of violation is reported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def recorded() -> Recorded:
 
 @pytest.fixture
 def stage(recorded: Recorded) -> Callable[[str], GraphModule]:
-    """A copy of the graph after a stage, to be spoilt."""
+    """A function that copies the graph after a stage, for a test to break."""
     return lambda name: copy_graph_module(recorded.graphs[name])
 
 
@@ -54,7 +54,7 @@ def find(gm: GraphModule, target: object) -> Node:
 
 
 def violations(recorded: Recorded) -> dict[str, list[str]]:
-    """What is wrong with the graphs of the stages, by stage; "lower_calibrating" is the first step's form of "lower"."""
+    """The violations in the graphs, by stage; "lower_calibrating" is the first step's variant of "lower"."""
     graphs = {name: gm for name, gm in recorded.graphs.items() if name != "dynamo"}
     found = {name: check(gm, SPECS[name.removesuffix("_calibrating")]) for name, gm in graphs.items()}
     return {name: wrong for name, wrong in found.items() if wrong}

@@ -1,4 +1,4 @@
-"""`python -m te_dynamo doctor`: on this machine as it is, and on machines that are pretended."""
+"""`python -m te_dynamo doctor`: on this machine as it is, and on pretended machines."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_this_machine(forks):
 
 
 def test_json_without_packages_that_are_optional(tmp_path):
-    """What is not installed cannot be imported, so it is shut out here; nothing else may be printed."""
+    """Optional packages are hidden, as if they were not installed; nothing but JSON may be printed."""
     for name in ("triton", "transformer_engine", "transformer_engine_torch", "rich"):
         (tmp_path / f"{name}.py").write_text("raise ModuleNotFoundError(__name__)")
     process = run("doctor", "--json", PYTHONPATH=f"{tmp_path}:{ROOT}", CUDA_VISIBLE_DEVICES="")
@@ -82,8 +82,8 @@ def test_the_command_line(monkeypatch, capsys):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends a GPU and packages; kernels are not tried."""
-    assert not isinstance(doctor.sample(), str)  # Dynamo looks at devices: before there is one that is not
+    """Pretends that there are a GPU and packages; kernels are not tried."""
+    assert not isinstance(doctor.sample(), str)  # Dynamo looks at devices, so it must run before one is pretended
 
     def pretend(
         capability: tuple[int, int] | None, installed: dict[str, str] = TE, *, cuda: str | None = "13.0", cudnn: int | None = 92400

@@ -1,4 +1,4 @@
-"""Dumps are scripts that run by themselves and give what the graph gives."""
+"""Dumps are scripts that run by themselves and give the graph's results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(forks: Forks, script: Path) -> str:
 
 
 def dump_and_run(forks: Forks, folder: Path, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
-    """What the script of each stage prints, by stage: each is run in a process of its own."""
+    """What the script of each stage prints, by stage; each runs in a separate process."""
     recorded = stages_of(fn, *args, **kwargs)
     dump = Dump(folder, 0)
     files = {name: dump.stage(i, name, gm, recorded.inputs) for i, (name, gm) in enumerate(recorded.graphs.items())}
@@ -134,7 +134,7 @@ def test_indices_stay_below_what_they_index(forks: Forks, tmp_path: Path) -> Non
     text = written(gm, tmp_path)
     assert '"l_ids": torch.randint(0, 7, (40,), dtype=torch.int32)' in text
     assert "output 2" in run(forks, tmp_path / "graph_0" / "0_dynamo.py")
-    # Real inputs tell more, but a label that is ignored (-100) is no index.
+    # Real inputs are more precise, but an ignored label (-100) is not an index.
     real = written(gm, tmp_path, gm.meta["example_inputs"])
     assert '"l_ids": torch.randint(6, 7,' in real and '"l_labels": torch.randint(0, 1,' in real
 
@@ -167,7 +167,7 @@ def test_an_input_resembles_the_real_one() -> None:
     value = torch.randn(1000) * 0.02 + 3
     made = eval(fill(value, value, None))
     assert made.mean().item() == pytest.approx(3, rel=0.01) and made.std().item() == pytest.approx(0.02, rel=0.1)
-    variance = torch.rand(1000)  # as a batch norm's: a negative one would give NaN
+    variance = torch.rand(1000)  # like a batch norm's: a negative one would give NaN
     assert eval(fill(variance, variance, None)).min() >= 0
     assert eval(fill(torch.tensor(1e-5), torch.tensor(1e-5), None)).item() == pytest.approx(1e-5)
 

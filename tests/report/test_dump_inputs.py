@@ -1,4 +1,4 @@
-"""Inputs of a dumped script in the small formats, which torch neither draws nor compares."""
+"""Inputs of a dumped script in one-byte float formats, which torch can neither draw nor compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`te_dynamo.explain`: what it tells is true, and it leaves no trace."""
+"""`te_dynamo.explain`: its reports are true, and it has no side effects."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_each_reason_is_told(x):
     assert paths(report) == ["good"]
     assert "float64" in site(report, "wide").reason
     assert any("buffer" in (s.reason or "") for s in report.sites)
-    assert report.fp8_flop_fraction == 0.5  # a buffer is no weight
+    assert report.fp8_flop_fraction == 0.5  # a buffer is not a weight
 
 
 def test_a_product_that_no_rule_sees_counts(x):
@@ -201,7 +201,7 @@ def test_attention_counts_only_in_fp8():
 
 
 class CountFlops(TorchDispatchMode):
-    """By operator, by torch's own formulas. (Under FlopCounterMode itself Dynamo does not enter its code.)"""
+    """Counts FLOPs by operator, with torch's own formulas. (Under FlopCounterMode itself, Dynamo does not run its compiled code.)"""
 
     def __init__(self):
         super().__init__()
@@ -320,7 +320,7 @@ def test_a_break_in_a_loop_gives_up_the_function(x):
 @pytest.mark.parametrize("how", ["checkpoint", "nested_compile_region"])
 @pytest.mark.parametrize("skip", [[], ["*.up"]])
 def test_sites_in_sub_graphs_are_told_for_each_layer(x, how, skip):
-    """`nested_compile_region` makes one sub-graph for all layers whose inputs agree."""
+    """`nested_compile_region` makes one sub-graph for all layers with the same kind of inputs."""
 
     def run(layer, x):
         return layer(x)
@@ -378,7 +378,7 @@ def test_wrappers_are_not_in_paths(x):
             return self.module(x)
 
     holder = Holder()
-    assert sorted(paths(te_dynamo.explain(holder, x))) == ["module.down", "module.up"]  # his own name
+    assert sorted(paths(te_dynamo.explain(holder, x))) == ["module.down", "module.up"]  # the user's own name
 
 
 def test_raw_and_tied_weights(x):
@@ -408,7 +408,7 @@ def test_modules_of_torch_themselves(x, module):
     model.compile(backend=te_fp8)
     report = te_dynamo.explain(model, x)
     assert report.counted_flops == LINEAR_FLOPS
-    if report.graph_count:  # as torch 2.14 has it
+    if report.graph_count:  # in torch 2.14
         assert report.fp8_flop_fraction == 1 and not report.notes
         return
     assert report.fp8_flop_fraction == 0
@@ -674,7 +674,7 @@ def test_the_users_code_is_as_it_was(x, isolated, monkeypatch):
         with torch.compiler.set_stance("fail_on_recompile"):
             compiled(x)
         assert len(compiles) == 1
-        for n in (17, 18):  # and the recompile limit is his own
+        for n in (17, 18):  # and the recompile limit is still the user's
             compiled(torch.randn(n, 64))
     assert len(compiles) == 3
 
@@ -779,7 +779,7 @@ def test_llama_under_autocast(llama):
 
 
 def test_llama_in_layers(llama):
-    """As accelerate's regional compilation does it."""
+    """Like accelerate's regional compilation."""
     for layer in llama.model.layers:
         layer.compile(backend=te_fp8)
     ids = torch.randint(0, 128, (2, 16))

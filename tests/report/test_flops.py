@@ -1,4 +1,4 @@
-"""FLOPs that a report counts, against those that torch counts in the eager model."""
+"""The FLOPs of a report, against those that torch counts in the eager model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verification passes what the backend does, names a pass that changed the result, and leaves no trace."""
+"""Verification passes for the backend's own stages, names a pass that changed the result, and has no side effects."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_nothing_is_disturbed() -> None:
 
 
 def test_autocast_is_what_it_was_after_an_error() -> None:
-    """Its depth too: in a region that is never left, weights would be cast once for good."""
+    """Its nesting depth too: in a region that is never left, the cache of cast weights would never be cleared."""
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
 

@@ -1,4 +1,4 @@
-"""State of which only a part moves: two calls in one backward, slots that come late or leave, amaxes that wait for a roll."""
+"""State that is only updated in part: two calls in one backward, slots that join late or leave, amaxes that wait for a roll."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Two(nn.Module):
 @pytest.mark.parametrize("late", [False, True], ids=["side by side", "scattered"])
 @pytest.mark.parametrize("factors", [(1.0, 8.0), (8.0, 1.0)])
 def test_of_two_calls_in_one_backward_the_larger_gradient_counts(factors, late):
-    """late: the slots were made by two graphs, so they do not lie side by side."""
+    """late: two graphs made the slots, so they are not adjacent."""
     model = Two()
     if late:
         for layer in (model.b, model.a):
@@ -73,12 +73,12 @@ def test_the_larger_gradient_of_a_recorded_step_is_in_the_scale():
 
 @pytest.fixture
 def triple(monkeypatch: Any) -> None:
-    """Stands for the other ranks: whatever this one measured, they measured three times as much."""
+    """Stands for the other ranks: their amaxes are three times this one's."""
     monkeypatch.setattr("te_dynamo.state.reduce.dist.all_reduce", lambda buffer, **_: buffer.mul_(3))
 
 
 def test_slots_that_join_later_are_reduced_too(triple):
-    """Two models that take turns: the second has its slots after the first was reduced."""
+    """Two models that alternate: the second gets its slots after the first was reduced."""
     arena, group, reduction = Arena(CPU), object(), Reduction()
     for direction, count in ((FORWARD, 3), (GRADIENT, 2)):
         arena.take(direction, count)
@@ -95,7 +95,7 @@ def test_slots_that_join_later_are_reduced_too(triple):
             assert reduce is not None
             reduce(amax)
             assert torch.equal(amax, expected)
-    reduction.join(arena, FORWARD, [1], None)  # it is this rank's alone from now on
+    reduction.join(arena, FORWARD, [1], None)  # from now on it is not reduced over ranks
     amax = torch.ones(2, 4)
     reduction.of(arena)(amax)  # type: ignore[misc]
     assert amax[FORWARD].tolist() == [1, 1, 3, 3] and amax[GRADIENT].tolist() == [1, 3, 3, 1]
@@ -131,7 +131,7 @@ def test_who_leaves_a_union_neither_moves_nor_is_moved(leaver):
 
 @pytest.mark.parametrize("like_te", [False, True])
 def test_what_is_saved_is_what_the_next_roll_leaves(like_te):
-    """An infinite amax that waits for it is dropped there; like TE, it enters the history."""
+    """The roll drops an infinite amax that waits for it; with like_te, the amax enters the history."""
     model = nn.Linear(SIZE, SIZE)
     call = torch.compile(model, backend=te_fp8, options={"recipe": DelayedScaling(amax_history_len=4, like_te=like_te)})
     for x in (torch.randn(8, SIZE), torch.full((8, SIZE), torch.inf)):

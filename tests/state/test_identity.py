@@ -1,4 +1,4 @@
-"""Whose a slot is, when the model changes under it; and what wild numbers do to it."""
+"""Which tensor a slot belongs to when the model changes; and the effect of non-finite and huge numbers on it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_replaced_layer_starts_fresh_and_gives_its_slots_back():
 
 
 def test_wrapping_a_layer_keeps_its_state():
-    """As PEFT does: the linear moves into a module that adds to it."""
+    """As in PEFT: the linear moves into a module that adds an adapter."""
 
     class LoRA(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -144,7 +144,7 @@ def test_wrapping_a_layer_keeps_its_state():
     model.up = LoRA(model.up)
     torch._dynamo.reset()
     train(compiled(model))
-    # They have one input, and so one scale and one history of it. They are no one GEMM: the base is frozen, the adapter learns.
+    # They share their input, and so its scale and history. They are not one GEMM: the base is frozen, the adapter is trained.
     assert entries(model, "up.base_layer.input") == entries(model, "up.a.input") == 4
     assert entries(model, "up.base_layer.weight") == 4 and entries(model, "up.a.weight") == 2
     assert entries(model, "up.b.weight") == 2
@@ -211,7 +211,7 @@ def test_a_frozen_weight_has_state_too():
 
 
 def test_an_optimizer_step_that_a_grad_scaler_skips():
-    """The state moves with forward and backward, whether the optimizer then steps or not."""
+    """Forward and backward update the state, whether the optimizer then steps or not."""
     model = Block()
     call = compiled(model)
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -249,7 +249,7 @@ def test_a_grad_scaler_finds_an_overflow_without_a_bias_to_show_it(recipe):
 
 
 def test_a_part_in_eval_mode_does_not_stop_the_rest():
-    """A frozen backbone is often put into eval mode: the scales of the part that trains go on moving."""
+    """A frozen backbone is often put into eval mode: the scales of the training part are still updated."""
     model = Block()
     call = compiled(model)
     train(call)
@@ -261,13 +261,13 @@ def test_a_part_in_eval_mode_does_not_stop_the_rest():
     assert entries(model, "down.input") == 4
 
 
-@pytest.mark.inductor  # whose C++ might make something of NaN
+@pytest.mark.inductor  # its C++ might handle NaN differently
 @pytest.mark.parametrize("like_te", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("where", ["activations", "gradients"])
 def test_wild_numbers_for_some_steps_do_not_poison_the_state(where, bad, like_te):
-    """Within one step of clean data the error is what it was. With like_te an infinite amax stays in the history until it has
-    left it, as in TE: its scale is kept, and goes on serving."""
+    """After one step of clean data the error is as before. With like_te an infinite amax stays in the history until it ages out,
+    as in TE: the previous scale is kept until then."""
     model = Block()
     call = compiled(model, recipe=DelayedScaling(amax_history_len=1 if bad == 1e30 else 8, like_te=like_te))
     x, dy = torch.randn(2, 8, SIZE)
@@ -285,7 +285,7 @@ def test_wild_numbers_for_some_steps_do_not_poison_the_state(where, bad, like_te
         wild_x, wild_dy = x.clone(), dy.clone()
         (wild_x if where == "activations" else wild_dy)[0, 0] = bad
         step(wild_x, wild_dy)
-    # What is finite and huge is recorded like anything else, and leaves the history with its length; then layer by layer.
+    # A huge finite amax is recorded like any other, and ages out of the history; then layer by layer.
     for _ in range(4 if bad == 1e30 else 1):
         step(x, dy)
     found = step(x, dy)
@@ -302,5 +302,5 @@ def test_overflow_saturates():
     call = compiled(model, recipe=DelayedScaling(amax_history_len=4, margin=0))
     x = torch.randn(8, SIZE)
     call(x).sum().backward()
-    y = call(100 * x)  # beyond what the scale was made for: each element counts as the largest that has a value
+    y = call(100 * x)  # beyond the scale's range: elements saturate to the largest value
     assert sqnr(model((100 * x).clamp(-x.abs().max(), x.abs().max())), y) > 25

@@ -1,4 +1,4 @@
-"""scale_state(model): names, saving, loading, and that nothing of it shows in the model."""
+"""scale_state(model): names, saving, loading, and that it leaves nothing in the model."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_wrappers_are_not_part_of_a_path():
     train(compiled(wrapped))
     assert scales(wrapped).keys() == expected.keys()
 
-    class Holder(nn.Module):  # an attribute that is called like a wrapper's is a name like any other
+    class Holder(nn.Module):  # an attribute with the name of a wrapper's attribute is kept
         def __init__(self) -> None:
             super().__init__()
             self.module = nn.Linear(SIZE, SIZE)
@@ -228,7 +228,7 @@ def test_what_is_one_gemm_has_one_scale_that_of_the_largest_amax():
 
 
 def test_scales_that_were_apart_become_one_where_a_gemm_joins_them():
-    """An unmerged checkpoint (Transformer Engine's, say) into a merged model: the scale of the largest amax, the largest of each step."""
+    """An unmerged checkpoint (such as TE's) in a merged model: the scale of the largest amax, and the largest amax of each step."""
     model = Attention()
     train(compiled(model, like_te=True), shape=(2, 8, SIZE))
     apart = scales(model)
@@ -237,7 +237,7 @@ def test_scales_that_were_apart_become_one_where_a_gemm_joins_them():
         apart[f"{name}.weight.amax_history"] = torch.tensor([0.0, 1.0, 2.0, 3.0]) * factor
     other = Attention()
     te_dynamo.scale_state(other).load_state_dict(apart)
-    compiled(other)(torch.randn(2, 8, SIZE))  # a forward whose backward has not come
+    compiled(other)(torch.randn(2, 8, SIZE))  # a forward without a backward so far
     STATE.visited.clear()
     arena, direction, index = STATE.homes.by_weight[id(other.v_proj.weight)].slots[0, "weight"]
     assert arena.scale[direction, index] == 0.5
@@ -306,7 +306,7 @@ def test_nothing_shows_in_the_model(tmp_path):
     for m, n in zip(model.modules(), under_inductor.modules(), strict=True):
         assert vars(m).keys() == vars(n).keys()
         for p, q in zip(m._parameters.values(), n._parameters.values(), strict=True):
-            assert vars(p).keys() == vars(q).keys()  # Dynamo itself leaves a mark there
+            assert vars(p).keys() == vars(q).keys()  # Dynamo itself sets an attribute there
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pickle.loads(pickle.dumps(model)).parameters(), strict=True))
     Net().load_state_dict(model.state_dict(), strict=True)
     buffer = io.BytesIO()
@@ -412,10 +412,10 @@ def test_a_wrong_shape_is_found_when_the_site_appears():
     te_dynamo.scale_state(other).load_state_dict(scales(model))
     with pytest.raises(RuntimeError, match=r"blocks.0.up.input.amax_history has \[4\], the site's recipe has amax_history_len=1024"):
         torch.compile(other, backend=te_fp8, options={"recipe": "delayed"})(torch.randn(8, SIZE))
-    with pytest.raises(RuntimeError, match="the scale state that was loaded does not fit"):  # and again, until it does
+    with pytest.raises(RuntimeError, match="the scale state that was loaded does not fit"):  # and at each call, until it fits
         torch.compile(other, backend=te_fp8, options={"recipe": "delayed"})(torch.randn(8, SIZE))
     train(compiled(other), steps=1)
-    assert scales(other)["blocks.0.up.input.amax_history"].count_nonzero() == 3  # one of its own, and the two that still fit
+    assert scales(other)["blocks.0.up.input.amax_history"].count_nonzero() == 3  # one of its own, and the two saved ones that still fit
 
 
 def test_another_load_replaces_what_waits_and_does_not_fit():
@@ -424,7 +424,7 @@ def test_another_load_replaces_what_waits_and_does_not_fit():
     te_dynamo.scale_state(other).load_state_dict(scales(model))
     te_dynamo.scale_state(other).load_state_dict({}, strict=False)
     assert not scales(other)
-    torch.compile(other, backend=te_fp8, options={"recipe": "delayed"})(torch.randn(8, SIZE))  # whose history is longer
+    torch.compile(other, backend=te_fp8, options={"recipe": "delayed"})(torch.randn(8, SIZE))  # its history is longer
 
 
 def test_what_waits_for_its_sites_is_saved_and_replaced():
@@ -557,7 +557,7 @@ def test_te_names_are_mapped(te):
     state = te_dynamo.scale_state(ours)
     result = state.load_te(checkpoint, names={"0": "encoder", "1": None})
     assert result == ([], []) and state.sites() == ["encoder"]
-    assert state.load_te(checkpoint).unexpected_keys  # under TE's names there is nothing here
+    assert state.load_te(checkpoint).unexpected_keys  # this model has nothing under TE's names
     assert state.load_te(checkpoint, names=lambda path: {"0": "encoder", "1": "head"}[path]) == ([], [])
     with pytest.raises(ValueError, match="GEMM 1 .'head'. would need 6"):
         state.load_te(checkpoint, names={"0": ("encoder", "head")})

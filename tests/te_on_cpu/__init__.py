@@ -1,31 +1,31 @@
-"""NVIDIA's own `transformer_engine` Python package on a CPU: what te_dynamo is held to.
+"""NVIDIA's own `transformer_engine` Python package on a CPU: the reference for te_dynamo.
 
-Its modules, quantizers, autocast, recipes and scale-state machine are the wheel's. Only the C++ layer below them, the module
-`transformer_engine_torch` ("tex"), is stood in for, by definition: slow and obvious. It is a Hopper: FP8 GEMMs are TN only,
-operands are aligned, a layout is what memory holds, and what that hardware refuses is an error. Another device is pretended
-by its compute capability. What has no stand-in raises NotImplementedError with its name. docs/te-tests.md says how much of
-TE's own tests passes.
+Its modules, quantizers, autocast, recipes and scale state are the wheel's. Only the C++ layer below them, the module
+`transformer_engine_torch` ("tex"), is replaced by a stand-in that follows the definitions: slow and obvious. It acts as a Hopper:
+FP8 GEMMs are TN only, operands must be aligned, memory must have the claimed layout, and what that hardware rejects is an error.
+Another device is pretended by its compute capability. Functions without a stand-in raise NotImplementedError with their name.
+docs/te-tests.md says how many of TE's own tests pass.
 
     te = te_on_cpu.install()          # before anything else imports transformer_engine
     with te_on_cpu.cuda_is_cpu():     # around TE's eager modules, backward included; never around torch.compile
         ...
-    with te_on_cpu.pretended((10, 0)):   # around anything: what is a device there is a Blackwell
+    with te_on_cpu.pretended((10, 0)):   # around anything: the device is a Blackwell
         ...
-    with te_on_cpu.heard() as flags:     # what TE's kernels were told that changes no number here
+    with te_on_cpu.heard() as flags:     # arguments of TE's kernels that change no number here
         ...
 
     signatures.json  the built module's functions and enums (2.20.2)
-    extension.py     makes the module of them, each stand-in checked against its signature
-    device.py        lets TE believe in a device
+    extension.py     makes the module from them, and checks each stand-in against its signature
+    device.py        makes TE believe in a device
     rounding.py      amax, scale and cast, for every quantizer
     per_tensor.py, block.py, mx.py   the formats: delayed and current scaling, blocks of 128, MXFP8
     quantize.py      tex.quantize and its kin, over the formats
     scaling.py       delayed scaling's update
     gemm.py, grouped.py, permute.py, norm.py, activation.py, rope.py
-    attention.py     fused attention; scores.py, layout.py, attention_support.py: its masks, its memory, where there is one
-    softmax.py, sequence.py   what TE's other attention needs
+    attention.py     fused attention; scores.py, layout.py, attention_support.py: its masks, its memory layouts, when it is supported
+    softmax.py, sequence.py   for TE's unfused attention
     plugin.py        runs TE's own tests (tools/run_te_tests.py)
-    truth.py, conftest.py, test_*.py   the instrument's own tests
+    truth.py, conftest.py, test_*.py   the stand-in's own tests
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["cuda_is_cpu", "heard", "install", "missing", "pretended"]
 
 
 def missing() -> str | None:
-    """Why TE cannot be had here, or None."""
+    """Why TE is not available here, or None."""
     try:
         found = version("transformer_engine")
     except PackageNotFoundError:
@@ -60,9 +60,9 @@ def missing() -> str | None:
 
 
 def install() -> ModuleType:
-    """Puts the stand-in in place, and returns `transformer_engine.pytorch`.
+    """Installs the stand-in, and returns `transformer_engine.pytorch`.
 
-    Raises ImportError where the wheel or one of its dependencies is missing.
+    Raises ImportError if the wheel or one of its dependencies is missing.
     """
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # transformer_engine.common then loads no shared library
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")  # TE's own small compiled helpers run eagerly
@@ -74,7 +74,7 @@ def install() -> ModuleType:
     with cuda_is_cpu():
         import transformer_engine.pytorch as te
         from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
-    # TE takes a tensor that lies on no GPU to one before it dequantizes it. Here none does.
+    # TE moves a tensor to a GPU before it dequantizes it. Here there is none.
     mxfp8_tensor_storage._FromMXFP8Func.forward = staticmethod(_dequantize)
     return te
 

@@ -100,7 +100,7 @@ def _backward(name: str, f: Elementwise) -> Callable[..., Any]:
 
 def _backward_with_bias(name: str, f: Elementwise) -> Callable[..., Any]:
     def backward(grad: Tensor, fwd_input: Tensor, quantizer: Any) -> list[Any]:
-        """[the bias's gradient [N], the gradient], the first from the values that are quantized."""
+        """[the bias's gradient [N], the gradient], the first from the values before quantization."""
         dx = _derivative(f, grad, fwd_input)
         rounded = dx if is_delayed(quantizer) else dx.to(grad.dtype).float()
         bias_grad = rounded.reshape(-1, dx.shape[-1]).sum(0).to(grad.dtype)

@@ -1,8 +1,8 @@
 """cuDNN's fused attention as TE calls it, one sample and all its heads at a time, in float32.
 
-FP8 (per-tensor scales) follows the graph that TE builds (C/fused_attn/fused_attn_fp8.cu) and its own emulation of it: the
+FP8 (per-tensor scales) follows the graph that TE builds (C/fused_attn/fused_attn_fp8.cu) and TE's own emulation of it: the
 softmax's result is cast by `s_quantizer` before it multiplies V, the scores' gradient by `dp_quantizer` before it multiplies
-K and Q. A fused kernel may cast before it divides by the softmax's sum, which it knows last: that is not seen here. No dropout.
+K and Q. A fused kernel may cast before it divides by the softmax's sum, which it computes last: not modeled here. No dropout.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def fused_attn_fwd(
 ) -> list[Any]:
     """[O, the softmax's log-sum-exp, (the largest scores,) the random state int64 [2], (the bias,) (the softmax's offset)].
 
-    O: as q with v's head size, in `o_format`; FP8 only where `o_quantizer` is delayed. Log-sum-exp and largest scores:
-    float32 [b, h, max_seqlen_q, 1] or, of thd, [t, h, 1]. Rows of padding are zero. P/csrc/extensions/attention.cpp:118.
+    O: like q with v's head size, in `o_format`; FP8 only if `o_quantizer` is delayed. Log-sum-exp and largest scores:
+    float32 [b, h, max_seqlen_q, 1] or, for thd, [t, h, 1]. Rows of padding are zero. P/csrc/extensions/attention.cpp:118.
     """
     _refuse(dropout, bias_type, page_table_k)
     layout = Layout.of(qkv_layout)
@@ -123,8 +123,8 @@ def fused_attn_bwd(
 ) -> list[Any]:
     """[dq, dk, dv, the bias's gradient or None, the offset's or None]: the first three views of the buffers of `dqkv_layout`.
 
-    They are FP8 where `dqkv_quantizer` is delayed, with one scale. The probabilities come back from the scores and the
-    saved log-sum-exp, the rows' dot products from O and dO, as in cuDNN. aux: what the forward returned behind O.
+    They are FP8 if `dqkv_quantizer` is delayed, with one scale. The probabilities are recomputed from the scores and the
+    saved log-sum-exp, the rows' dot products from O and dO, as in cuDNN. aux: what the forward returned after O.
     P/csrc/extensions/attention.cpp:318.
     """
     _refuse(dropout, bias_type, None)
@@ -187,7 +187,7 @@ def _refuse(dropout: float, bias_type: Any, page_table: Tensor | None) -> None:
 
 
 def _operands(layout: Layout, *qkv: Any) -> list[Tensor]:
-    """q, k, v in float32, once they lie as the layout says. Raises RuntimeError where they do not."""
+    """q, k, v in float32. Raises RuntimeError if they do not have the layout."""
     layout.check(*(t._data if format_of(t) is not None else t for t in qkv))
     return [_values(t) for t in qkv]
 
@@ -204,14 +204,14 @@ def _values(t: Any) -> Tensor:
 
 
 def _sink(softmax_type: Any, offset: Tensor | None, heads: int) -> Tensor | None:
-    """[h]: the score of a key without a value, whose probability is lost; None for a plain softmax."""
+    """[h]: the score of an extra key without a value, whose probability is dropped; None for a plain softmax."""
     if "VANILLA" in softmax_type.name:
         return None
     return torch.zeros(heads) if offset is None else offset.detach().float().reshape(heads)
 
 
 def _through_fp8(values: Tensor, quantizer: Any) -> Tensor:
-    """`values` as an FP8 operand sees them; its amax is recorded apart."""
+    """`values` rounded to FP8 with a quantizer's scale; `_record` records their amax."""
     if quantizer is None:
         return values
     fp8 = FP8[int(quantizer.dtype)]

@@ -1,6 +1,6 @@
-"""Which attention cuDNN has: tex.get_fused_attn_backend for a Hopper or a Blackwell with cuDNN 9.24.
+"""Which attention cuDNN supports: tex.get_fused_attn_backend for a Hopper or a Blackwell with cuDNN 9.24.
 
-The rules are those of C/fused_attn/fused_attn.cpp:229-520 (22 August 2026), with what they ask of older versions left out.
+The rules are those of C/fused_attn/fused_attn.cpp:229-520 (22 August 2026), without those for older versions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.te_on_cpu.device import capability
 
 
 def get_fused_attn_backend(fused_attn_params: Any) -> tuple[Any, str]:
-    """(tex.NVTE_Fused_Attn_Backend, why there is none or ""). fused_attn_params: TE's FusedAttentionParams."""
+    """(tex.NVTE_Fused_Attn_Backend, "" or why there is none). fused_attn_params: TE's FusedAttentionParams."""
     backends = sys.modules["transformer_engine_torch"].NVTE_Fused_Attn_Backend  # type: ignore[attr-defined]
     in_fp8 = int(fused_attn_params.qkv_dtype) in (7, 8)
     reason = _why_not_fp8(fused_attn_params) if in_fp8 else _why_not_16_bits(fused_attn_params)
@@ -87,7 +87,7 @@ def _trains(d_qk: int, d_v: int) -> bool:
     if max(d_qk, d_v) <= 128:
         return True
     if capability() == (9, 0):
-        # Of unequal sizes from 128 on, the backward of cuDNN 9.11 and later is wrong.
+        # The backward of cuDNN 9.11 and later is wrong for unequal sizes from 128 on.
         return max(d_qk, d_v) <= 256 and (d_qk == d_v or min(d_qk, d_v) < 128 or (d_qk, d_v) == (192, 128))
     return capability() >= (10, 0) and (d_qk, d_v) in ((192, 128), (256, 256))
 
@@ -97,6 +97,6 @@ def _mask(p: Any) -> str:
 
 
 def _formats(p: Any) -> list[str]:
-    """Those of q and of k and v."""
+    """The formats of q, and of k and v."""
     buffers = p.qkv_layout.name.removeprefix("NVTE_").removeprefix("Paged_KV_").lower().replace("2", "").replace("3", "").split("_")
     return [buffers[0], buffers[-1]]

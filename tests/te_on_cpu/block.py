@@ -1,7 +1,7 @@
-"""`Float8BlockwiseQTensor`: a float32 scale for each 1 x 128 values or each 128 x 128.
+"""`Float8BlockwiseQTensor`: a float32 scale for each 1 x 128 or each 128 x 128 values.
 
-Scales lie as the GEMM reads them (P/csrc/quantizer.cpp, Float8BlockQuantizer::get_scale_shape): of 1 x 128 the transposed,
-[K/128, rows to 4], of 128 x 128 [rows/128, K/128 to 4]. Padding is zero here; nobody may rely on it.
+Scales are stored as the GEMM reads them (P/csrc/quantizer.cpp, Float8BlockQuantizer::get_scale_shape): for 1 x 128 transposed,
+[K/128, rows padded to 4], for 128 x 128 [rows/128, K/128 padded to 4]. Padding is zero here, but must not be relied on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 128
 
 
 def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> None:
-    """`values` [..., K], float32, made of `dtype`, into the row-wise copy [..., K] and the column-wise [K, ...] with their scales."""
+    """Quantizes float32 `values` [..., K], made from `dtype`, to the row-wise copy [..., K] and the column-wise [K, ...], with scales."""
     rows = values.reshape(-1, values.shape[-1] if values.dim() else 1)
     copies = (
         (rows, output._rowwise_data, output._rowwise_scale_inv),
@@ -47,7 +47,7 @@ def dequantize(t: Any) -> Tensor:
 
 
 def copy_for_gemm(t: Any, transposed: bool) -> Tensor | None:
-    """[rows, K] or, transposed, [K, rows] in float32, from the copy that is stored so; None where there is none."""
+    """[rows, K] or, transposed, [K, rows] in float32, from the copy that is stored so; None if there is none."""
     copy = t._columnwise_data if transposed else t._rowwise_data
     if copy is None:
         return None
@@ -64,7 +64,7 @@ def _values(t: Any, data: Tensor, scale_inv: Tensor) -> Tensor:
 
 
 def _tiles(matrix: Tensor, height: int) -> Tensor:
-    """[R, C] to [R/height, height, C/128, 128], zeros added."""
+    """[R, C] to [R/height, height, C/128, 128], padded with zeros."""
     rows, columns = matrix.shape
     down, across = math.ceil(rows / height), math.ceil(columns / BLOCK)
     return pad(matrix, (0, across * BLOCK - columns, 0, down * height - rows)).reshape(down, height, across, BLOCK)

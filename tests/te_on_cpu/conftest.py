@@ -1,4 +1,4 @@
-"""Fixtures for the instrument's own tests: TE with the stand-in, on a device of compute capability 9.0."""
+"""Fixtures for the stand-in's own tests: TE on a device of compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def te() -> Any:
 
 @pytest.fixture
 def tex(te: Any) -> Iterator[Any]:
-    """The stand-in, with a Hopper pretended around the test."""
+    """The stand-in; the test runs on a pretended Hopper."""
     import transformer_engine_torch
 
     with te_on_cpu.cuda_is_cpu():

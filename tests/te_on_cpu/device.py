@@ -1,4 +1,4 @@
-"""A device for TE to believe in, on the CPU: a Hopper, or what a caller of `cuda_is_cpu` pretends."""
+"""A pretended device for TE, on the CPU: a Hopper, or the one that a caller of `cuda_is_cpu` names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 
 
 def capability() -> tuple[int, int]:
-    """The compute capability that is pretended now."""
+    """The pretended compute capability."""
     return _pretended[-1]
 
 
@@ -46,7 +46,7 @@ def get_num_cublas_streams() -> int:
 
 @contextlib.contextmanager
 def heard() -> Iterator[list[tuple[str, Any]]]:
-    """While it is open, collects what stand-ins are told that no result shows, in order: (what, its value)."""
+    """While open, collects arguments of stand-ins that do not affect results, in order: (name, value)."""
     _listeners.append([])
     try:
         yield _listeners[-1]
@@ -55,16 +55,16 @@ def heard() -> Iterator[list[tuple[str, Any]]]:
 
 
 def hear(what: str, value: Any) -> None:
-    """Of a stand-in: notes an argument that changes nothing here."""
+    """Called by a stand-in to record an argument that changes nothing here."""
     for listener in _listeners:
         listener.append((what, value))
 
 
 class _DeviceArguments(TorchFunctionMode):
-    """TE names its device "cuda" in many places, or by its index: those arguments become "cpu"."""
+    """TE passes "cuda", or an index, as its device in many places: these arguments become "cpu"."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.device:  # what is asked of a device's name stays true
+        if func is torch.device:  # questions about a device's name keep their answers
             return func(*args, **(kwargs or {}))
         kwargs = {key: _on_cpu(value) for key, value in (kwargs or {}).items()}
         if isinstance(kwargs.get("device"), int):
@@ -81,7 +81,7 @@ def _wrapper_on_cpu(cls: type, *args: Any, device: Any = None, **kwargs: Any) ->
 
 
 def _run_backward(*args: Any, **kwargs: Any) -> Any:
-    """A mode sees no function that is called inside of one that it sees, and `backward` is such a one: it is opened again."""
+    """A mode does not see functions called inside of one that it handles, such as `backward`: so it is opened again there."""
     with _DeviceArguments():
         return _engine_run_backward(*args, **kwargs)
 
@@ -123,9 +123,9 @@ _STAND_INS: dict[Any, dict[str, Any]] = {
 
 @contextlib.contextmanager
 def cuda_is_cpu(capability: tuple[int, int] | None = None) -> Iterator[None]:
-    """While it is open, torch claims a device of that compute capability, and what is put on it stays on the CPU.
+    """While open, torch claims to have a device of that compute capability, and tensors that are moved there stay on the CPU.
 
-    None: of the one that is pretended already, a Hopper at first. Dynamo and Inductor do not run inside.
+    None: the capability that is already pretended, by default a Hopper's. Dynamo and Inductor do not work inside.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(pretended(_pretended[-1] if capability is None else capability))
@@ -138,7 +138,7 @@ def cuda_is_cpu(capability: tuple[int, int] | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pretended(capability: tuple[int, int]) -> Iterator[None]:
-    """While it is open, `cuda_is_cpu` is of that compute capability; torch itself claims nothing, so that it may be open around
+    """While open, `cuda_is_cpu` pretends that compute capability; torch itself claims nothing, so this may be open around
     torch.compile."""
     _forget(_pretended[-1] != capability)
     _pretended.append(capability)
@@ -150,7 +150,7 @@ def pretended(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def _forget(changed: bool) -> None:
-    """TE asks a device once what it can do, and keeps the answers."""
+    """Clears TE's caches of a device's capabilities."""
     if not changed:
         return
     for name in ("utils", "quantization", "cpp_extensions.gemm"):

@@ -1,4 +1,4 @@
-"""The module `transformer_engine_torch`: enums and names as in the built one, stand-ins where there are any."""
+"""The module `transformer_engine_torch`: enums and names as in the built one, and the existing stand-ins."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ STAND_INS: tuple[Callable[..., Any], ...] = (
     device.get_cudnn_version,
     device.get_num_cublas_streams,
 )
-_POSITIONAL = re.compile(r"arg\d+")  # how pybind names what has no name
+_POSITIONAL = re.compile(r"arg\d+")  # pybind's names for unnamed parameters
 
 
 def extension() -> ModuleType:
@@ -92,7 +92,7 @@ def extension() -> ModuleType:
 
 
 def check_signature(function: Callable[..., Any], built: str) -> None:
-    """Raises TypeError where a stand-in does not take what the built function takes: names, order and defaults."""
+    """Raises TypeError if a stand-in's parameters differ from the built function's in names, order or defaults."""
     ours = [(p.name, p.default is not p.empty) for p in inspect.signature(function).parameters.values()]
     theirs = parameters(built)
     same = len(ours) == len(theirs) and all(

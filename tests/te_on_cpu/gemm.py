@@ -41,8 +41,8 @@ def generic_gemm(
 ) -> list[Any]:
     """[D, the bias's gradient or None, GELU's input or None, None].
 
-    With `grad`, `bias` asks for its gradient, the sum of B over its rows, and `gelu` multiplies by GELU's derivative at
-    `gelu_in`. GELU is the tanh form. Raises RuntimeError for what the device refuses (C/gemm/cublaslt_gemm.cu:96-310).
+    With `grad`, `bias` requests its gradient, the sum of B over its rows, and `gelu` multiplies by GELU's derivative at
+    `gelu_in`. GELU is the tanh form. Raises RuntimeError for what the device rejects (C/gemm/cublaslt_gemm.cu:96-310).
     """
     if comm_overlap is not None or extra_output is not None or bulk_overlap:
         raise NotImplementedError("a GEMM that overlaps communication has no stand-in")
@@ -123,7 +123,7 @@ def _refuse_shapes(format: Any, A: Any, B: Any, a: Tensor, b: Tensor, itemsize: 
     if a.numel() == 0 or b.numel() == 0:
         return
     for t, rows in ((A, a), (B, b)):
-        # Where any layout will do, the row-wise copy is read as it lies; otherwise the copy with K innermost.
+        # If the device takes any layout, the row-wise copy is read as stored; otherwise the copy with K innermost.
         leading = t._data.shape[-1] if format is per_tensor and device.any_fp8_layout() and t._data is not None else rows.shape[1]
         if leading % ALIGNMENT:
             raise RuntimeError(f"the leading dimension {leading} is not a multiple of {ALIGNMENT}: the caller must pad")
@@ -134,7 +134,7 @@ def _refuse_shapes(format: Any, A: Any, B: Any, a: Tensor, b: Tensor, itemsize: 
 
 
 def _operand(t: Any, transposed: bool, format: Any) -> Tensor:
-    """[rows, K] in float32. Of a quantized operand, out of the copy that has K innermost; only some devices make do with the other."""
+    """[rows, K] in float32. For a quantized operand, from the copy with K innermost; only some devices can use the other copy."""
     if format is None:
         rows = t.detach().float().reshape(-1, t.shape[-1])
         return rows.t() if transposed else rows

@@ -1,4 +1,4 @@
-"""TE's grouped GEMMs, one product after the other: of lists of tensors, and of tensors whose groups the device alone knows."""
+"""TE's grouped GEMMs, one product after the other: of lists of tensors, and of tensors whose group sizes are only on the device."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def te_general_grouped_gemm(
     use_split_accumulator: bool,
     math_sm_count: int,
 ) -> Any:
-    """The biases, or with `grad` their gradients. With `single_output`, D[0] has all results below each other
+    """The biases, or with `grad` their gradients. With `single_output`, D[0] has all results, concatenated by rows
     (P/csrc/extensions/gemm.cpp:468)."""
     if any(t.numel() for t in pre_gelu_out):
         raise NotImplementedError("a grouped GEMM with GELU has no stand-in")
@@ -82,7 +82,7 @@ def te_general_grouped_gemm_for_grouped_tensor(
     use_split_accumulator: bool,
     sm_count: int,
 ) -> Any:
-    """D. Raises RuntimeError for what the device refuses, and where an operand does not lie as TE's kernels read it."""
+    """D. Raises RuntimeError for what the device rejects, and if an operand does not have the layout that TE's kernels read."""
     here, per_group = device.capability(), device.capability() >= (10, 0)
     if not (9, 0) <= here <= (11, 0):
         raise RuntimeError("grouped GEMM requires Hopper or Blackwell (SM10x and SM110)")
@@ -107,7 +107,7 @@ def te_general_grouped_gemm_for_grouped_tensor(
         by, keep = (t.expand(count)[i].item() for t in (alpha, beta))
         product = by * ((b.t() if transb else b).float() @ (a if not transa else a.t()).float())
         out.copy_(product + keep * out.float() if keep else product)
-        if added is not None:  # a kernel of its own, on what was rounded
+        if added is not None:  # a separate kernel, on the rounded result
             scale = 1.0 if bias_scale is None else bias_scale.flatten()[rows : rows + len(out)].unsqueeze(1).float()
             out.copy_(out.float() + scale * added.float())
         rows += len(out)
@@ -115,7 +115,7 @@ def te_general_grouped_gemm_for_grouped_tensor(
 
 
 def _also(name: str) -> Callable[..., Any]:
-    """The same by another name, of the same signature: `_members` takes a list of matrices where the other wants a grouped tensor."""
+    """The same function under another name, with the same signature: `_members` also takes a list of matrices for a grouped tensor."""
 
     @functools.wraps(te_general_grouped_gemm_for_grouped_tensor)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ def _format(t: Any) -> torch.dtype | None:
 
 
 def _members(t: Any) -> list[Tensor]:
-    """The matrices of a grouped tensor, or of a list: of FP8 in float32, of another views of its memory."""
+    """The matrices of a grouped tensor, or of a list: FP8 ones in float32, others as views of their memory."""
     if isinstance(t, (list, tuple)):
         if _format(t) is not None:
             raise NotImplementedError("lists of FP8 matrices have no stand-in in a grouped GEMM")

@@ -1,4 +1,4 @@
-"""Where q, k and v lie: TE's layouts, each a claim about memory that cuDNN takes the caller's word for, and that is checked here.
+"""The memory layout of q, k and v: TE's layouts are claims about memory that cuDNN does not check; here they are checked.
 
 A layout names one, two or three buffers, joined by "_": `bs3hd` is one [b, s, 3, h, d], `bshd_bs2hd` is q [b, s, h, d] and one
 [b, s, 2, h, d] of k and v, `bshd_bshd_bshd` three. Its format is what remains without the digits: `bshd`, `sbhd` or `thd`.
@@ -16,13 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    buffers: tuple[str, ...]  # as "bs3hd"
+    buffers: tuple[str, ...]  # e.g. "bs3hd"
     q_format: str
     kv_format: str
 
     @staticmethod
     def of(layout: Any) -> Layout:
-        """layout: tex.NVTE_QKV_Layout. Raises NotImplementedError for a paged one."""
+        """layout: tex.NVTE_QKV_Layout. Raises NotImplementedError for a paged layout."""
         name = layout.name.removeprefix("NVTE_")
         if "Paged" in name or "BHSD" in name or "NOT_SET" in name:
             raise NotImplementedError(f"attention in the layout {layout.name} has no stand-in")
@@ -31,7 +31,7 @@ class Layout:
         return Layout(buffers, formats[0], formats[-1])
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raises RuntimeError where q, k, v do not lie as the layout says."""
+        """Raises RuntimeError if q, k, v do not have the layout."""
         groups: Sequence[tuple[Tensor, ...]] = {1: [(q, k, v)], 2: [(q,), (k, v)], 3: [(q,), (k,), (v,)]}[len(self.buffers)]
         for buffer, parts in zip(self.buffers, groups, strict=True):
             expected = _views(torch.empty(_packed_shape(buffer, parts[0].shape), device="meta"), buffer)
@@ -47,7 +47,7 @@ class Layout:
                     )
 
     def empty(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
-        """Zeros for q, k, v of those shapes (in the layout's own formats), as views of the buffers that the layout names."""
+        """Zeros for q, k, v of these shapes (in the layout's own formats), as views of the layout's buffers."""
         firsts = {1: shapes[:1], 2: shapes[:2], 3: shapes}[len(self.buffers)]
         return [
             view
@@ -76,7 +76,7 @@ def _same_strides(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which rows of a tensor are which sample's: [0, lengths[i]) of its place, which starts at starts[i] in thd."""
+    """Which rows of a tensor belong to which sample: rows [0, lengths[i]) of sample i's block, which in thd starts at starts[i]."""
 
     format: str
     starts: list[int]
@@ -97,13 +97,13 @@ class Sequences:
         return Sequences(format, starts, lengths, longest)
 
     def check(self, t: Tensor) -> None:
-        """Raises RuntimeError where a dense tensor has other sizes than cuDNN is told."""
+        """Raises RuntimeError if a dense tensor's sizes differ from those passed to cuDNN."""
         told = {"bshd": (len(self.lengths), self.longest), "sbhd": (self.longest, len(self.lengths)), "thd": tuple(t.shape[:2])}
         if tuple(t.shape[:2]) != told[self.format]:
             raise RuntimeError(f"a tensor {list(t.shape)} in {self.format} of {len(self.lengths)} sequences up to {self.longest} long")
 
     def rows(self, t: Tensor, sample: int) -> Tensor:
-        """A view [length, h, d] of one sample's."""
+        """A view [length, h, d] of one sample's rows."""
         length = self.lengths[sample]
         if self.format == "thd":
             return t[self.starts[sample] : self.starts[sample] + length]
@@ -111,7 +111,7 @@ class Sequences:
 
 
 def in_format(t: Tensor, source: str, target: str) -> Tensor:
-    """`t`, which is in format `source`, seen in format `target`."""
+    """A view of `t`, which has format `source`, in format `target`."""
     if source == target:
         return t
     if "thd" in (source, target):

@@ -1,7 +1,7 @@
 """`MXFP8Tensor`: an E8M0 scale, a power of two in a byte, for each 32 values along a row or along a column.
 
-Neither copy is transposed: the column-wise one is [..., K] as well, with blocks of 32 rows. Scales are padded to
-[rows to 128, K/32 to 4] and [rows/32 to 4, K to 128]; padding is zero here.
+Neither copy is transposed: the column-wise one is [..., K] as well, with blocks of 32 rows. Scales are padded: the row-wise ones,
+[rows, K/32], to multiples of [128, 4], the column-wise ones, [rows/32, K], to multiples of [4, 128]. Padding is zero here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from tests.te_on_cpu.rounding import FP8, amax_of, cast, largest, write
 
 BLOCK = 32
-_TILE_ROWS, _TILE_COLUMNS = 128, 4  # of scales, in the order that cuBLAS reads
+_TILE_ROWS, _TILE_COLUMNS = 128, 4  # of the scales' tiles, in the order that cuBLAS reads
 
 
 def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> None:
-    """`values` [..., K], float32, into both copies with their scales. Raises RuntimeError where blocks do not divide the shape."""
+    """Quantizes float32 `values` [..., K] to both copies, with scales. Raises RuntimeError if blocks do not divide the shape."""
     rows = values.reshape(-1, values.shape[-1])
     if rows.shape[0] % BLOCK or rows.shape[1] % BLOCK:
         raise RuntimeError(f"MXFP8 requires tensor dims that are divisible by {BLOCK} (got shape {list(values.shape)})")
@@ -47,7 +47,7 @@ def dequantize(t: Any) -> Tensor:
 
 
 def copy_for_gemm(t: Any, transposed: bool) -> Tensor | None:
-    """[rows, K] or, transposed, [K, rows] in float32, blocks along the second dimension; None where the copy is missing."""
+    """[rows, K] or, transposed, [K, rows] in float32, with blocks along the second dimension; None if the copy is missing."""
     if (t._columnwise_data if transposed else t._rowwise_data) is None:
         return None
     return _values(t, rowwise=False).t() if transposed else _values(t, rowwise=True)
@@ -86,7 +86,7 @@ def unswizzle(scales: Tensor) -> Tensor:
 
 
 def swizzle_scales_for_gemm_(arg0: Any) -> None:
-    """Puts the scales of a tensor in cuBLAS's order, once. Tensors without such an order are left alone."""
+    """Puts the scales of a tensor in cuBLAS's order, once. Other kinds of tensors are left alone."""
     if not hasattr(arg0, "_with_gemm_swizzled_scales") or arg0._with_gemm_swizzled_scales:
         return
     for scale_inv, rowwise in ((arg0._rowwise_scale_inv, True), (arg0._columnwise_scale_inv, False)):
@@ -107,7 +107,7 @@ def _store(t: Any, scale_inv: Tensor, exponents: Tensor, rowwise: bool) -> None:
 
 
 def _values(t: Any, rowwise: bool) -> Tensor:
-    """[rows, K] in float32 out of one copy."""
+    """[rows, K] in float32 from one of the copies."""
     data, scale_inv = (t._rowwise_data, t._rowwise_scale_inv) if rowwise else (t._columnwise_data, t._columnwise_scale_inv)
     if t._with_gemm_swizzled_scales:
         scale_inv = unswizzle(scale_inv) if rowwise else unswizzle(scale_inv.reshape(scale_inv.shape[::-1])).t()

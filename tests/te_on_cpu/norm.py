@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: float32 inside, one rounding at the end, as TE's kernels (C/normalization).
+"""LayerNorm and RMSNorm: float32 inside, one rounding at the end, like TE's kernels (C/normalization).
 
 A delayed quantizer's cast is part of the kernel, from float32; other quantizers read the result in the output's dtype
 (P/csrc/extensions/normalization.cpp:108-140).
@@ -66,7 +66,7 @@ def rmsnorm_bwd(dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin:
 def rmsnorm_bwd_add(
     dz: Tensor, x: Tensor, add: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered_gamma: bool
 ) -> list[Tensor]:
-    """As rmsnorm_bwd, with `add` [..., H] (a residual's gradient) added to the input's before it is rounded."""
+    """Like rmsnorm_bwd, with `add` [..., H] (a residual's gradient) added to the input's gradient before rounding."""
     normal = _rows(x) * rsigma[:, None]
     g = _rows(dz)
     w = g * _gamma(gamma, zero_centered_gamma)

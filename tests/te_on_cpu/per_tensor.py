@@ -1,4 +1,4 @@
-"""`Float8Tensor`: one scale a tensor, given (delayed scaling) or from its own amax (current scaling)."""
+"""`Float8Tensor`: one scale per tensor, given (delayed scaling) or from its own amax (current scaling)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.te_on_cpu.rounding import FP8, amax_of, cast, scale_of, write
 
 
 def fill(output: Any, values: Tensor, quantizer: Any, dtype: torch.dtype) -> None:
-    """`values` [..., K], float32, into `_data` [..., K], `_transpose` [K, ...] and `_scale_inv` [1].
+    """Quantizes float32 `values` [..., K] to `_data` [..., K], `_transpose` [K, ...] and `_scale_inv` [1].
 
-    A delayed quantizer's amax becomes the larger of itself and the tensor's (an atomic max; nothing here zeroes it).
+    A delayed quantizer's amax becomes the maximum of itself and the tensor's (an atomic max; nothing here resets it).
     """
     fp8 = FP8[int(quantizer.dtype)]
     amax = amax_of(values)
@@ -40,7 +40,7 @@ def dequantize(t: Any) -> Tensor:
 
 
 def copy_for_gemm(t: Any, transposed: bool) -> Tensor | None:
-    """[rows, K] or, transposed, [K, rows] in float32, from the copy that is stored so; None where there is none."""
+    """[rows, K] or, transposed, [K, rows] in float32, from the copy that is stored so; None if there is none."""
     copy = (None if t._transpose_invalid else t._transpose) if transposed else t._data
     if copy is None:
         return None

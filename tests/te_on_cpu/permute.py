@@ -1,5 +1,5 @@
-"""TE's permutation of tokens by their experts' numbers, and its padding of groups; row_id_map: int32 [K T], where the k-th copy of token t
-went, at k T + t; -1 where it was dropped (C/permutation/permutation.cu)."""
+"""TE's permutation of tokens by expert index, and its padding of groups. row_id_map: int32 [K T]; entry k T + t is the new row of the k-th
+copy of token t, -1 if it was dropped (C/permutation/permutation.cu)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.te_on_cpu.rounding import FP8
 
 
 def moe_permute_fwd(inp: Tensor, dtype: Any, indices: Tensor, num_out_tokens: int, workspace: Any, max_expanded_token_num: int) -> Any:
-    """The rows of `inp` once for each expert of a token's, in the order of experts; the map; the workspace."""
+    """The rows of `inp`, once for each expert of a token, in the order of experts; the map; the workspace."""
     tokens, k = indices.shape
     order = indices.flatten().sort(stable=True).indices
     kept = order[:num_out_tokens] if num_out_tokens > 0 else order
@@ -26,7 +26,7 @@ def moe_permute_bwd(input: Tensor, dtype: Any, row_id_map: Tensor, prob: Tensor,
 
 
 def moe_unpermute_fwd(input: Tensor, dtype: Any, row_id_map: Tensor, prob: Tensor, num_tokens: int, topK: int) -> Tensor:
-    """The sum of each token's rows, times their probabilities where there are any. Accumulated in float32."""
+    """The sum of each token's rows, times their probabilities if there are any. Accumulated in float32."""
     fp8 = FP8.get(int(dtype))
     rows = (input if fp8 is None else input.view(fp8)).float()
     places = row_id_map.view(topK, num_tokens).long()
@@ -38,7 +38,7 @@ def moe_unpermute_fwd(input: Tensor, dtype: Any, row_id_map: Tensor, prob: Tenso
 
 
 def moe_unpermute_bwd(input_bwd: Tensor, input_fwd: Tensor, dtype: Any, row_id_map: Tensor, prob: Tensor) -> Any:
-    """The gradient of the permuted rows, and that of the probabilities, float32 [T, K]."""
+    """The gradients of the permuted rows and of the probabilities, the latter float32 [T, K]."""
     fp8 = FP8.get(int(dtype))
     grad, rows = ((t if fp8 is None else t.view(fp8)).float() for t in (input_bwd, input_fwd))
     tokens = grad.shape[0]
@@ -53,7 +53,7 @@ def moe_unpermute_bwd(input_bwd: Tensor, input_fwd: Tensor, dtype: Any, row_id_m
 
 
 def fused_multi_row_padding(input: Tensor, output: Tensor, input_row_list: Any, padded_input_row_list: Any) -> None:
-    """Each group's rows, and zeros up to its padded number."""
+    """Copies each group's rows, and pads with zeros to its padded number of rows."""
     output.zero_()
     _each(input, output, input_row_list, padded_input_row_list)
 

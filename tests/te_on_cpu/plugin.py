@@ -1,8 +1,8 @@
-"""A pytest plugin that runs TE's own tests on the stand-in, from the directory that they lie in.
+"""A pytest plugin that runs TE's own tests on the stand-in, from their directory.
 
     cd TransformerEngine/tests/pytorch && python -m pytest -p tests.te_on_cpu.plugin test_recipe.py
 
-Attention's scores are tensors of their own here, so its tests are cut down: 2 samples, lengths up to 256, 4 heads.
+Attention's scores are materialized here, so its tests are cut down to 2 samples, lengths up to 256 and 4 heads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _cut_down(model_config: Any) -> None:
-    """Keeps the ratio of keys' heads to queries', and unequal lengths unequal."""
+    """Reduces sizes; keeps the ratio of key heads to query heads, and unequal lengths unequal."""
     build = model_config.__init__
 
     def cut(self: Any, batch_size: int, max_seqlen_q: int, num_heads: int, head_dim_qk: int, **rest: Any) -> None:
@@ -58,7 +58,7 @@ def _cut_down(model_config: Any) -> None:
 
 
 def _give_bias_shapes(utils: Any) -> None:
-    """Tests from shortly before 2.20.2 name a bias's shape, "1hss", where the package has come to ask for its sizes."""
+    """Tests from shortly before 2.20.2 give a bias's shape by name, "1hss"; the package now expects sizes."""
     build = utils.AttentionParams
 
     def with_sizes(**fields: Any) -> Any:

@@ -1,4 +1,4 @@
-"""tex.quantize and its kin, for every quantizer with a stand-in: per tensor (delayed, current), in blocks of 128, MXFP8."""
+"""tex.quantize and related functions, for every quantizer with a stand-in: per tensor (delayed, current), blocks of 128, MXFP8."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ARGUMENTS = {"_data": "data", "_transpose": "data_transpose", "_scale_inv": "fp8
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """`tensor` [..., K] quantized, into `output` if there is one, whose copies are made to be those that the quantizer asks for.
+    """`tensor` [..., K] quantized, into `output` if there is one, which then gets the copies that the quantizer requests.
 
-    noop: a float32 [1]; where it is 1 nothing is written.
+    noop: a float32 [1]; if it is 1, nothing is written.
     """
     return _quantize(tensor.detach().float(), tensor.dtype, quantizer, output, noop)
 
 
 def store(values: Tensor, dtype: torch.dtype, quantizer: Any, output: Any = None) -> Any:
-    """What a kernel that computes `values` in float32 and quantizes its result returns; without a quantizer, `values` in `dtype`.
+    """The result of a kernel that computes float32 `values` and quantizes them; without a quantizer, `values` in `dtype`.
 
     A delayed quantizer's cast is part of the kernel, from float32. Others read a result rounded to `dtype`.
     """
@@ -55,7 +55,7 @@ def _quantize(values: Tensor, dtype: torch.dtype, quantizer: Any, output: Any, n
 
 
 def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, pin_memory: bool) -> Any:
-    """A quantized tensor with the copies that the quantizer asks for, uninitialized: what TE's own descriptions of it say."""
+    """An uninitialized quantized tensor with the copies that the quantizer requests, from TE's own descriptions of it."""
     shape = tuple(shape)
     description = _describing(quantizer).storage_metadata(quantizer, dtype)
     buffers = {ARGUMENTS.get(name, name[1:]): buffer for name, buffer in _buffers(quantizer, shape).items()}
@@ -68,21 +68,21 @@ def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: t
 
 
 def _describing(quantizer: Any) -> type:
-    """The class whose description of the tensors holds: a delayed quantizer makes those of a current one."""
+    """The quantizer class that describes the tensors: a delayed quantizer makes the same ones as a current one."""
     from transformer_engine.pytorch import Float8CurrentScalingQuantizer
 
     return Float8CurrentScalingQuantizer if is_delayed(quantizer) else type(quantizer)
 
 
 def _buffers(quantizer: Any, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    if not shape and format_of_quantizer(quantizer) is per_tensor:  # TE's description of a transpose knows no such shape
+    if not shape and format_of_quantizer(quantizer) is per_tensor:  # TE's description of a transpose does not handle this shape
         return {name: torch.empty(shape, dtype=torch.uint8) for name in ("_data", "_transpose")} | {"_scale_inv": torch.empty(1)}
     specs = _describing(quantizer).inner_tensor_specs(quantizer, shape)
     return {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in specs.items()}
 
 
 def _make_copies(output: Any, quantizer: Any, shape: Sequence[int]) -> None:
-    """Drops the copies of `output` that the quantizer does not ask for, and adds those that it lacks."""
+    """Drops the copies of `output` that the quantizer does not request, and adds missing ones."""
     wanted = _buffers(quantizer, tuple(shape))
     names = ("_data", "_transpose") if hasattr(output, "_data") else COPIES_WITH_SCALES
     for name in names:
@@ -131,7 +131,7 @@ def multi_tensor_quantize(tensor_list: Sequence[Tensor], quantizer_list: Sequenc
 def split_quantize(
     tensor: Tensor, split_sections: Sequence[int], quantizer_list: Sequence[Any], disable_bulk_allocation: bool = False
 ) -> list[Any]:
-    """The parts of `tensor` along its first dimension, each by its quantizer."""
+    """The parts of `tensor` along its first dimension, each quantized by its quantizer."""
     return multi_tensor_quantize(tensor.split(list(split_sections)), quantizer_list)
 
 
@@ -142,13 +142,13 @@ def bgrad_quantize(input: Tensor, quantizer: Any) -> list[Any]:
 
 
 def compute_amax(input: Tensor, amax: Tensor) -> None:
-    """max |input| into `amax`, float32 [1]."""
+    """Writes max |input| to `amax`, float32 [1]."""
     if amax.dtype != torch.float32 or amax.numel() != 1:
         raise RuntimeError("amax must be a float tensor with exactly one element")
     amax.copy_(amax_of(input.detach().float()).reshape(amax.shape))
 
 
 def fp8_transpose(input: Tensor, dtype: Any, *, out: Tensor | None) -> Tensor:
-    """Bytes [..., K] as [K, ...]."""
+    """Transposes bytes [..., K] to [K, ...]."""
     transposed = (input.movedim(-1, 0) if input.dim() else input).contiguous()
     return transposed if out is None else out.copy_(transposed)

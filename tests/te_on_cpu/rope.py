@@ -1,4 +1,4 @@
-"""Rotary embeddings as TE fuses them (C/fused_rope): float32 inside, one rounding at the end; what lies behind the angles is left alone."""
+"""Rotary embeddings as TE fuses them (C/fused_rope): float32 inside, one rounding at the end; features beyond the angles are unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fused_rope_forward(
     cp_size: int,
     cp_rank: int,
 ) -> Tensor:
-    """input: [s, b, h, d], [b, s, h, d] or [t, h, d]; freqs: angles, float32 [s, 1, 1, d2], d2 <= d. As the input."""
+    """input: [s, b, h, d], [b, s, h, d] or [t, h, d]; freqs: angles, float32 [s, 1, 1, d2], d2 <= d. The result is like the input."""
     return _rotate(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, back=False)
 
 

@@ -1,4 +1,4 @@
-"""What every quantizer does to numbers: amax, scale, the cast to FP8. And the element types that a GEMM or a norm writes."""
+"""The numerics of every quantizer: amax, scale, the cast to FP8; and the element types that a GEMM or a norm writes."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def amax_of(values: Tensor, dims: int | tuple[int, ...] | None = None) -> Tensor
 
 
 def scale_of(amax: Tensor, fp8: torch.dtype, epsilon: float, power_of_2: bool, instead_of_inf: float = FLOAT32_MAX) -> Tensor:
-    """The factor that takes `amax` to the largest FP8 number, elementwise; 1 where the amax is 0 or infinite.
+    """The factor that maps `amax` to the largest FP8 number, elementwise; 1 if the amax is 0 or infinite.
 
-    instead_of_inf: the scale of an amax so small that its own is not a float32. C/recipe/recipe_common.cuh:14.
+    instead_of_inf: the scale for an amax so small that its scale would overflow float32. C/recipe/recipe_common.cuh:14.
     """
     amax = amax.clamp(min=epsilon)
-    # Tensor by tensor: a scalar over a tensor would be a reciprocal and a product, where the kernel divides.
+    # Divides two tensors, like the kernel: torch computes a scalar over a tensor as a reciprocal and a product.
     scale = torch.full_like(amax, largest(fp8)) / amax
     scale = torch.where(scale.isinf(), torch.full_like(scale, instead_of_inf), scale)
     scale = torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
-    if power_of_2:  # the mantissa is cut
+    if power_of_2:  # the mantissa is truncated
         scale = (scale.view(torch.int32) & _EXPONENT).view(torch.float32)
     return scale
 
 
 def write(target: Tensor, values: Tensor) -> None:
-    """In place as a kernel does it, to whom it is the same whether `target` was made in inference mode."""
+    """Writes in place like a kernel, which does not care whether `target` was made in inference mode."""
     with torch.inference_mode():
         target.copy_(values)
 
 
 def cast(values: Tensor, fp8: torch.dtype) -> Tensor:
-    """float32 to the bytes of FP8, to nearest even; what is too large becomes the largest number, a NaN stays one."""
+    """float32 to the bytes of FP8, to nearest even; too large values saturate, a NaN stays NaN."""
     top = largest(fp8)
     return values.clamp(-top, top).to(fp8).view(torch.uint8)

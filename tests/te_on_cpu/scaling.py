@@ -1,4 +1,4 @@
-"""Delayed scaling's update: amaxes into the histories, new scales out."""
+"""Delayed scaling's update: moves amaxes into the histories, and computes new scales."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fused_amax_and_scale_update_after_reduction(
     fp8_dtype: Any,
     margin: float,
 ) -> None:
-    """In place. amax_reduction_buffer: [sum n]; amax_histories: [length, n] each, entry 0 being written; scales: [n] each."""
+    """Updates in place. amax_reduction_buffer: [sum n]; amax_histories: [length, n] each, entry 0 is being written; scales: [n] each."""
     top, start = torch.finfo(FP8[int(fp8_dtype)]).max, 0
     for history, scale in zip(amax_histories, scales, strict=True):
         reduced = amax_reduction_buffer[start : start + scale.numel()]
@@ -28,9 +28,9 @@ def fused_amax_and_scale_update_after_reduction(
         moved = last != 0
         rolled = torch.roll(history, -1, 0)
         rolled[-1] = last
-        amax = rolled.amax(0) if amax_compute_algo == "max" else last  # the oldest entry counts once more, then makes room
+        amax = rolled.amax(0) if amax_compute_algo == "max" else last  # the oldest entry counts one last time, then is dropped
         rolled[0] = 0
         write(history, torch.where(moved, rolled, history))
-        # Tensor by tensor: a scalar over a tensor would be a reciprocal and a product, where the kernel divides.
+        # Divides two tensors, like the kernel: torch computes a scalar over a tensor as a reciprocal and a product.
         fresh = (torch.full_like(amax, top * 2.0**-margin) / amax).clamp(max=FLOAT32_MAX)
         write(scale, torch.where(moved & torch.isfinite(amax) & (amax > 0), fresh, scale))

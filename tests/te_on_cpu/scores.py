@@ -1,4 +1,4 @@
-"""Attention's scores: which query sees which key, and what of a softmax they make."""
+"""Attention's scores: which query attends to which key, and their softmax."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tests.te_on_cpu.layout import Layout, Sequences
 
 
 def probabilities(scores: Tensor, log_sum: Tensor) -> Tensor:
-    """exp(scores - log_sum) [h, sq, skv]; zero in a row that sees no key."""
+    """exp(scores - log_sum) [h, sq, skv]; zero in a fully masked row."""
     return torch.where(log_sum[..., None].isfinite(), (scores - log_sum[..., None]).exp(), torch.zeros(()))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is attended to what: samples of any lengths, a band of each sample's score matrix."""
+    """Which positions attend to which: samples of any lengths, a band of each sample's score matrix."""
 
     queries: Sequences
     keys: Sequences
     causal: bool
-    bottom_right: bool  # the diagonal ends in the last query's last key, not begins in the first's first
-    window: tuple[int, int]  # keys before and behind the diagonal that are seen; -1: all
+    bottom_right: bool  # the diagonal ends at the last query and key, instead of beginning at the first ones
+    window: tuple[int, int]  # attended keys before and after the diagonal; -1: all
     heads: int
     scale: float
 
@@ -55,17 +55,17 @@ class Problem:
         return self.queries.rows(t, sample).movedim(1, 0)
 
     def heads_of_keys(self, t: Tensor, sample: int) -> Tensor:
-        """[h, skv, d] of one sample: each head once for every head of the queries that shares it."""
+        """[h, skv, d] of one sample: each head repeated for every query head that shares it."""
         return self.keys.rows(t, sample).movedim(1, 0).repeat_interleave(self.heads // t.shape[-2], 0)
 
     def write(self, gradient: Tensor, part: Tensor, sample: int, of_queries: bool) -> None:
-        """part [h, length, d] into one sample's rows; of keys, the heads that share one are summed."""
+        """Writes part [h, length, d] to one sample's rows; for keys, the query heads that share a head are summed."""
         sequences = self.queries if of_queries else self.keys
         groups = gradient.shape[-2]
         sequences.rows(gradient, sample).copy_(part.reshape(groups, -1, *part.shape[1:]).sum(1).movedim(0, 1))
 
     def scores(self, q: Tensor, k: Tensor, sample: int, bias: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """q @ k scaled, plus the bias, -inf where a key is not seen [h, sq, skv]; and the sink's score [h, sq, 1]."""
+        """q @ k scaled, plus the bias, -inf for masked keys [h, sq, skv]; and the sink's score [h, sq, 1]."""
         scores = self.heads_of_queries(q, sample) @ self.heads_of_keys(k, sample).transpose(-1, -2) * self.scale
         if bias is not None:
             scores = scores + self._bias_of(bias, sample, scores)
@@ -86,13 +86,13 @@ class Problem:
         return seen
 
     def empty_per_row(self, t: Tensor) -> Tensor:
-        """Zeros for a float32 per query and head: [b, h, the longest, 1] or, for t in thd, [t, h, 1]."""
+        """Zeros for one float32 per query and head: [b, h, the longest, 1] or, if `t` is in thd, [t, h, 1]."""
         if self.queries.format == "thd":
             return torch.zeros(t.shape[0], self.heads, 1)
         return torch.zeros(self.samples, self.heads, self.queries.longest, 1)
 
     def rows_of(self, per_row: Tensor, sample: int) -> Tensor:
-        """A view [h, sq] of one sample's."""
+        """A view [h, sq] of one sample's rows."""
         if self.queries.format == "thd":
             return self.queries.rows(per_row, sample)[..., 0].t()
         return per_row[sample, :, : self.queries.lengths[sample], 0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, b: int, max_seq_len: int) -> Tensor:
-    """[t, h, d] to [b, max_seq_len, h, d], zeros behind each sequence. cu_seqlens: int32 [b + 1]."""
+    """[t, h, d] to [b, max_seq_len, h, d], with zeros after each sequence. cu_seqlens: int32 [b + 1]."""
     starts = cu_seqlens.tolist()
     out = tensor.new_zeros(b, max_seq_len, *tensor.shape[1:])
     for sample, (start, end) in enumerate(itertools.pairwise(starts)):
@@ -27,7 +27,7 @@ def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, t: int) -> Tensor:
 
 
 def fa_prepare_fwd(qkvi: Tensor) -> Tensor:
-    """q's view of [s, b, h, 3 d] as [3, b, s, h, d]. P/csrc/extensions/attention.cpp:621."""
+    """qkvi: q's view of [s, b, h, 3 d]. Returns [3, b, s, h, d]. P/csrc/extensions/attention.cpp:621."""
     s, b, h, d = qkvi.shape
     if qkvi.stride() != (b * h * 3 * d, h * 3 * d, 3 * d, 1):
         raise RuntimeError(f"q is no third of [s, b, h, 3 d]: its strides are {qkvi.stride()}")
@@ -36,5 +36,5 @@ def fa_prepare_fwd(qkvi: Tensor) -> Tensor:
 
 
 def fa_prepare_bwd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Three of [s, b, h, d] as [b, s, h, 3 d]. P/csrc/extensions/attention.cpp:645."""
+    """Three [s, b, h, d] tensors to one [b, s, h, 3 d]. P/csrc/extensions/attention.cpp:645."""
     return torch.cat([q, k, v], -1).transpose(0, 1).contiguous()

@@ -16,19 +16,19 @@ def scaled_softmax_forward(input: Tensor, scale: float) -> Tensor:
 
 
 def scaled_masked_softmax_forward(input: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """mask [1 or b, 1, sq, skv]: not 0 where a key is hidden. A row that sees no key is zero (C/fused_softmax/scaled_masked_softmax.cu)."""
+    """mask [1 or b, 1, sq, skv]: nonzero hides a key. A fully masked row is zero (C/fused_softmax/scaled_masked_softmax.cu)."""
     hidden = mask.bool()
     results = (input.float() * scale).masked_fill(hidden, MASKED).softmax(-1)
     return results.masked_fill(hidden.all(-1, keepdim=True), 0.0).to(input.dtype)
 
 
 def scaled_upper_triang_masked_softmax_forward(input: Tensor, scale: float) -> Tensor:
-    """Scores [b h, s, s]: a query sees the keys up to its own."""
+    """Scores [b h, s, s]: a query attends to the keys up to its own."""
     return _causal(input, scale)
 
 
 def scaled_aligned_causal_masked_softmax_forward(input: Tensor, scale: float) -> Tensor:
-    """Scores [b, h, sq, skv]: the last query sees all keys."""
+    """Scores [b, h, sq, skv]: the last query attends to all keys."""
     return _causal(input, scale)
 
 

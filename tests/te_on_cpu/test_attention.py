@@ -1,4 +1,4 @@
-"""Fused attention against torch's in float64: every layout and mask, forward and backward, FP8, and what is refused."""
+"""Fused attention against torch's in float64: every layout and mask, forward and backward, FP8, and what is rejected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DENSE = (
 
 
 def parts_of(layout: str, q: tuple[int, ...], kv: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Random q, k, v of those shapes, as views of the buffers that the layout names."""
+    """Random q, k, v of these shapes, as views of the layout's buffers."""
     views = []
     for buffer, shape in zip(layout.split("_"), (q, kv, kv), strict=False):
         count = next((int(c) for c in buffer if c.isdigit()), 1)
@@ -36,7 +36,7 @@ def parts_of(layout: str, q: tuple[int, ...], kv: tuple[int, ...], dtype: torch.
 
 
 def seen(sq: int, skv: int, mask: str, window: tuple[int, int], bottom_right: bool) -> Tensor:
-    """By the definition of the mask, one pair of positions after the other."""
+    """The mask by its definition, one pair of positions after the other."""
     shift = skv - sq if bottom_right or "bottom_right" in mask else 0
     keep = torch.zeros(sq, skv, dtype=torch.bool)
     for i, j in itertools.product(range(sq), range(skv)):
@@ -77,7 +77,7 @@ def bwd(te: Any, q: Any, k: Any, v: Any, o: Any, d_o: Any, aux: list[Tensor], la
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output, log-sum-exp [b, h, s] and gradients in float64 of [b, h, s, d]. Rows that see nothing are zero."""
+    """Output, log-sum-exp [b, h, s] and gradients in float64, for [b, h, s, d]. Fully masked rows are zero."""
     leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
     groups = q.shape[1] // k.shape[1]
     keys, values = (t.repeat_interleave(groups, 1) for t in leaves[1:])
@@ -146,7 +146,7 @@ def test_a_band_and_grouped_heads(te, tex, mask, window, bottom_right, sq):
 @pytest.mark.parametrize("mask", ["padding", "padding_causal", "padding_causal_bottom_right"])
 @pytest.mark.parametrize("format", ["bshd", "sbhd", "thd", "thd with gaps"])
 def test_samples_of_different_lengths(te, tex, format, mask):
-    """Each sample is as if it were alone; between them are zeros."""
+    """Each sample's result is as if it were alone; there are zeros between them."""
     torch.manual_seed(2)
     lengths_q, lengths_kv = [9, 16], [12, 20]
     gap = 3 if "gaps" in format else 0
@@ -184,7 +184,7 @@ def test_samples_of_different_lengths(te, tex, format, mask):
 
 @pytest.mark.parametrize("softmax", ["off-by-one", "learnable"])
 def test_a_sink(te, tex, softmax):
-    """A key without a value: a further column of the scores."""
+    """A key without a value: one more column of scores."""
     torch.manual_seed(3)
     layout = "bshd_bshd_bshd"
     q, k, v = parts_of(layout, (B, SQ, H, D), (B, SKV, H, D))
@@ -255,7 +255,7 @@ def test_in_fp8(te, tex, layout, delayed):
     expected, _, gradients = reference(*(heads_first(t, layout) for t in (*exact, d_o)), keep)
     noise = [sqnr(wanted, heads_first(value, layout)) for value, wanted in zip(values, (expected, *gradients), strict=True)]
     assert 24 < noise[0] < 34 and all(16 < n < 30 for n in noise[1:]), noise
-    assert s.amax == 1 and dp.amax > 0  # the first query sees itself alone
+    assert s.amax == 1 and dp.amax > 0  # the first query only attends to itself
     if delayed:
         assert o.amax.item() == pytest.approx(expected.abs().max().item(), rel=0.1)
         assert dqkv.amax.item() == pytest.approx(max(g.abs().max().item() for g in gradients), rel=0.25)
@@ -388,7 +388,7 @@ def test_rotary_embeddings(te, tex, format, interleaved):
 
 
 def paired(angles: Tensor, interleaved: bool) -> Tensor:
-    """The angle of each pair's first member for both."""
+    """Uses the angle of each pair's first feature for both."""
     if interleaved:
         return angles[..., ::2].repeat_interleave(2, -1)
     return torch.cat([angles[..., :4]] * 2, -1)

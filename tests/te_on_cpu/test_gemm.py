@@ -1,4 +1,4 @@
-"""generic_gemm against float64 products of numbers that FP8 holds exactly."""
+"""generic_gemm against float64 products of numbers that are exact in FP8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYOUTS = ("TN", "NN", "NT")
 
 
 def whole(*shape: int, seed: int = 0) -> Tensor:
-    """Whole numbers from -7 to 7, each block's largest 7: a power of two scales them without loss."""
+    """Integers from -7 to 7, with 7 as the largest of each block: a power-of-two scale is lossless."""
     x = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(seed)).float()
     x[::1, ::16] = 7
     return x
@@ -44,7 +44,7 @@ def gemm(tex: Any, a: Any, b: Any, layout: str = "TN", **changes: Any) -> list[A
 
 
 def operands(layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and the product: forward of a weight and an input, input's gradient, weight's gradient."""
+    """A, B and the product: forward of a weight and an input, dgrad, wgrad."""
     if layout == "TN":
         a, b = whole(N, K), whole(M, K, seed=1)
         return a, b, b.double() @ a.double().t()

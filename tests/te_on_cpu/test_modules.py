@@ -1,4 +1,4 @@
-"""TE's own modules on the instrument: they train, with the noise that FP8 must have, and each recipe where the device has it."""
+"""TE's own modules on the stand-in: they train, with FP8's expected noise, with each recipe that the device supports."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def step(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 
 def train(te: Any, model: nn.Module, recipe_name: str, steps: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The last step in high precision and in FP8; the others make delayed scaling's history."""
+    """The last step in high precision and in FP8; the earlier steps fill delayed scaling's history."""
     torch.manual_seed(0)
     scaling = recipe(recipe_name)
     for _ in range(steps):
@@ -62,7 +62,7 @@ def train(te: Any, model: nn.Module, recipe_name: str, steps: int = 3) -> tuple[
 @pytest.mark.parametrize("scaling", ["delayed", "current", "block", "mxfp8"])
 @pytest.mark.parametrize("name", ["linear", "layernorm_linear", "rmsnorm_linear", "layernorm_mlp"])
 def test_a_module_trains(te, name, scaling):
-    """Two E4M3 operands leave 28.5 dB of a Gaussian product, an E4M3 and an E5M2 24.6; fine blocks a little more."""
+    """A Gaussian product has 28.5 dB with two E4M3 operands, 24.6 with an E4M3 and an E5M2 one; small blocks give a little more."""
     with te_on_cpu.cuda_is_cpu(BLACKWELL if scaling == "mxfp8" else HOPPER):
         torch.manual_seed(0)
         exact, found = train(te, module(te, name), scaling)
@@ -72,7 +72,7 @@ def test_a_module_trains(te, name, scaling):
     assert low < noise.pop("y") < high
     e4m3_gradients = scaling in ("block", "mxfp8")
     for key, value in noise.items():
-        if key == "bias":  # summed in high precision, of what is not quantized
+        if key == "bias":  # summed in high precision, before quantization
             assert value > 40
         else:
             assert (18 if deep else 23.5) < value < (34 if e4m3_gradients else 30), (key, value)
@@ -126,7 +126,7 @@ def test_recipes_are_where_the_hardware_has_them(te):
 
 
 def test_a_blackwell_keeps_no_transpose(te):
-    """Its FP8 GEMMs take any layout."""
+    """Its FP8 GEMMs accept any layout."""
     for capability, transposes in ((HOPPER, True), (BLACKWELL, False)):
         with te_on_cpu.cuda_is_cpu(capability):
             q = te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3, "cuda")(torch.ones(32, 32))

@@ -23,7 +23,7 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def close(value: Tensor, reference: Tensor) -> None:
-    """To one rounding of the value's dtype."""
+    """Equal up to one rounding to the value's dtype."""
     step = torch.finfo(value.dtype).eps
     torch.testing.assert_close(value.double(), reference.detach().double(), rtol=step, atol=32 * torch.finfo(torch.float32).eps * 100)
 

@@ -16,7 +16,7 @@ E4M3, E5M2 = 7, 8
 
 
 def spread(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Values over many orders of magnitude, a different one in each block of 32."""
+    """Values over many orders of magnitude, a different magnitude in each block of 32."""
     generator = torch.Generator().manual_seed(rows + columns)
     magnitudes = 10 ** torch.empty(math.ceil(rows / 32), math.ceil(columns / 32)).uniform_(-3, 3, generator=generator)
     blocks = magnitudes.repeat_interleave(32, 0).repeat_interleave(32, 1)[:rows, :columns]
@@ -41,7 +41,7 @@ def test_delayed_scaling_uses_the_scale_it_is_given(te, tex, dtype):
     assert q._scale_inv == torch.tensor([1 / 3.5])
     assert quantizer.amax == max(7.0, x.abs().max().item())
     tex.quantize(x / 1e9, quantizer)
-    assert quantizer.amax == max(7.0, x.abs().max().item())  # nothing here makes it smaller
+    assert quantizer.amax == max(7.0, x.abs().max().item())  # it never decreases here
 
 
 @pytest.mark.parametrize("power_of_2", [False, True])
@@ -102,7 +102,7 @@ def test_mxfp8(te, tex, dtype, square):
             values = ((tile[n], q._rowwise_data[i + n, j : j + 32]), (tile[:, n], q._columnwise_data[i : i + 32, j + n]))
             scales = (q._rowwise_scale_inv[i + n, j // 32], q._columnwise_scale_inv[i // 32, j + n])
             for block, (line, data), scale in zip(blocks, values, scales, strict=True):
-                # The smallest power of two that leaves nothing above the largest number.
+                # The smallest power of two with which nothing exceeds the largest number.
                 exponent = math.ceil(math.log2(block.abs().max().double().item() / FORMATS[dtype][2]))
                 assert scale.item() == exponent + 127
                 assert torch.equal(decode(data, dtype), round_to_fp8(line.double() * 2.0**-exponent, dtype))
@@ -137,7 +137,7 @@ def quantizers(te: Any, tex: Any) -> list[Any]:
 
 
 def test_what_a_tensor_is_quantized_into(te, tex):
-    """The copies become those that the quantizer asks for; a noop flag leaves all of them alone."""
+    """The tensor gets the copies that the quantizer requests; with a noop flag, all stay as they are."""
     x, other = spread(64, 128), spread(64, 128) * 3
     for quantizer in quantizers(te, tex):
         q = tex.quantize(x, quantizer)

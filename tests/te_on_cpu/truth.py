@@ -1,4 +1,4 @@
-"""FP8 by its definition, in float64 and without torch's casts: what the stand-ins are held to."""
+"""FP8 by its definition, in float64 and without torch's casts: the reference for the stand-ins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FORMATS = {7: (3, -6, 448.0), 8: (2, -14, 57344.0)}  # by tex.DType: E4M3, E5M2
 
 
 def round_to_fp8(values: Tensor, dtype: int) -> Tensor:
-    """The nearest FP8 number, of two the even one; never more than the largest. float64."""
+    """The nearest FP8 number, ties to even, saturating. float64."""
     mantissa, smallest, top = FORMATS[dtype]
     x = values.double()
     exponent = torch.floor(torch.log2(x.abs().clamp(min=2.0**-100))).clamp(min=smallest)
@@ -19,7 +19,7 @@ def round_to_fp8(values: Tensor, dtype: int) -> Tensor:
 
 
 def decode(data: Tensor, dtype: int) -> Tensor:
-    """Bytes to the numbers that they are: sign, exponent, mantissa. float64; no infinities or NaNs."""
+    """Decodes bytes: sign, exponent, mantissa. float64; no infinities or NaNs."""
     mantissa, smallest, _ = FORMATS[dtype]
     bits = data.int()
     sign = 1.0 - 2.0 * (bits >> 7)

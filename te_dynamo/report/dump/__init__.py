@@ -1,9 +1,9 @@
-"""`debug_dir`: each graph after each stage, as a script that a person can read and that runs by itself.
+"""`debug_dir`: each graph after each stage, as a readable script that runs by itself.
 
-`<debug_dir>/graph_<n>/<index>_<stage>.py` holds the graph as PyTorch prints it, one line a node, with shapes, dtypes and
-module paths in comments; a function that makes inputs from a fixed seed; and, run as a program, a forward and a backward
-pass and a summary of the results. The inputs imitate the real ones (mean, deviation, range of the indices): of the
-model's own data the file holds only scalars and small integer tensors, such as positions.
+`<debug_dir>/graph_<n>/<index>_<stage>.py` has the graph as PyTorch prints it, one line per node, with shapes, dtypes and
+module paths in comments, and a function that makes inputs from a fixed seed. Run as a program, it does a forward and a backward
+pass and prints a summary of the results. The inputs imitate the real ones (mean, deviation, range of the indices): of the
+model's own data the file has only scalars and small integer tensors, such as positions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Dump:
     """The dumps of one compiled graph.
 
     directory: `debug_dir`; graph_number: the first number to try for the folder `graph_<n>`. Folders of other graphs, other
-    processes and earlier runs are left alone. `folder` is the one made, at the first stage.
+    processes and earlier runs are left alone. `folder` is created at the first stage.
     """
 
     def __init__(self, directory: str | os.PathLike[str], graph_number: int) -> None:
@@ -38,8 +38,8 @@ class Dump:
     def stage(self, index: int, name: str, gm: GraphModule, inputs: Sequence[Any]) -> Path:
         """Writes the graph as a stage left it, and returns the file.
 
-        inputs: what the graph is called with, in the order of its placeholders, real or fake. Inputs beyond its end are
-        made up from the placeholders' fake values. Raises OSError where the folder cannot be written.
+        inputs: what the graph is called with, in the order of its placeholders, real or fake. Missing ones at the end are
+        made up from the placeholders' fake values. Raises OSError if the folder cannot be written.
         """
         if self.folder is None:
             self.folder, self.graph_number = _new_folder(self.directory, self.graph_number)
@@ -51,7 +51,7 @@ class Dump:
 
 
 def _new_folder(directory: Path, number: int) -> tuple[Path, int]:
-    """Makes the first `graph_<n>`, from `number` on, that does not exist; making it is what reserves it."""
+    """Makes the first `graph_<n>`, from `number` on, that does not exist, which also reserves it."""
     directory.mkdir(parents=True, exist_ok=True)
     while True:
         try:

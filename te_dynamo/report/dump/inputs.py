@@ -1,4 +1,4 @@
-"""Expressions for inputs that imitate the real ones: size, strides, dtype, mean and deviation, the range of indices."""
+"""Expressions for inputs that imitate the real ones in size, strides, dtype, mean, deviation and range of indices."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from te_dynamo.passes.higher_order import calls
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 SMALL = 16  # integer tensors with at most this many elements are written out: positions, lengths, counters
-NO_HINT = 16  # stands for a number that depends on data
+NO_HINT = 16  # used for a number that depends on data
 STATE = {StateInput.SCALE: "ones", StateInput.GRAD_SCALE: "ones", StateInput.SINK: "zeros"}
 
 
 def number(value: Any) -> Any:
-    """A number, or the one that a symbolic number stands for in this trace."""
+    """A number, or a symbolic number's value in this trace."""
     known = hint(value)
     return NO_HINT if known is None else known
 
@@ -37,9 +37,9 @@ def fill_placeholder(node: Node, given: Any, bound: int | None) -> str:
 
 
 def fill(value: torch.Tensor, given: Any, bound: int | None) -> str:
-    """An expression for a tensor like `value`, with numbers like those of `given` where that is a real tensor.
+    """An expression for a tensor like `value`, with numbers like those of `given` if that is a real tensor.
 
-    bound: what indices must stay below; None where `value` is not known to hold indices.
+    bound: the exclusive upper bound of indices; None if `value` is not known to hold indices.
     """
     real = given if _is_real(given) and given.numel() else None
     if value.dtype == torch.bool:
@@ -59,7 +59,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _moments(value: torch.Tensor, real: torch.Tensor | None) -> tuple[float, float, bool]:
-    """(mean, standard deviation, whether nothing is negative) of the finite numbers; without any, those of fresh weights."""
+    """(mean, standard deviation, whether none is negative) of the finite numbers; without real values, those of fresh weights."""
     if real is None or real.is_complex():
         is_parameter = isinstance(value, torch.nn.Parameter)
         return (1.0, 0.0, True) if is_parameter and value.dim() == 1 else (0.0, 0.02 if is_parameter else 1.0, False)
@@ -86,7 +86,7 @@ def _integers(value: torch.Tensor, real: torch.Tensor | None, bound: int | None)
 def _made(value: torch.Tensor, numbers: str) -> str:
     """The expression `numbers` with the `{size}` and `{kind}` (dtype and device) of `value`.
 
-    Where `value` is not contiguous, its strides are laid over numbers made in a row.
+    If `value` is not contiguous, the expression is a view with its strides of a one-dimensional tensor.
     """
     size, stride = _sizes(value.shape), _sizes(value.stride())
     strided = "{size}" in numbers and not torch.empty_strided(size, stride, device="meta").is_contiguous()
@@ -106,8 +106,8 @@ def _sizes(values: Iterable[Any]) -> tuple[int, ...]:
 
 
 def index_bounds(gm: GraphModule) -> dict[Node, int]:
-    """For each integer input that is used to look something up, directly or after moves and slices, the smallest number of
-    rows it is looked up in."""
+    """For each integer input that is used as an index, directly or after operations with integer results, the smallest
+    size that it indexes."""
     bounds = {n: list(_bounds(gm, n, set())) for n in gm.graph.find_nodes(op="placeholder") if _is_integer(tensor(n))}
     return {node: min(found) for node, found in bounds.items() if found}
 
@@ -132,7 +132,7 @@ def _bounds(gm: GraphModule, node: Node, seen: set[Node]) -> Iterator[int]:
 
 
 def _rows_looked_up(user: Node, index: Node) -> int | None:
-    """The number of rows among which `user` looks up `index`; None where it does something else with it."""
+    """The size of the dimension that `user` indexes with `index`; None if it does something else with it."""
     args = (*user.args, *user.kwargs.values())
     name = getattr(user.target, "__name__", user.target)
     if name == "getitem":

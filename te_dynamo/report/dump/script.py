@@ -1,4 +1,4 @@
-"""A graph as a Python file: PyTorch prints the nodes, this module adds comments, imports and what makes the file run."""
+"""A graph as a Python file: PyTorch prints the nodes; this module adds comments, imports and the code that runs the graph."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ if __name__ == "__main__":
 class Script:
     """One graph as a Python file.
 
-    inputs: the values, real or fake, of the first placeholders; filled: by placeholder, the expression that makes its
-    input: those that are there are used, and the others added.
+    inputs: the values, real or fake, of the first placeholders; filled: by placeholder, the expression for its input:
+    existing entries are used, missing ones added.
     """
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], filled: dict[str, str]) -> None:
         self.imports = {"torch"}
-        self.classes: dict[str, str] = {}  # the text of the graph and each sub-graph, by name; what is used comes first
+        self.classes: dict[str, str] = {}  # the text of the graph and each sub-graph, by name; sub-graphs come before their users
         copy = copy_graph_module(gm)
         self._add_class("Graph", copy)
         self.inputs = self._inputs(gm, [n.name for n in copy.graph.find_nodes(op="placeholder")], inputs, filled)
@@ -96,7 +96,7 @@ class Script:
         return "\n".join([*lines, "    }"])
 
     def _add_class(self, name: str, gm: GraphModule) -> str:
-        """Adds a copy of a graph, which is changed to what can be printed, as a class. Returns the name it got."""
+        """Adds a graph as a class, and returns the class's name. Changes `gm` so that it can be printed."""
         members: dict[str, str] = {}
         nodes = list(gm.graph.nodes)
         for node in nodes:
@@ -119,7 +119,7 @@ class Script:
         return name
 
     def _make_printable(self, gm: GraphModule, node: Node, members: dict[str, str]) -> None:
-        """Changes a node so that its printed form runs as plain Python. members: takes the attributes the class must have."""
+        """Changes a node so that its printed form runs as plain Python. members: receives the attributes that the class needs."""
         node.type = None
         if node.op == "placeholder":
             node._rename(_parameter_name(node.name))
@@ -142,13 +142,13 @@ class Script:
             node.args = (node.args[0], Verbatim(lambda: _subscript(index)), *node.args[2:])
 
     def _leaf(self, value: Any) -> Any:
-        """An argument, or what stands for it where PyTorch would print what does not run."""
+        """An argument, or a replacement if PyTorch would print text that does not run."""
         if isinstance(value, Node) or (text := self._text(value)) == repr(value):
             return value
         return Verbatim(lambda: text)
 
     def _text(self, value: Any) -> str:
-        """A value that no node makes, as Python."""
+        """A value that is not a node, as Python."""
         if isinstance(value, enum.Enum):
             return f"{self._name_of(type(value))}.{value.name}"
         if isinstance(value, SYMBOLIC):
@@ -165,7 +165,7 @@ class Script:
         return self._name_of(value) or f"unavailable({getattr(value, '__qualname__', repr(value))!r}){called}"
 
     def _name_of(self, value: Any) -> str | None:
-        """The full name of a function or a class, whose module is imported; None where it has none."""
+        """The full name of a function or a class, and imports its module; None if it has none."""
         try:
             name = _get_qualified_name(value).replace("_operator.", "operator.")
             found = resolve_name(name if "." in name else f"builtins.{name}")
@@ -182,7 +182,7 @@ class Script:
 
 
 class Verbatim:
-    """An argument that is printed as the text that `text` returns, at the time of printing: nodes get their names then."""
+    """An argument printed as the result of `text`, which is called when printing: nodes get their names then."""
 
     def __init__(self, text: Callable[[], str]) -> None:
         self.text = text
@@ -203,9 +203,9 @@ class _CodeGen(CodeGen):
         return "\n".join(["def forward(", "    self,", *(f"    {n.target},{_comment(n)}" for n in placeholders), "):"])
 
     def annotated(self, body: Sequence[str]) -> list[str]:
-        """Puts a comment after each statement, where PyTorch deletes what is not used any more.
+        """Puts a comment after each statement, in place of PyTorch's deletion of unused values.
 
-        body: for each node "# COUNTER: <its place>", its statement, and a line end after nothing or after ";  x = None".
+        body: for each node "# COUNTER: <its index>", its statement, and a newline, possibly after ";  x = None".
         """
         lines, node = [], None
         for text in body:
@@ -228,13 +228,13 @@ def _subscript(index: Any) -> str:
 
 
 def _parameter_name(name: str) -> str:
-    """A placeholder's name without what Dynamo puts around a parameter's path."""
+    """A placeholder's name without what Dynamo adds to a parameter's path."""
     name = re.sub(r"^l_.*?_(?=(?:modules|parameters|buffers)_)", "_", name)
     return re.sub(r"_(?:modules|parameters|buffers)_", "_", name).strip("_")
 
 
 def _comment(node: Node) -> str:
-    """A node's value, its place in the model, and what is planned for it."""
+    """A comment with a node's value, its path in the model, and what is planned for it."""
     site = node.meta.get("te_site")
     path = site.path if isinstance(site, Site) else "" if node.op == "placeholder" else module_path(node)
     text = " | ".join(note for note in [_described(example(node)), path, *_planned(node)] if note)
@@ -251,7 +251,7 @@ def _described(value: Any) -> str:
 
 
 def _planned(node: Node) -> list[str]:
-    """What the later stages have noted on a node."""
+    """The notes of the later stages on a node."""
     plan, layout, slots = (node.meta.get(f"te_{key}") for key in ("plan", "layout", "slots"))
     recipe = getattr(plan, "recipe", None)
     precision = f"{recipe.name} scaling" if recipe else "high precision"
