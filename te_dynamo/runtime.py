@@ -59,11 +59,18 @@ def beside() -> Iterator[None]:
 
 
 def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """AOTAutograd alone."""
+    """AOTAutograd alone. As with generated code, results that share memory are no views to autograd, which would forbid writing them."""
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.compilers import nop
+    from torch._functorch._aot_autograd.utils import make_boxed_func
 
-    return aot_autograd(fw_compiler=nop, bw_compiler=nop)(gm, list(inputs))
+    def as_it_is(graph: GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return graph(*args)
+
+        return make_boxed_func(run)
+
+    return aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is)(gm, list(inputs))
 
 
 def eagerly(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -19,29 +19,24 @@ LEAST = 16  # channels that a rotation mixes
 
 
 def prepared(call: Call, q: Tensor, k: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """q [..., D] and k [..., D] of attention by `call`, ready to be rounded; unchanged if the recipe is like TE.
-
-    keys: the dimension of k that indexes the keys. float16 becomes bfloat16, whose range a rotation does not leave.
-    """
-    if like_te(call):
-        return q, k
-    return rotated(q), rotated(centered(call, k, keys))
+    """q [..., D] and k [..., D] of attention by `call`, ready to be rounded. keys: the dimension of k that indexes the keys."""
+    return (rotated(q), rotated(centered(k, keys))) if prepares(call) else (q, k)
 
 
-def like_te(call: Call) -> bool:
-    return bool(getattr(call.scaling, "like_te", False))
+def prepares(call: Call) -> bool:
+    """Whether q and k are centered and rotated: not like TE does, not in float16, whose range this could leave, and not rotated without
+    being centered, since a channel that is large in all keys rounds alike in all and so harms no score, until a rotation spreads it."""
+    recipe = call.scaling
+    return recipe.mixes_tokens and not getattr(recipe, "like_te", False) and call.inputs[0] != torch.float16
 
 
-def center_of(call: Call, k: Tensor, keys: int) -> Tensor | None:
-    """The mean of the keys, with NaN and infinities as 0, if the recipe's scales are over all tokens anyway; shaped as k with one key."""
-    if like_te(call) or not call.scaling.mixes_tokens:
-        return None
+def center_of(k: Tensor, keys: int) -> Tensor:
+    """The mean of the keys, with NaN and infinities as 0; shaped as k with one key."""
     return k.nan_to_num(0.0, 0.0, 0.0).mean(keys, keepdim=True, dtype=torch.float32).to(k.dtype)
 
 
-def centered(call: Call, k: Tensor, keys: int) -> Tensor:
-    center = center_of(call, k, keys)
-    return k if center is None else k - center
+def centered(k: Tensor, keys: int) -> Tensor:
+    return k - center_of(k, keys)
 
 
 def rotated_amax(x: Tensor, center: Tensor | None) -> Tensor:
@@ -54,7 +49,6 @@ def rotated_amax(x: Tensor, center: Tensor | None) -> Tensor:
 
 def rotated(x: Tensor) -> Tensor:
     """x [..., D] times an orthogonal matrix that mixes as many channels as the largest power of two that divides D."""
-    x = x.bfloat16() if x.dtype == torch.float16 else x
     size = mixed_channels(x.shape[-1])
     return x if size == 1 else (x.unflatten(-1, (-1, size)) @ hadamard(size, x.device).to(x.dtype)).flatten(-2)
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from te_dynamo.ir.graph import tensor
@@ -20,21 +21,27 @@ INPLACE_OPERATORS = frozenset(
 INPLACE_METHODS = frozenset(f"__{function.__name__.strip('_')}__" for function in INPLACE_OPERATORS)  # `x.__iadd__(y)`
 
 
+RANDOM = {"gumbel_softmax", "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices"}  # functions of several operators
+
+
 @cache
 def _is_random(name: str) -> bool:
     """Whether a function or method of this name draws random numbers whatever its arguments are."""
     packet = getattr(torch.ops.aten, name, None)
     overloads = [getattr(packet, o) for o in packet.overloads()] if isinstance(packet, torch._ops.OpOverloadPacket) else []
-    return "dropout" in name or any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
+    return "dropout" in name or name in RANDOM or any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
 
 
 def draws(graph: Graph) -> bool:
-    """Whether a graph draws random numbers. Inactive dropout is no longer in it."""
-    return any(
-        node.kwargs.get("dropout_p") or _is_random(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
-        for node in graph.nodes
-        if node.op in ("call_function", "call_method")
-    )
+    """Whether a graph draws random numbers. Inactive dropout has been removed from it."""
+    return any(_draws(node) for node in graph.nodes if node.op in ("call_function", "call_method"))
+
+
+def _draws(node: Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == F.scaled_dot_product_attention.__name__:
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    return bool(node.kwargs.get("dropout_p")) or _is_random(name)
 
 
 @cache

@@ -108,7 +108,7 @@ class ScaleState:
         whose amaxes count too.
         """
         arena = self.arena(device)
-        find = self.homes.find_or_create if create else self.homes.find
+        find = self.homes.find_or_create if create or self.pending_loads else self.homes.find
         homes = [find(args[key.argument]) for key in keys]
 
         def wanted(roles: str) -> list[_Wanted]:
@@ -116,9 +116,9 @@ class ScaleState:
             return [_Wanted(home, (key.ordinal, role), key.recipe) for home, key in pairs for role in getattr(key, roles)]
 
         slots = (wanted("forward"), wanted("gradient"))
-        if not create:
-            forward, gradient = indices = _indices(slots)
-            return Group(arena, indices, ()) if any(forward) or any(gradient) else None
+        if not create and not self.pending_loads:
+            return _existing(arena, slots)
+        version = self.version
         new = [made for direction in DIRECTIONS for made in self._create(arena, direction, slots[direction])]
         for key, home in zip(keys, homes, strict=True):
             if key.route is not None:
@@ -130,10 +130,12 @@ class ScaleState:
             for load in list(self.pending_loads):
                 load.apply(new)
         except RuntimeError:  # it does not fit: without the slots, the next call says so again
-            for home, slot in new:
-                _, direction, index = home.slots.pop(slot)
-                arena.give_back(direction, index)
+            _remove(new)
             raise
+        if not create and not any(bool(arena.scale[at.direction, at.number]) for at in (home.slots[slot] for home, slot in new)):
+            _remove(new)  # nothing was loaded for them
+            self.version = version
+            return _existing(arena, slots)
         for direction in DIRECTIONS:
             for union in unions[direction]:
                 arena.unite(direction, [indices[direction][i] for i in union])
@@ -256,6 +258,17 @@ def _after_backward(state: ScaleState, recomputed: bool, group: Group, place: in
     state.backward_seen = True
     if not recomputed:
         state._roll_after_backward()
+
+
+def _existing(arena: Arena, slots: tuple[list[_Wanted], list[_Wanted]]) -> Group | None:
+    forward, gradient = indices = _indices(slots)
+    return Group(arena, indices, ()) if any(forward) or any(gradient) else None
+
+
+def _remove(slots: Iterable[tuple[Home, Slot]]) -> None:
+    for home, slot in slots:
+        arena, direction, index = home.slots.pop(slot)
+        arena.give_back(direction, index)
 
 
 def _indices(slots: tuple[list[_Wanted], list[_Wanted]]) -> tuple[list[int], list[int]]:

@@ -96,6 +96,7 @@ class ModelScaleState:
         later = {name: entry for name, entry in entries.items() if name not in slots and name not in unexpected}
         if later:
             STATE.pending_loads.append(_PendingLoad(self.model, later))
+            STATE.version += 1  # inference has no slots of its own, and looks again
         return result
 
     def load_te(self, state_dict: Mapping[str, Any], names: Mapping[str, Any] | Callable[[str], Any] | None = None) -> LoadResult:

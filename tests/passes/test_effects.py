@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from te_dynamo.ir.graph import EXAMPLE
-from te_dynamo.passes.effects import writes, written_between
+from te_dynamo.passes.effects import draws, writes, written_between
 
 aten = torch.ops.aten
 X, Y = "x", "y"  # stand for two inputs
@@ -91,3 +91,24 @@ def test_a_write_to_a_view_lies_between():
     assert written_between([exp, product]) is relu
     relu.args = (relu.args[0], False)
     assert written_between([exp, product]) is None
+
+
+DRAWS = {
+    "dropout": (lambda x: F.dropout(x, 0.5), True),
+    "dropout of channels": (lambda x: F.dropout1d(x, 0.5), True),
+    "gumbel": (lambda x: F.gumbel_softmax(x), True),
+    "a method": (lambda x: x.bernoulli(), True),
+    "made": (lambda x: x + torch.rand(3), True),
+    "attention with dropout": (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), True),
+    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.0), False),
+    "nothing": (lambda x: torch.relu(x) + torch.zeros(3), False),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_draws_random_numbers(name):
+    function, expected = DRAWS[name]
+    graphs: list[Graph] = []
+    torch._dynamo.reset()
+    torch.compile(function, backend=lambda gm, _: graphs.append(gm.graph) or gm, fullgraph=True)(torch.rand(2, 3, 3))
+    assert draws(graphs[0]) == expected

@@ -355,6 +355,25 @@ def test_a_loaded_state_goes_on_as_the_saved_one(when):
     assert_equal(scales(other), scales(model))
 
 
+@pytest.mark.parametrize("when", ["before the first call", "after it"])
+@pytest.mark.parametrize("provider", ["native", "reference"])
+def test_a_loaded_state_serves_inference(provider, when):
+    """In a graph without gradients, which makes no slots of its own: other models in the process get none."""
+    model, other, stranger = Net(), Net(), Net()
+    other.load_state_dict(model.state_dict())
+    call, other_call, strange_call = (compiled(m, provider=provider) for m in (model, other, stranger))
+    train(call)
+    x = 100 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = other_call(x) if when == "after it" else None
+        te_dynamo.scale_state(other).load_state_dict(scales(model))
+        strange_call(x)
+        assert not scales(stranger)
+        found, expected = other_call.eval()(x), call.eval()(x)
+    assert torch.equal(found, expected)
+    assert before is None or not torch.equal(before, found)  # the scales are too small for what is 100 times as large
+
+
 def test_a_deep_copy_starts_fresh_and_can_be_given_the_state():
     model = Net()
     train(compiled(model))

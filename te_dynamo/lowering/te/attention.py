@@ -24,7 +24,7 @@ from te_dynamo.lowering.kernels import cast_rotated  # noqa: F401  its operator
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.reference.attention import modified, no_gradients, softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
-from te_dynamo.lowering.rotation import center_of, centered, like_te, rotated_amax
+from te_dynamo.lowering.rotation import center_of, centered, prepares, rotated_amax
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.lowering.te.library import api, capability, cudnn_version, running
 from te_dynamo.lowering.te.linear import quantizer
@@ -436,16 +436,7 @@ class TEFP8Attention(Implementation):
 @implements("fp8_forward_attention", provider="te", recipes=(DelayedScaling,))
 class TEFP8ForwardAttention(TEFP8Attention):
     """Forward in FP8; backward in 16 bits, from q, k, v and o in high precision and the forward's softmax statistics, as TE does with
-    NVTE_FP8_DPA_BWD=0. q and k are rotated before they are rounded, and k's mean is subtracted (see `lowering.rotation`)."""
-
-    def operands(self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> Operands:
-        if like_te(call):
-            return super().operands(call, scales, q, k, v)
-        v, center = v.contiguous(), center_of(call, k, _keys(call))
-        known = self.forward_scales(scales, [rotated_amax(q, None), rotated_amax(k, center), amax(v)])
-        v8 = scales.casting.saturated(v, known["q"].value, E4M3).to(E4M3)
-        (q8, peak_q), (k8, peak_k) = (torch.ops.te_dynamo.cast_rotated(t, c, known["q"].value, E4M3) for t, c in ((q, None), (k, center)))
-        return Operands(known, [q8, k8, v8], [peak_q, peak_k, amax(v)])
+    NVTE_FP8_DPA_BWD=0."""
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         return ("q", "k", "v", "outputs")
@@ -459,7 +450,7 @@ class TEFP8ForwardAttention(TEFP8Attention):
     ) -> Backward:
         order = ORDER[call["form"]]
         do, q, k, v, o = (t.permute(order).contiguous() for t in (grads[0], *inputs[:3], *inputs[-1]))
-        k = centered(call, k, _keys(call))  # forward's softmax statistics are those of the centered k
+        k = centered(k, _keys(call)) if prepares(call) else k  # forward's softmax statistics are those of the centered k
         lse, rng = (t.data for t in saved)
         common = _common_attributes(call, q, _apart(call["form"]))
         made = torch.ops.te_dynamo.te_attention_bwd(do, q, k, v, o, lse, rng, *common, call["window"])
@@ -468,9 +459,19 @@ class TEFP8ForwardAttention(TEFP8Attention):
 
 @implements("fp8_forward_attention", provider="te", recipes=(Float8CurrentScaling,))
 class TECurrentForwardAttention(TEFP8ForwardAttention):
-    """Stateless scales, set before S and O exist: a softmax is at most 1, and O, an average of V, is at most V's amax."""
+    """Stateless scales, set before S and O exist: a softmax is at most 1, and O, an average of V, is at most V's amax. q and k are prepared
+    (see `lowering.rotation`)."""
 
     calibrates = True
+
+    def operands(self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> Operands:
+        if not prepares(call):
+            return super().operands(call, scales, q, k, v)
+        v, center = v.contiguous(), center_of(k, _keys(call))
+        known = self.forward_scales(scales, [rotated_amax(q, None), rotated_amax(k, center), amax(v)])
+        v8 = scales.casting.saturated(v, known["q"].value, E4M3).to(E4M3)
+        (q8, peak_q), (k8, peak_k) = (torch.ops.te_dynamo.cast_rotated(t, c, known["q"].value, E4M3) for t, c in ((q, None), (k, center)))
+        return Operands(known, [q8, k8, v8], [peak_q, peak_k, amax(v)])
 
     def forward_scales(self, scales: Scales, largest: Sequence[Tensor]) -> dict[str, Any]:
         of = {"q": torch.stack(list(largest)), "s": largest[2].new_ones(()), "o": largest[2]}
