@@ -103,7 +103,7 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     one = torch.ones(())
     _, big = qkv_in("bshd_bshd_bshd", heads=2, kv_heads=2, d=128)
     q8, k8, v8 = (t.transpose(1, 2).detach().to(E4M3) for t in big)
-    scales = (one.clone(), torch.tensor(448.0), torch.tensor(64.0))
+    scales = ([one.clone() for _ in range(3)], torch.tensor(448.0), torch.tensor(64.0))
     o8, *aux, _ = ops.te_fp8_attention_fwd(q8, k8, v8, *scales, APART[0], True, 0.1, torch.bfloat16, True)
     do8 = torch.randn(o8.shape).to(E5M2)
     return {
@@ -445,6 +445,15 @@ def test_in_fp8_keys_that_have_much_in_common(causal, form):
     assert all(sqnr(a, b) > least for a, b, least in zip(exact, ours, (23, 18, 18, 20), strict=True)), [
         sqnr(a, b) for a, b in zip(exact, ours, strict=True)
     ]
+
+
+def test_in_fp8_a_small_v_beside_large_scores(no_codegen):
+    """Under current scaling q, k and v have scales of their own: with one for the three, v would be lost."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 128).bfloat16() for _ in range(3))
+    k, v = 20 * k, 1e-5 * v
+    found = current_scaling(q / 20, k, v, causal=True, form="bshd")
+    assert sqnr(scaled_dot_product_attention(q.double() / 20, k.double(), v.double(), is_causal=True), found) > 23
 
 
 def current_scaling(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, form: str) -> Tensor:

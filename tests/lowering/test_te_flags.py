@@ -68,7 +68,7 @@ def test_attention_is_deterministic_where_torch_is_to_be(deterministic):
         o, *aux = torch.ops.te_dynamo.te_attention_fwd(q, k, v, layout, True, 0.1, True)
         torch.ops.te_dynamo.te_attention_bwd(o, q, k, v, o, *aux, layout, True, 0.1)
         q8 = q.to(E4M3)
-        o8, *aux, _ = torch.ops.te_dynamo.te_fp8_attention_fwd(q8, q8, q8, one, one, one, layout, True, 0.1, torch.bfloat16, True)
+        o8, *aux, _ = torch.ops.te_dynamo.te_fp8_attention_fwd(q8, q8, q8, [one] * 3, one, one, layout, True, 0.1, torch.bfloat16, True)
         ones = [one.clone() for _ in range(6)]
         torch.ops.te_dynamo.te_fp8_attention_bwd(o8.to(E5M2), q8, q8, q8, o8, *aux, *ones, layout, True, 0.1, torch.bfloat16)
     assert flags == [("deterministic", deterministic)] * 2

@@ -68,7 +68,7 @@ def attention() -> Samples:
     return {
         "te_attention_fwd": (ops.te_attention_fwd, (q, k, v, layout, *how, True)),
         "te_attention_bwd": (ops.te_attention_bwd, (do, q, k, v, o, lse, rng, layout, *how)),
-        "te_fp8_attention_fwd": (ops.te_fp8_attention_fwd, (*qkv8, one, one, one, layout, *how, BF16, True)),
+        "te_fp8_attention_fwd": (ops.te_fp8_attention_fwd, (*qkv8, [one] * 3, one, one, layout, *how, BF16, True)),
         "te_fp8_attention_bwd": (
             ops.te_fp8_attention_bwd,
             (do.to(E5M2), *qkv8, o8, lse, rng, one, one, one, one, one, one, layout, *how, BF16),

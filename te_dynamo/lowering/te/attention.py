@@ -206,7 +206,7 @@ def te_fp8_attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    qkv_inv: Tensor,
+    inverses: Sequence[Tensor],
     s_scale: Tensor,
     o_scale: Tensor,
     layout: str,
@@ -215,15 +215,15 @@ def te_fp8_attention_fwd(
     dtype: torch.dtype,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v: E4M3, laid out as `layout` says, with one scale_inv; scales f32, 0-d; dtype: their high-precision dtype -> (o in E4M3,
-    scaled by `o_scale`, the log of the sum of exponentials and the random state as in `te_attention_fwd`, the amaxes of S and o f32
-    [2])."""
+    """q, k, v: E4M3, laid out as `layout` says; inverses: the scale_inv of each; scales f32, 0-d; dtype: their high-precision dtype ->
+    (o in E4M3, scaled by `o_scale`, the log of the sum of exponentials and the random state as in `te_attention_fwd`, the amaxes of S and o
+    f32 [2])."""
     te = api()
-    amaxes = qkv_inv.new_zeros(2)
+    amaxes = s_scale.new_zeros(2)
     with running():
         first, keywords = _common(q, k, layout, causal, softmax_scale)
         s8, o8 = (quantizer(scale, amaxes[i : i + 1], E4M3, True, False) for i, scale in enumerate((s_scale, o_scale)))
-        operands = [_fp8(t, qkv_inv, dtype) for t in (q, k, v)]
+        operands = [_fp8(t, inverse, dtype) for t, inverse in zip((q, k, v), inverses, strict=True)]
         o, aux, *_ = te.fused_attn_fwd(
             training, *first, *operands, dtype, te.AttnBackend["FP8"], s_quantizer=s8, o_quantizer=o8, **keywords
         )
@@ -232,8 +232,8 @@ def te_fp8_attention_fwd(
 
 
 @te_fp8_attention_fwd.register_fake
-def _(q, k, v, qkv_inv, s_scale, o_scale, layout, causal, softmax_scale, dtype, training):
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), *_aux_fake(q, layout, training), qkv_inv.new_empty(2)
+def _(q, k, v, inverses, s_scale, o_scale, layout, causal, softmax_scale, dtype, training):
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), *_aux_fake(q, layout, training), s_scale.new_empty(2)
 
 
 @torch.library.custom_op("te_dynamo::te_fp8_attention_bwd", mutates_args=(), tags=EXACT)
@@ -290,7 +290,7 @@ def _(q, k, v, layout, *args, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula([torch.ops.te_dynamo.te_fp8_attention_fwd])
-def _(q, k, v, qkv_inv, s_scale, o_scale, layout, *args, out_shape=None, **kwargs) -> int:
+def _(q, k, v, inverses, s_scale, o_scale, layout, *args, out_shape=None, **kwargs) -> int:
     return _products(q, k, layout) * (q[3] + v[3])
 
 
@@ -387,7 +387,7 @@ class TEFP8Attention(Implementation):
     """The same in FP8: q, k and v share one scale; S, O, dO and dP have one each; the three gradients share one."""
 
     calibrates = False  # its kernels cannot handle a scale that was never set
-    shared = (("q", "k", "v"),)
+    shared: tuple[tuple[str, ...], ...] = (("q", "k", "v"),)
 
     def unsupported(self, case: Case) -> str | None:
         return _unsupported(case)
@@ -396,21 +396,22 @@ class TEFP8Attention(Implementation):
         return f"TE's fused attention, {_apart(case.attributes['form'])}"
 
     def forward_scales(self, scales: Scales, largest: Sequence[Tensor]) -> dict[str, Any]:
-        """By role; k and v use q's. largest: upper bounds of q, k and v, 0-d."""
+        """By role. largest: upper bounds of q, k and v, 0-d."""
         return {role: scales.at(role).known for role in scales.roles.forward}
 
     def operands(self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         three = [t.contiguous() for t in (q, k, v)]
         peaks = [amax(t) for t in three]
         known = self.forward_scales(scales, peaks)
-        return Operands(known, [scales.casting.saturated(t, known["q"].value, E4M3).to(E4M3) for t in three], peaks)
+        cast = [scales.casting.saturated(t, known[role].value, E4M3).to(E4M3) for t, role in zip(three, "qkv", strict=True)]
+        return Operands(known, cast, peaks)
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         order, dtype = ORDER[call["form"]], call.inputs[0]
         known, (q8, k8, v8), peaks = self.operands(call, scales, *(t.permute(order) for t in inputs[:3]))
         common = (*_common_attributes(call, q8, _apart(call["form"])), dtype)
         o8, lse, rng, amaxes = torch.ops.te_dynamo.te_fp8_attention_fwd(
-            q8, k8, v8, known["q"].inverse, known["s"].value, known["o"].value, *common, any(needs[:3])
+            q8, k8, v8, [known[role].inverse for role in "qkv"], known["s"].value, known["o"].value, *common, any(needs[:3])
         )
         saved = [Quantized(q8, known["q"].inverse), Quantized(k8), Quantized(v8), Quantized(o8, known["o"].inverse)]
         saved += [Quantized(lse), Quantized(rng), Quantized(scale=known["s"].value)]
@@ -463,18 +464,20 @@ class TECurrentForwardAttention(TEFP8ForwardAttention):
     (see `lowering.rotation`)."""
 
     calibrates = True
+    shared: tuple[tuple[str, ...], ...] = ()
 
     def operands(self, call: Call, scales: Scales, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         if not prepares(call):
             return super().operands(call, scales, q, k, v)
         v, center = v.contiguous(), center_of(k, _keys(call))
         known = self.forward_scales(scales, [rotated_amax(q, None), rotated_amax(k, center), amax(v)])
-        v8 = scales.casting.saturated(v, known["q"].value, E4M3).to(E4M3)
-        (q8, peak_q), (k8, peak_k) = (torch.ops.te_dynamo.cast_rotated(t, c, known["q"].value, E4M3) for t, c in ((q, None), (k, center)))
+        v8 = scales.casting.saturated(v, known["v"].value, E4M3).to(E4M3)
+        q8, peak_q = torch.ops.te_dynamo.cast_rotated(q, None, known["q"].value, E4M3)
+        k8, peak_k = torch.ops.te_dynamo.cast_rotated(k, center, known["k"].value, E4M3)
         return Operands(known, [q8, k8, v8], [peak_q, peak_k, amax(v)])
 
     def forward_scales(self, scales: Scales, largest: Sequence[Tensor]) -> dict[str, Any]:
-        of = {"q": torch.stack(list(largest)), "s": largest[2].new_ones(()), "o": largest[2]}
+        of = dict(zip("qkv", largest, strict=True)) | {"s": largest[2].new_ones(()), "o": largest[2]}
         return {role: scales.at(role).of(amaxes) for role, amaxes in of.items()}
 
 
