@@ -18,8 +18,9 @@ class Report:
     Attributes:
         graph_count: Graphs that Dynamo gave to the backend.
         graph_break_count: Graph breaks, as Dynamo counts them; `graph_breaks` has each reason and how often.
-        sites: Every site that was considered, once for each module that runs it. `kind` is "linear", "norm_linear" or
-            "attention" ("graph" if a whole graph was left to Inductor); `path` is the module's name in `model.named_modules()`,
+        sites: Every site that was considered, once for each module that runs it. `kind` names the operation
+            ("linear", "attention", "grouped_linear", ...), with what makes its input in front ("norm_linear", "activation_linear"), or
+            is "graph" if a whole graph was left to Inductor; `path` is the module's name in `model.named_modules()`,
             or the parameter's if no module has it; `provider` is None if the site was left to Inductor, for `reason`; `flops` are
             forward's, over all calls; `layout` is the attention's.
         fp8_flops, counted_flops: FLOPs in FP8, and all that could be: those of the weight GEMMs that ran (defined in
