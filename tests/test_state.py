@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+import te_dynamo
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.recipe import DelayedScaling
 from te_dynamo.state import FORWARD, GRADIENT, STATE, Arena, Group
@@ -494,6 +495,20 @@ def test_what_a_checkpoint_recomputes_is_what_forward_computed(mode, provider, c
         made.clear()
     if mode == "train":  # scales have moved with what is ten times as large
         assert scale(block.up.weight, "input") < 448 / 30
+
+
+@pytest.mark.parametrize("provider", ["native", "reference"])
+def test_a_checkpoint_after_a_reset_and_recomputed_twice(provider):
+    """Scales that a reset unset are computed anew, and `retain_graph` lets one forward be recomputed by the same scales again."""
+    block, x = Block(), torch.randn(SIZE, SIZE, requires_grad=True)
+    run = compiled(block, provider=provider)
+    for step in range(4):
+        if step == 2:
+            te_dynamo.scale_state(block).reset()
+        y = checkpoint(run, x, use_reentrant=False).square().sum()
+        (first,) = torch.autograd.grad(y, x, retain_graph=True)
+        (second,) = torch.autograd.grad(y, x)
+        assert first.isfinite().all() and sqnr(first, second) > 20
 
 
 @pytest.mark.inductor

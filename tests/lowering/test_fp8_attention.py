@@ -374,6 +374,14 @@ def test_what_no_score_needs_may_be_anything():
     assert sqnr(clean, found) > 24  # the mean differs, and so does rounding
 
 
+def test_float16_does_not_overflow():
+    """Its keys stay as they are: without their mean some would be beyond its range."""
+    q, k, v = qkv(s=16, dtype=torch.float16)
+    k[...] = torch.where(torch.arange(16)[:, None] < 14, 64000.0, -64000.0)
+    (o, *_) = attention(q / 1e5, k, v, op="fp8_forward_attention", recipe=Float8CurrentScaling().key)
+    assert o.isfinite().all()
+
+
 # --- the operations
 
 
