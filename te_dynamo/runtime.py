@@ -94,8 +94,8 @@ class Calibration:
 
     `partly` makes that form; None if the first one stays. random: whether the graph draws random numbers.
 
-    A checkpoint recomputes in backward what forward computed, so it needs forward's form: under the hooks that a checkpoint sets, and
-    inside a backward, a form is kept until the step has ended.
+    A checkpoint recomputes in backward what forward computed, so it needs forward's form: a form is kept as long as a call may be
+    recomputed.
     """
 
     FIRST_CALLS = 3

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.packed import in_blocks, pack, unpack
-from te_dynamo.lowering.tolerant import COPIES, tolerates
+from te_dynamo.lowering.tolerant import COPIES, calls, tolerates
 
 MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
 aten = torch.ops.aten
@@ -105,7 +105,7 @@ def _ends(node: Node) -> bool:
     precision."""
     if _ends_in_fp8(node):
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in REDUCTIONS | OF_THE_SHAPE
+    return calls(node, *REDUCTIONS, *OF_THE_SHAPE)
 
 
 def _ends_in_fp8(node: Node) -> bool:
@@ -113,11 +113,7 @@ def _ends_in_fp8(node: Node) -> bool:
 
 
 def _scales(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.target.overloadpacket in SCALING | COPIES)
-
-
-def _adds(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in (aten.add, aten.sub)
+    return calls(node, *SCALING, *COPIES) or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
 
 
 def _wants_the_largest(node: Node) -> bool:
@@ -211,7 +207,7 @@ class _Rewrite:
                 remade |= {n for n in read if n in self.inside and n not in self.results}
                 compares = not statistics.isdisjoint(inputs) and node not in scaled
                 read = [n for n in read if not _is_fp8(n)]  # whose scale is a factor of what is read
-                if read and (compares or (_adds(node) and not averaged.isdisjoint(inputs))):
+                if read and (compares or (calls(node, aten.add, aten.sub) and not averaged.isdisjoint(inputs))):
                     bad |= {node, *read}
         return bad
 

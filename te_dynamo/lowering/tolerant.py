@@ -67,15 +67,16 @@ def _quotient(node: Node, inside: Collection[Node]) -> bool:
     divisor = node.args[1]
     if divisor not in inside:
         return True
-    return _is(divisor, aten.add) and _is_positive(divisor.args[1]) and _is(divisor.args[0], aten.exp, aten.abs, aten.square)
+    return calls(divisor, aten.add) and _is_positive(divisor.args[1]) and calls(divisor.args[0], aten.exp, aten.abs, aten.square)
 
 
 def _exponential(node: Node, inside: Collection[Node]) -> bool:
     """Inside of a sigmoid or a softplus: only 1 + exp(x) is read."""
-    return all(_is(u, aten.log1p) or (_is(u, aten.add) and _is_positive(u.args[1])) for u in node.users if u in inside)
+    return all(calls(u, aten.log1p) or (calls(u, aten.add) and _is_positive(u.args[1])) for u in node.users if u in inside)
 
 
-def _is(node: Any, *packets: Any) -> bool:
+def calls(node: Any, *packets: Any) -> bool:
+    """Whether it is a node that calls an overload of one of these operators."""
     return isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in packets
 
 
@@ -92,7 +93,7 @@ SOMETIMES: dict[Any, Callable[[Node, Collection[Node]], bool]] = {
     aten.sub: _sum,
     aten.div: _quotient,
     aten.exp: _exponential,
-    aten.log1p: lambda node, _: _is(node.args[0], aten.exp),
+    aten.log1p: lambda node, _: calls(node.args[0], aten.exp),
     aten.pow: lambda node, _: isinstance(node.args[1], (int, float)) and node.args[1] >= 1,
     aten.gt: _compared,
     aten.ge: _compared,
