@@ -69,16 +69,22 @@ def _casts() -> Launches:
 
 
 def _matrices() -> Launches:
-    def cast(dtype: torch.dtype, by_row: bool, across: bool, strided: bool) -> Callable[[], None]:
+    def cast(dtype: torch.dtype, by_row: bool, plain: bool, across: bool, strided: bool) -> Callable[[], None]:
         def launch() -> None:
             x = tensor(8, 4096, 1024, dtype=dtype).transpose(1, 2) if strided else tensor(8, 1024, 4096, dtype=dtype)
             scale = None if by_row else tensor(dtype=F32)
-            cast_matrices.launch(x, scale, True, *cast_matrices._empty(x, scale, E4M3, across))
+            cast_matrices.launch(x, scale, True, *cast_matrices._empty(x, scale, E4M3, plain, across))
 
         return launch
 
-    forms = [(BF16, True, True, False), (BF16, False, True, True), (BF16, True, False, True), (F32, True, True, False)]
-    return {f"cast_matrices {d} {r} {a} {s}": cast(d, r, a, s) for d, r, a, s in forms}
+    forms = [
+        (BF16, True, True, True, False),
+        (BF16, False, True, True, True),
+        (BF16, True, True, False, True),
+        (F32, True, True, True, False),
+    ]
+    forms += [(BF16, True, False, True, False), (BF16, False, False, True, False)]
+    return {f"cast_matrices {d} {r} {p} {a} {s}": cast(d, r, p, a, s) for d, r, p, a, s in forms}
 
 
 def _transposes() -> Launches:

@@ -128,7 +128,7 @@ def fused(size: LayerSize, tokens: int, device: torch.device) -> Contenders:
         ),
         "FP8 transpose": (lambda: ops.transpose(kept[0][0]), 2 * FP8 * values),
         "experts' weights by row, both ways": (
-            lambda: ops.cast_matrices(experts, None, E4M3, False, True),
+            lambda: ops.cast_matrices(experts, None, E4M3, False, True, True),
             (BF16 + 2 * FP8) * experts.numel(),
         ),
     }

@@ -60,21 +60,21 @@ class Accesses:
             return 0
         totals = []
         for config in configs:
-            total = 0
+            touched: dict[str, float] = {}  # by pointer: neighboring accesses through one share their sectors in the cache
             for access in self.all:
                 strides = self.strides(access.index)
                 if strides is None or not any(strides[name] for name, _ in axes):
                     continue
                 kind = signature.get(access.pointer, "*fp32")
                 itemsize = 1 if "8" in kind else 2 if "16" in kind else 4
-                elements = neighbors = 1  # elements visited, and how many adjacent ones a program accesses
+                elements, each = 1, float(SECTOR)  # elements visited, and the bytes of sectors for each
                 for (name, block), size in zip(axes, sizes, strict=True):
-                    elements *= size if strides[name] else 1
-                    if strides[name] == 1:
-                        neighbors = max(neighbors, config.kwargs.get(block, size))
-                if neighbors * itemsize < SECTOR:
-                    total += elements * SECTOR // neighbors
-            totals.append(total)
+                    if strides[name]:
+                        elements *= size
+                        each = min(each, max(abs(strides[name]) * itemsize, SECTOR / config.kwargs.get(block, size)))
+                if each > itemsize:
+                    touched[access.pointer] = max(touched.get(access.pointer, 0.0), elements * each)
+            totals.append(int(sum(touched.values())))
         return min(totals, default=0)
 
     def copies(self) -> int:

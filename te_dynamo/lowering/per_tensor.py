@@ -46,6 +46,13 @@ def pad_rows(x: Tensor, multiple: int) -> Tensor:
     return torch.cat([x, x.new_zeros(multiple - 1, x.shape[1])])[:padded]
 
 
+def stored(t: Tensor) -> Tensor:
+    """`t`, which several kernels read, stored in memory row by row. Otherwise Inductor would store it once for each reader, in the order
+    that its source happens to have."""
+    t = t.contiguous()
+    return t.as_strided(t.shape, t.stride())
+
+
 @dataclass(frozen=True)
 class Kernels:
     """How a provider multiplies and quantizes.
@@ -64,12 +71,7 @@ class Kernels:
         return self.gemm(a, b, a_inv, b_inv, dtype, bias, fast)
 
     def stored(self, t: Tensor) -> Tensor:
-        """`t`, which several kernels read, stored in memory row by row. Otherwise Inductor would store it once for each reader, in the
-        order that its source happens to have."""
-        if not self.contiguous:
-            return t
-        t = t.contiguous()
-        return t.as_strided(t.shape, t.stride())
+        return stored(t) if self.contiguous else t
 
     def transposed(self, t: Tensor) -> Tensor:
         """`t.t()` as an operand, for a `t` that is in memory."""

@@ -21,15 +21,18 @@ E, N, K = 4, 256, 128
 E4M3 = torch.float8_e4m3fn
 
 
+@pytest.mark.parametrize(("data", "transposed"), [(True, True), (False, True)])
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("scale", [None, 3.7])
 @pytest.mark.parametrize("power_of_2", [False, True])
 @pytest.mark.parametrize("shape", [(3, 40, 300), (2, 1, 5), (2, 128, 4096)])
-def test_cast_matrices(shape: tuple[int, ...], power_of_2: bool, scale: float | None, by_columns: bool) -> None:
+def test_cast_matrices(
+    shape: tuple[int, ...], power_of_2: bool, scale: float | None, by_columns: bool, data: bool, transposed: bool
+) -> None:
     x = random(*shape)
     x[0, 0, 0], x[1, -1, 1], x[1, 0] = torch.inf, torch.nan, 0
     x = x.transpose(1, 2).contiguous().transpose(1, 2) if by_columns else x
-    given = (None if scale is None else torch.tensor(scale), E4M3, power_of_2, True)
+    given = (None if scale is None else torch.tensor(scale), E4M3, power_of_2, data, transposed)
     *expected, peaks = cast_matrices._reference(x.cpu(), *given)
     on_device = (None if scale is None else torch.tensor(scale, device=DEVICE), *given[1:])
     *found, measured = torch.ops.te_dynamo.cast_matrices(x, *on_device)

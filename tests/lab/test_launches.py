@@ -131,6 +131,13 @@ def test_sectors_that_are_not_filled():
     assert across.copies() == 2 and Accesses(KERNEL.format("x1 + 64*y0", "y0 + 128*x1")).copies() == 1
 
 
+def test_neighbors_at_a_stride_share_sectors():
+    # Every second element of a row, as RoPE reads interleaved pairs: half of each sector, and the other half through the same pointer.
+    strided = Accesses(KERNEL.format("2*x1 + 128*y0", "1 + 2*x1 + 128*y0").replace("out_ptr1", "out_ptr0"))
+    signature = {"in_ptr0": "*bf16", "out_ptr0": "*bf16"}
+    assert strided.scattered_bytes([128, 64], False, signature, [Config(1, 64)]) == 128 * 64 * 4
+
+
 def test_an_index_that_is_loaded_has_no_strides():
     found = Accesses(KERNEL.format("tmp0 + x1", "x1"))
     assert [found.strides(a.index) is None for a in found.all] == [False, True, False]

@@ -25,7 +25,7 @@ def test_a_scale_for_each_row(dtype: torch.dtype, power_of_2: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 40, 48) * torch.randn(3, 40, 1).exp()
     x[0, 0, 0], x[1, 2, 3], x[2, 5] = torch.nan, torch.inf, 0
-    plain, across, inverse, peaks = torch.ops.te_dynamo.cast_matrices(x, None, dtype, power_of_2, True)
+    plain, across, inverse, peaks = torch.ops.te_dynamo.cast_matrices(x, None, dtype, power_of_2, True, True)
     assert torch.equal(bits(across), bits(plain.transpose(1, 2).contiguous())) and peaks.max() == torch.inf
     for e, matrix in enumerate(x):
         expected = Blocks(dtype, 1, None, power_of_2).quantize(matrix)
@@ -39,12 +39,14 @@ def test_a_scale_for_each_row(dtype: torch.dtype, power_of_2: bool) -> None:
 def test_one_scale_for_all(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, scale = torch.randn(3, 48, 40).transpose(1, 2), torch.tensor(3.7)
-    plain, across, inverse, peaks = torch.ops.te_dynamo.cast_matrices(x, scale, dtype, False, True)
+    plain, across, inverse, peaks = torch.ops.te_dynamo.cast_matrices(x, scale, dtype, False, True, True)
     assert torch.equal(bits(plain), bits(quantize(x.contiguous(), scale, dtype))) and plain.is_contiguous() and across.is_contiguous()
     assert torch.equal(bits(across), bits(plain.transpose(1, 2).contiguous()))
     assert peaks.max() == x.abs().max() and inverse.numel() == 0
-    _, nothing, _, _ = torch.ops.te_dynamo.cast_matrices(x, scale, dtype, False, False)
-    assert nothing.numel() == 0
+    for data, transposed in ((True, False), (False, True)):
+        alone = torch.ops.te_dynamo.cast_matrices(x, scale, dtype, False, data, transposed)
+        assert [t.numel() for t in alone[:2]] == [data * x.numel(), transposed * x.numel()]
+        assert torch.equal(bits(alone[transposed]), bits((plain, across)[transposed])) and torch.equal(alone[3], peaks)
 
 
 def test_rows_go_where_they_are_told() -> None:
@@ -60,9 +62,9 @@ def test_rows_go_where_they_are_told() -> None:
 
 
 @pytest.mark.parametrize("scale", [None, 2.0])
-@pytest.mark.parametrize("transposed", [True, False])
-def test_opcheck_of_the_cast(scale: float | None, transposed: bool, fp8_allclose: None) -> None:
-    given = (torch.randn(2, 16, 40), None if scale is None else torch.tensor(scale), FP8[0], True, transposed)
+@pytest.mark.parametrize(("data", "transposed"), [(True, True), (True, False), (False, True)])
+def test_opcheck_of_the_cast(scale: float | None, data: bool, transposed: bool, fp8_allclose: None) -> None:
+    given = (torch.randn(2, 16, 40), None if scale is None else torch.tensor(scale), FP8[0], True, data, transposed)
     torch.library.opcheck(torch.ops.te_dynamo.cast_matrices.default, given)
 
 
@@ -83,7 +85,7 @@ def test_the_scale_of_a_row_undoes_it() -> None:
     """Independent of the code under test: the dequantized values are within FP8's step of the originals."""
     torch.manual_seed(0)
     x = torch.randn(2, 8, 64) * torch.tensor([1e-6, 1e6]).view(2, 1, 1)
-    plain, across, inverse, _ = torch.ops.te_dynamo.cast_matrices(x, None, FP8[0], True, True)
+    plain, across, inverse, _ = torch.ops.te_dynamo.cast_matrices(x, None, FP8[0], True, True, True)
     assert ((dequantize(plain, inverse.unsqueeze(-1)) - x).abs() <= x.abs() / 16 + x.abs().amax(-1, keepdim=True) * 2**-17).all()
     assert torch.equal(dequantize(across, inverse.unsqueeze(1)), dequantize(plain, inverse.unsqueeze(-1)).transpose(1, 2))
     assert torch.equal(inverse.log2(), inverse.log2().round())
@@ -107,11 +109,12 @@ KERNELS = """
             x[0, 0], x[1, -1, 1] = 0, torch.nan
         for source in (x, x.transpose(1, 2).contiguous().transpose(1, 2).float()):
             for scale in (None, torch.tensor(2.0)):
-                made = cast._empty(source, scale, dtype, True)
-                cast.launch(source, scale, True, *made)
-                *expected, peaks = cast._reference(source, scale, dtype, True, True)
-                assert all(map(same, made, expected)), (shape, scale)
-                assert not peaks.numel() or made[3].max() == peaks.max()
+                for wanted in ((True, True), (True, False), (False, True)):
+                    made = cast._empty(source, scale, dtype, *wanted)
+                    cast.launch(source, scale, True, *made)
+                    *expected, peaks = cast._reference(source, scale, dtype, True, *wanted)
+                    assert all(map(same, made, expected)), (shape, scale, wanted)
+                    assert not peaks.numel() or made[3].max() == peaks.max()
     values = torch.randint(8, 15, (130, 200)).float()
     for tokens, columns, places in ((5, 7, 40), (130, 200, 260), (0, 3, 16)):
         x = values[:tokens, :columns].to(torch.float8_e4m3fn)

@@ -1,5 +1,5 @@
-"""Casts a batch of matrices, the weights of experts, to FP8 with one scale for each row or one for all; also writes transposed copies, in
-the same read.
+"""Casts a batch of matrices, the weights of experts, to FP8 with one scale for each row or one for all: as they are, transposed, or both in
+one read.
 
 Forward sums over columns and reads the matrices; dgrad sums over rows and reads the transposed copies. Both hold the same values, so in
 dgrad the scale of a row is multiplied into the other operand.
@@ -22,32 +22,32 @@ BLOCK_ROWS, BLOCK_COLUMNS = 32, 256
 
 @torch.library.custom_op("te_dynamo::cast_matrices", mutates_args=())
 def cast_matrices(
-    x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, transposed: bool
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x: [E, N, K], of any strides -> (FP8 [E, N, K], FP8 [E, K, N], scale_inv f32 [E, N], amaxes f32 [blocks], the largest is the
     tensor's).
 
     scale: f32, 0-d, for the whole tensor; scale_inv is then empty. None: each row has its own, as in `granularity.Blocks`, except that
-    the scale_inv of a row of zeros is 0. transposed: whether the second result is wanted; else it is empty.
+    the scale_inv of a row of zeros is 0. data, transposed: which of the first two to write; the other is empty.
     """
     if x.device.type != "cuda":
-        return _reference(x, scale, dtype, power_of_2_scale, transposed)
-    made = _empty(x, scale, dtype, transposed)
+        return _reference(x, scale, dtype, power_of_2_scale, data, transposed)
+    made = _empty(x, scale, dtype, data, transposed)
     launch(x, scale, power_of_2_scale, *made)
     return made
 
 
 @cast_matrices.register_fake
-def _(x, scale, dtype, power_of_2_scale, transposed):
-    return _empty(x, scale, dtype, transposed)
+def _(x, scale, dtype, power_of_2_scale, data, transposed):
+    return _empty(x, scale, dtype, data, transposed)
 
 
-def _empty(x: Tensor, scale: Tensor | None, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(x: Tensor, scale: Tensor | None, dtype: torch.dtype, data: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     matrices, rows, columns = x.shape
-    across = (matrices, columns, rows) if transposed else (0, 0, 0)
+    plain = x.new_empty(x.shape if data else (0, 0, 0), dtype=dtype)
+    across = x.new_empty((matrices, columns, rows) if transposed else (0, 0, 0), dtype=dtype)
     by_row = (matrices, rows) if scale is None else (0, 0)
-    plain, wide = x.new_empty(x.shape, dtype=dtype), x.new_empty(across, dtype=dtype)
-    return plain, wide, x.new_empty(by_row, dtype=torch.float32), x.new_empty(_programs(x, scale), dtype=torch.float32)
+    return plain, across, x.new_empty(by_row, dtype=torch.float32), x.new_empty(_programs(x, scale), dtype=torch.float32)
 
 
 def _programs(x: Tensor, scale: Tensor | None) -> Any:
@@ -57,7 +57,7 @@ def _programs(x: Tensor, scale: Tensor | None) -> Any:
 
 
 def _reference(
-    x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, transposed: bool
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2_scale: bool, data: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition, for devices without Triton. Only the last amax is set, so that tests catch code that reads only the first."""
     by_row = row_amax(x)
@@ -68,12 +68,13 @@ def _reference(
         scales = power_of_2(scales) if power_of_2_scale else scales
         inverse = scales.reciprocal().masked_fill(by_row.isinf(), torch.nan).masked_fill(by_row == 0, 0.0)
         scales = scales.unsqueeze(-1)
-    data = quantize(x, scales, dtype)
+    values = quantize(x, scales, dtype)
+    nothing = values.new_empty((0, 0, 0))
     amax = x.new_zeros(_programs(x, scale), dtype=torch.float32)
     if x.numel():
         amax[-1] = by_row.amax()
-    across = data.transpose(1, 2).clone(memory_format=torch.contiguous_format) if transposed else data.new_empty((0, 0, 0))
-    return data.contiguous(), across, inverse, amax
+    across = values.transpose(1, 2).clone(memory_format=torch.contiguous_format) if transposed else nothing.clone()
+    return values.contiguous() if data else nothing, across, inverse, amax
 
 
 def launch(x: Tensor, scale: Tensor | None, power_of_2_scale: bool, plain: Tensor, across: Tensor, inverse: Tensor, amax: Tensor) -> None:
@@ -94,6 +95,7 @@ def launch(x: Tensor, scale: Tensor | None, power_of_2_scale: bool, plain: Tenso
             LARGEST=FLOAT32_MAX,
             BY_ROW=scale is None,
             POWER_OF_2=power_of_2_scale,
+            PLAIN=bool(plain.numel()),
             ACROSS=bool(across.numel()),
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=BLOCK_COLUMNS,
@@ -123,6 +125,7 @@ def _kernel() -> Any:
         LARGEST: tl.constexpr,
         BY_ROW: tl.constexpr,
         POWER_OF_2: tl.constexpr,
+        PLAIN: tl.constexpr,
         ACROSS: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_COLUMNS: tl.constexpr,
@@ -172,7 +175,8 @@ def _kernel() -> Any:
             # Not clamp, which is a min and a max, here or above: see `cast_transpose`.
             scaled = tl.where(scaled > TOP, TOP, scaled)
             scaled = tl.where(scaled < -TOP, -TOP, scaled).to(plain.dtype.element_ty)
-            tl.store(plain + row[:, None] * columns + column[None, :], scaled, mask=inside)
+            if PLAIN:
+                tl.store(plain + row[:, None] * columns + column[None, :], scaled, mask=inside)
             if ACROSS:
                 target = across + column[:, None].to(tl.int64) * rows + row[None, :]
                 tl.store(target, tl.trans(scaled), mask=tl.trans(inside))

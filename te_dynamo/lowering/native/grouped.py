@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from te_dynamo.lowering.granularity import Blocks
 from te_dynamo.lowering.group_rows import Groups
 from te_dynamo.lowering.limits import unaligned
 from te_dynamo.lowering.partition import kept_or_remade, recomputed_in_backward
-from te_dynamo.lowering.per_tensor import kept_by_one_scale
+from te_dynamo.lowering.per_tensor import kept_by_one_scale, stored
 from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements
 from te_dynamo.recipe import Float8RowwiseScaling
@@ -69,8 +68,7 @@ class NativeGroups(Implementation):
 
     def not_worth_it(self, case: Case, x: Tensor, weight: Tensor) -> str | None:
         products = 2 if getattr(case.recipe, "high_precision_wgrad", False) else 3
-        read_once = replace(cost.TRAINING, weight=4)  # and written both ways
-        return cost.not_worth_it(x, weight, training=case.trains, products=products, overhead=read_once)
+        return cost.not_worth_it(x, weight, training=case.trains, products=products)
 
     def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
         weight = ["weight"] if needs[0] and call.remakes_weights else []
@@ -114,12 +112,12 @@ class NativeGroups(Implementation):
         groups = Groups(offsets, grad.shape[0])
         by_tensor = isinstance(call.scaling, PER_TENSOR)
         one = grad.new_ones((), dtype=torch.float32)
-        for_both = GRADIENT.quantize(grad) if by_tensor else None  # else each GEMM's has the scales of the other operand in it
+        for_both = _gradient(grad) if by_tensor else None  # else each GEMM's has the scales of the other operand in it
         dx = dw = None
         if needs[0]:
             if call.remakes_weights:
                 with recomputed_in_backward():
-                    w8 = w8._replace(transposed=_cast(call, weight, w8.scale, both_ways=True)[1])
+                    w8 = w8._replace(transposed=_cast(call, weight, w8.scale, data=False, transposed=True)[1])
             assert w8.transposed is not None and w8.scale_inv is not None
             g8 = for_both or GRADIENT.quantize(grad.float() * w8.scale_inv[groups.of_row])
             columns = (w8.scale_inv if by_tensor else one).expand(w8.transposed.shape[:2])
@@ -131,6 +129,12 @@ class NativeGroups(Implementation):
             g8 = for_both or GRADIENT.quantize(grad.float() * x8.scale_inv.unsqueeze(1))
             dw = _wgrad(g8, x8, groups, x8.scale_inv if by_tensor else one, like_inputs=call["inputs_first"])
         return Backward([dx, dw, None], [row_amax(groups.only(grad))] if by_tensor else [])
+
+
+def _gradient(grad: Tensor) -> Quantized:
+    """For dgrad and wgrad."""
+    g8 = GRADIENT.quantize(grad)
+    return g8._replace(data=stored(g8.data))
 
 
 def _wgrad_in_bf16(call: Call) -> bool:
@@ -179,15 +183,14 @@ def _input(call: Call, x: Tensor, groups: Groups, scale_of: ScaleOf) -> Quantize
 def _weight(call: Call, weight: Tensor, scale_of: ScaleOf, both_ways: bool) -> Quantized:
     """weight [E, N, K]; both_ways: with its transposed copies, [E, K, N]. The scale_inv of rows is [E, N]."""
     if isinstance(call.scaling, Float8RowwiseScaling):
-        data, across, inverse, _ = _cast(call, weight, None, both_ways)
+        data, across, inverse, _ = _cast(call, weight, None, True, both_ways)
         return Quantized(data, inverse, across if both_ways else None)
     scale = scale_of.known or scale_of.of(row_amax(weight))
-    data, across, _, amax = _cast(call, weight, scale.value, both_ways)
+    data, across, _, amax = _cast(call, weight, scale.value, True, both_ways)
     return Quantized(data, scale.inverse, across if both_ways else None, scale=scale.value, amax=amax)
 
 
-def _cast(call: Call, weight: Tensor, scale: Tensor | None, both_ways: bool) -> Sequence[Tensor]:
+def _cast(call: Call, weight: Tensor, scale: Tensor | None, data: bool, transposed: bool) -> Sequence[Tensor]:
     """scale: None for one per row."""
-    return torch.ops.te_dynamo.cast_matrices(
-        weight, scale, E4M3, getattr(call.scaling, "power_2_scale", False) and scale is None, both_ways
-    )
+    power_of_2 = getattr(call.scaling, "power_2_scale", False) and scale is None
+    return torch.ops.te_dynamo.cast_matrices(weight, scale, E4M3, power_of_2, data, transposed)

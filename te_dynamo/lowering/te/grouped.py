@@ -221,5 +221,5 @@ def _weight(weight: Tensor, scale_of: ScaleOf) -> Quantized:
 
 def _cast(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """weight [E, N, K], of any strides -> its FP8 copy, and amaxes."""
-    data, _, _, amax = torch.ops.te_dynamo.cast_matrices(weight, scale, dtype, False, False)
+    data, _, _, amax = torch.ops.te_dynamo.cast_matrices(weight, scale, dtype, False, True, False)
     return data, amax
