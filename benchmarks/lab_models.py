@@ -51,20 +51,37 @@ def _hf(name: str, config: Any, hidden: int, batch: int, length: int, **inputs: 
     return model, {"inputs_embeds": embedded(batch, length, hidden), **inputs}
 
 
+EIGHT_B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 1,
+    "vocab_size": 16,
+    "use_cache": False,
+}
+
+
 def llama(batch: int, length: int) -> Made:
     """Hugging Face's model, which builds its own mask."""
     from transformers import LlamaConfig
 
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_hidden_layers=1,
-        vocab_size=16,
-        use_cache=False,
-    )
-    return _hf("LlamaModel", config, 4096, batch, length)
+    return _hf("LlamaModel", LlamaConfig(**EIGHT_B), 4096, batch, length)
+
+
+def padded_llama(batch: int, length: int) -> Made:
+    """The same with an `attention_mask`, whose values are not known."""
+    from transformers import LlamaConfig
+
+    mask = torch.empty(batch, length, dtype=torch.int64)
+    return _hf("LlamaModel", LlamaConfig(**EIGHT_B), 4096, batch, length, attention_mask=mask)
+
+
+def mistral(batch: int, length: int) -> Made:
+    """Every layer has a sliding window."""
+    from transformers import MistralConfig
+
+    return _hf("MistralModel", MistralConfig(**EIGHT_B, sliding_window=1024), 4096, batch, length)
 
 
 def qwen3(batch: int, length: int) -> Made:
@@ -212,6 +229,8 @@ CASES = (
     Case("Llama-3-8B layer", llama_layer, 4, 2048, 1.60),
     Case("Llama-3-8B layer", llama_layer, 1, 512, 1.0),
     Case("Llama-3-8B", llama, 1, 4096, 1.70),
+    Case("Llama-3-8B, padded batch", padded_llama, 8, 2048, None),
+    Case("Mistral-7B, window of 1024", mistral, 1, 4096, None),
     Case("Qwen3-8B", qwen3, 1, 4096, 1.68),
     Case("Gemma3-12B", gemma3, 1, 4096, 1.66),
     Case("GPT-2 XL", gpt2_xl, 4, 1024, 1.42),

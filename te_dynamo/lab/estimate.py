@@ -250,5 +250,7 @@ def _notes(step: Step, side: Side) -> Iterable[str]:
             f"the host needs about {side.host_ms:.2f} ms to launch {side.kernels} kernels, the device {side.ms:.2f} ms to run them: "
             'without CUDA graphs (mode="reduce-overhead") the host decides'
         )
+    if any(launch.generated for launch in step.launches):
+        yield "attention by flex_attention: what its mask reads (padding, packed sequences) is taken to hide nothing, since it has no values here"
     if any(launch.math == "f32" and launch.kind == "gemm" for launch in step.launches):
         yield "float32 GEMMs are counted as TF32 (torch.set_float32_matmul_precision('high')); without it they are slower"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from te_dynamo.lab.accesses import Accesses
+from te_dynamo.lab.flex import flops_of
 from te_dynamo.lab.launches import Launch, Recorder, nbytes, short, tensors_in
 
 
@@ -36,7 +37,14 @@ class NotedKernel:
         detail = " ".join([*filter(None, notes), *(f"{name.split('_ptr')[0]}:{short(t)}" for name, t in named)])
         role = "math" if self.tuner.custom_kernel else recorder.role(self.name, ins, outs, tiled=tiled)
         recorder.kernels[self.name] = self
-        recorder.launches.append(Launch(recorder.phase, "triton", self.name, moved, role=role, scattered_bytes=scattered, detail=detail))
+        launch = Launch(recorder.phase, "triton", self.name, moved, role=role, scattered_bytes=scattered, detail=detail)
+        if (flops := self.flops) is not None:
+            launch.kind, launch.math, launch.flops, launch.generated, launch.role = "attention", "bf16", flops, True, "math"
+        recorder.launches.append(launch)
+
+    @cached_property
+    def flops(self) -> int | None:
+        return flops_of(self.name, self.source)
 
     @cached_property
     def accesses(self) -> Accesses:

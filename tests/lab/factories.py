@@ -43,3 +43,22 @@ def by_keywords() -> Any:
 
 
 NUMBER = 3
+
+
+class Windowed(nn.Module):
+    """Attention with a sliding window of 256."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(512, 3 * 512, bias=False), nn.Linear(512, 512, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:-1], 3, 8, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        row, column = (torch.arange(x.shape[1], device=x.device) for _ in range(2))
+        mask = (column <= row[:, None]) & (column > row[:, None] - 256)
+        y: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return y
+
+
+def windowed() -> tuple[nn.Module, Tensor]:
+    return Windowed().bfloat16(), torch.randn(2, 1024, 512).bfloat16().requires_grad_()

@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from te_dynamo.lab.accesses import Accesses
+from te_dynamo.lab.flex import density, flops_of
 from te_dynamo.lab.launches import Launch, Recorder, nbytes, short
 from te_dynamo.lab.roofline import by_group, microseconds
 from te_dynamo.lab.stand_in import StandIns
@@ -170,3 +171,45 @@ def test_stand_ins_share_what_was_shared():
         assert model.a.weight is model.b.weight and isinstance(model.a.weight, nn.Parameter)
         assert not model.b.bias.requires_grad and model.mask.device.type == "cuda"
         assert model.tables["cos"].stride() == (1, 3) and model.tables["cos"].device.type == "cuda"
+
+
+FLEX = """
+    QK_HEAD_DIM : tl.constexpr = 64
+    V_HEAD_DIM : tl.constexpr = 32
+    ZQ = 2
+    HQ = 4
+    Q_LEN = 1024
+    ZKV = 2
+    KV_LEN = 1024
+    if not IS_FULL_BLOCKS:
+        tmp1 = (m)
+        tmp2 = (n)
+{}
+        mask_mod_output = tmp9
+"""
+CAUSAL = "        tmp9 = tmp2 <= tmp1"
+WINDOW = """        tmp3 = tl.full([1], 255, tl.int32)
+        tmp4 = tmp2 + tmp3
+        tmp9 = (tmp1 <= tmp4) & (tmp2 <= tmp1)"""
+PADDED = """        tmp3 = tl.load(in_ptr8 + (tmp2 + 1024*off_zq)).to(tl.int1)
+        tmp9 = tmp3 & (tmp2 <= tmp1)"""
+
+
+@pytest.mark.parametrize(
+    ("mask", "blocks"),
+    [(CAUSAL, 36), (WINDOW, 8 + 7 + 6), (PADDED, 36), ("        tmp9 = unknown(tmp1)", 64), ("        tmp9 = tmp1 < 130", 16)],
+    ids=["causal", "window", "padded", "unknown", "rows"],
+)
+def test_blocks_of_a_generated_attention(fakes, mask, blocks):
+    """Of 8 x 8."""
+    source = FLEX.format(mask)
+    assert density(source, 1024, 1024) == blocks / 64
+    products = 2 * 2 * 4 * 1024 * 1024 * blocks // 64
+    assert flops_of("triton_tem_fused_flex_attention_3", source) == products * (64 + 32)
+    assert flops_of("triton_tem_fused_flex_attention_backward_3", source) == products * (3 * 64 + 2 * 32)
+
+
+def test_other_kernels_are_no_attention():
+    assert flops_of("triton_poi_fused_flex_attention_3", FLEX.format(CAUSAL)) is None
+    assert flops_of("triton_tem_fused_mm_3", FLEX.format(CAUSAL)) is None
+    assert flops_of("triton_tem_fused_flex_attention_3", FLEX.format(CAUSAL).replace("Q_LEN = 1024", "Q_LEN = ks0")) is None
