@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "provider": ("auto", "te", "native", "reference"),
     "attention": ("auto", "fp8", "fp8_both", "high_precision", "off"),
     "memory": ("speed", "balanced", "saving"),
+    "padding": ("exact", "skip"),
 }
 SWITCHES = ("include_logits", "include_routers", "like_te", "keep_weights", "verify", "strict")
 REPLACED = {"recompute_inputs": "memory='saving'"}
@@ -44,6 +45,8 @@ class Options:
             "fp8_both": both in FP8, as Transformer Engine's `fp8_dpa`. "high_precision": fused high-precision attention in the
             layout that suits its length. "off": attention is left alone (an nn.MultiheadAttention entirely, with its linears).
             "auto": what the recipe's `fp8_dpa` says: "fp8_both", or "high_precision", as by default.
+        padding: What attention gives for the tokens that an `attention_mask` marks as padding. "exact": what eager mode gives, which no
+            loss should read. "skip": 0; on a GPU attention then packs the other tokens (thd) and computes nothing for these.
         short_sequence: Self-attention up to this many tokens gets a packed layout (bs3hd), longer an interleaved one (bsh3d).
         include_logits: Compute the logits in FP8 too, instead of high precision.
         include_routers: Compute the routers of mixtures of experts in FP8 too: the linears that choose experts, by a top-k.
@@ -69,6 +72,7 @@ class Options:
     provider: str = "auto"
     skip: tuple[str, ...] = ()
     attention: str = "auto"
+    padding: str = "exact"
     short_sequence: int = 512
     include_logits: bool = False
     include_routers: bool = False
@@ -88,6 +92,8 @@ class Options:
         for key in SWITCHES:
             if not isinstance(getattr(self, key), bool):
                 raise _invalid(key, getattr(self, key), "True or False")
+        if self.verify and self.padding == "skip":
+            raise ValueError("te_fp8: verify compares graphs that compute padding with graphs that skip it: set padding='exact' to verify")
         if type(self.short_sequence) is not int or self.short_sequence < 0:
             raise _invalid("short_sequence", self.short_sequence, "a number of tokens, 0 or more")
         if not isinstance(self.inductor, Mapping) or not all(isinstance(key, str) for key in self.inductor):

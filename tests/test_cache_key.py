@@ -18,6 +18,7 @@ OTHER: dict[str, Any] = {
     "provider": "reference",
     "skip": ("*.up",),
     "attention": "fp8",
+    "padding": "skip",
     "short_sequence": 64,
     "include_logits": True,
     "include_routers": True,

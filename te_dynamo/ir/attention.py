@@ -47,18 +47,21 @@ def _flops(q: Any, k: Any, v: Any, *_: Any) -> int:
 def _attributes(node: Node, recipe: Recipe | None) -> Mapping[str, Any]:
     """form: the memory order of the results' dimensions; qkv_layout: the layout of q, k and v, as TE spells it; window: if the mask was
     proved to be a sliding window, how many columns before its own a row attends to, else -1; attends: the mask as a formula (see
-    `te_dynamo.passes.masks.attends`), () if it has none; quantize_output, quantize_gradients: whether o, and the gradients of q, k and v,
+    `te_dynamo.passes.masks.attends`), () if it has none; padded: if the mask was proved to hide what data says is padding, what it shows
+    otherwise, "causal" or "all", else ""; quantize_output, quantize_gradients: whether o, and the gradients of q, k and v,
     are returned in FP8."""
     form, in_memory = node.meta.get(LAYOUT, Layout()).form, node.meta.get(QKV_LAYOUT)
     proof = node.meta.get(MASK)
     window = proof.window if proof is not None and proof.kind == "window" else None
     attends = None if proof is None else proof.attends
+    padded = proof.within if proof is not None and proof.kind == "padded" and proof.within != "window" else ""
     rounds = bool(getattr(recipe, "fp8_mha", False))
     return {
         "form": form,
         "qkv_layout": in_memory or Layout(form).name,
         "window": -1 if window is None else window,
         "attends": () if attends is None else attends.text,
+        "padded": padded,
         "quantize_output": rounds,
         "quantize_gradients": rounds,
     }
@@ -83,7 +86,7 @@ FACTS: dict[str, Any] = dict(
 )
 
 
-@operation(gradient=GRADIENT, forward_only="fp8_forward_attention", **FACTS)
+@operation(gradient=GRADIENT, forward_only="fp8_forward_attention", skipping="unpadded_attention", **FACTS)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -131,6 +134,37 @@ def fp8_forward_attention(
 ) -> Tensor:
     """`attention` with only its forward in FP8: a planned `attention` becomes this if its gradients are in high precision."""
     return attention(q, k, v, mask, sinks, reads, causal=causal, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa, softcap=softcap)
+
+
+@operation(**FACTS)
+def unpadded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    reads: Sequence[Tensor] = (),
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    softcap: float = 0.0,
+) -> Tensor:
+    """`attention` of sequences with padding, whose rows give 0: a planned `attention` becomes this where padding is skipped.
+
+    mask: as `attention` takes it; row i attends to the valid tokens, to all or to those up to i (`padded` in `_attributes`). So a token is
+    valid if the last row attends to it.
+    """
+    assert mask is not None
+    out = attention(q, k, v, mask, sinks, reads, causal=causal, scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa, softcap=softcap)
+    return out.masked_fill(~valid_tokens(mask).unsqueeze(-1), 0)
+
+
+def valid_tokens(mask: Tensor) -> Tensor:
+    """Which tokens are no padding, from a mask as `unpadded_attention` takes it [..., S, S]: bool [..., S]."""
+    last = mask.select(-2, -1)
+    return last if last.dtype == torch.bool else last == 0
 
 
 def _written_out(

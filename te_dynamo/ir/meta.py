@@ -15,6 +15,7 @@ UNIFORM_ROWS = "te_uniform_rows"  # raise: its mask sets scores to a finite numb
 MASK = "te_mask"  # raise: what an attention's mask was proved to be
 RECIPE = "te_recipe"  # select: the recipe that the options give a site
 LAYOUT = "te_layout"  # fuse: the memory layout wanted for an attention
+SELF_ATTENTION = "te_self_attention"  # fuse: whether its q, k and v come from linears of one input
 QKV_LAYOUT = "te_qkv_layout"  # fuse: the layout of its q, k and v in memory, if that has a name
 IN_MEMORY = "te_in_memory"  # fuse: that layout as readable text, with or without a name
 NOTES = "te_notes"  # fuse: further notes on the site for the report

@@ -101,6 +101,7 @@ class SemanticOp:
     outputs: the node's results, from the tensors that an implementation computed (one for each GEMM that it ran).
     activation_flops: FLOPs of products of activations, from the shapes of a node's arguments.
     forward_only: the operation that it becomes if its backward is in high precision, with the same inputs and no gradient roles.
+    skipping: the operation that it becomes where padding is skipped, with the same inputs.
     grouped: the operation that it becomes before it is planned, and whose implementations it uses.
     noted: what a node's `meta` must contain before it is planned: the type of each entry, by key.
     reads: how many of its first inputs are activations: if these are one GEMM's whole output, it could hand the GEMM's gradient over.
@@ -122,6 +123,7 @@ class SemanticOp:
     outputs: Callable[[Mapping[str, Any], list[Any]], list[Any]] = lambda attributes, computed: computed
     activation_flops: Callable[..., int] = _zero
     forward_only: str = ""
+    skipping: str = ""
     grouped: str = ""
     noted: Mapping[str, type] = field(default_factory=dict)
     reads: int = 0

@@ -225,7 +225,7 @@ def _estimated(build: Callable[[], Example], gpu: GPU, train: bool, options: dic
 
 def _step(example: Example, gpu: GPU, train: bool, backend: str, options: Mapping[str, Any] | None) -> Step:
     try:
-        return measure(example.module, example.args, example.kwargs, gpu.peak, backend=backend, options=options, training=train)
+        return measure(example.module, example.args, example.kwargs, gpu, backend=backend, options=options, training=train)
     except ValueError:
         raise
     except Exception as error:
@@ -250,7 +250,7 @@ def _notes(step: Step, side: Side) -> Iterable[str]:
             f"the host needs about {side.host_ms:.2f} ms to launch {side.kernels} kernels, the device {side.ms:.2f} ms to run them: "
             'without CUDA graphs (mode="reduce-overhead") the host decides'
         )
-    if any(launch.generated for launch in step.launches):
-        yield "attention by flex_attention: what its mask reads (padding, packed sequences) is taken to hide nothing, since it has no values here"
+    if any(launch.attention for launch in step.launches):
+        yield "what the mask of an attention reads (padding, packed sequences) has no values here and counts as hiding nothing"
     if any(launch.math == "f32" and launch.kind == "gemm" for launch in step.launches):
         yield "float32 GEMMs are counted as TF32 (torch.set_float32_matmul_precision('high')); without it they are slower"

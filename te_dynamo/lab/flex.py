@@ -31,8 +31,8 @@ def flops_of(name: str, source: str) -> int | None:
 
 
 def density(source: str, rows: int, columns: int) -> float:
-    """The fraction of blocks that a kernel computes. What its mask reads (an attention_mask, the numbers of packed sequences) is taken to be
-    1 everywhere, so that it hides nothing: the upper bound. 1.0 for a mask that cannot be evaluated."""
+    """The fraction of blocks that a kernel computes. What its mask reads (an attention_mask, the numbers of packed sequences) counts as 1
+    everywhere, so that it hides nothing: the upper bound. 1.0 for a mask that cannot be evaluated."""
     found = MASK.search(source)
     if found is None:
         return 1.0

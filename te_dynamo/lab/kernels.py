@@ -39,7 +39,7 @@ class NotedKernel:
         recorder.kernels[self.name] = self
         launch = Launch(recorder.phase, "triton", self.name, moved, role=role, scattered_bytes=scattered, detail=detail)
         if (flops := self.flops) is not None:
-            launch.kind, launch.math, launch.flops, launch.generated, launch.role = "attention", "bf16", flops, True, "math"
+            launch.kind, launch.math, launch.flops, launch.attention, launch.role = "attention", "bf16", flops, "generated", "math"
         recorder.launches.append(launch)
 
     @cached_property

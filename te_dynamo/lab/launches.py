@@ -24,7 +24,8 @@ class Launch:
     phase: "forward" or "backward". kind: "triton", "gemm", "attention" or "operator". bytes: read and written, each tensor once.
     math: for GEMMs the dtype of the operands, "fp8", "bf16" (any two-byte dtype) or "f32"; for attention always "bf16".
     role: the purpose of other launches: "weight" (cast of a weight to FP8), "amax", "transpose" (of FP8), "cast" (to FP8) or "math".
-    generated: of an attention, whether Inductor generated its kernel (`flex_attention`).
+    attention: what kind of kernel an attention is: "generated" by Inductor (`flex_attention`), "flash" (FlashAttention-2), or "" for any
+    other.
     scattered_bytes: bytes of the 32-byte sectors touched by accesses that do not fill them. us: microseconds, by `roofline`.
     """
 
@@ -35,7 +36,7 @@ class Launch:
     flops: int = 0
     math: str = ""
     role: str = "math"
-    generated: bool = False
+    attention: str = ""
     scattered_bytes: int = 0
     detail: str = ""
     us: float = 0.0

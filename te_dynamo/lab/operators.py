@@ -66,9 +66,11 @@ def _grouped(launch: Launch, a: Tensor, b: Tensor) -> None:
 
 
 def _attention(launch: Launch, name: str, bound: dict[str, Any]) -> None:
+    """[B, H, S, D], or [T, H, D] of sequences up to `max_k` long, which is the length that counts: the others have no values here."""
     backward, q, k, causal = "backward" in name, bound["query"], bound["key"], bool(bound.get("is_causal"))
-    launch.kind, launch.math = "attention", "bf16"
-    launch.flops = (10 if backward else 4) * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3] // (2 if causal else 1)
+    keys = k.shape[2] if k.dim() == 4 else bound["max_k"]
+    launch.kind, launch.math, launch.attention = "attention", "bf16", "flash" if name.startswith("_flash") else ""
+    launch.flops = (10 if backward else 4) * q.numel() * keys // (2 if causal else 1)
     launch.detail += " causal" if causal else " not causal"
 
 

@@ -6,22 +6,23 @@ from collections.abc import Iterable
 
 from te_dynamo.lab.launches import FORWARD, Launch
 from te_dynamo.lowering.cost import BF16_REACHED, FP8_REACHED, KERNEL_US, MEMORY_REACHED
-from te_dynamo.lowering.devices import Peak
+from te_dynamo.lowering.devices import HOPPER, Capability, Peak
 
-# Of the bf16 peak, in forward and backward, without what a causal mask hides: by cuDNN and FlashAttention-3; by generated kernels, which
-# PyTorch has measured at 0.9 and 0.85 of FlashAttention-2's speed, whose own on an H100 is in arXiv 2407.08608 (figures 5 and 6).
-ATTENTION_REACHED = {True: 0.55, False: 0.45}
-GENERATED_REACHED = {True: 0.30, False: 0.26}
+# Of the bf16 peak, in forward and backward, without what a mask hides: by kernels made for the GPU (cuDNN, FlashAttention-3; before
+# Hopper FlashAttention-2), by FlashAttention-2 on an H100 (arXiv 2407.08608, figures 5 and 6), and by generated kernels, which PyTorch has
+# measured at 0.9 and 0.85 of its speed.
+ATTENTION_REACHED = {"": (0.55, 0.45), "flash": (0.33, 0.31), "generated": (0.30, 0.26)}
+BEFORE_HOPPER = {"": (0.55, 0.45), "flash": (0.55, 0.45), "generated": (0.50, 0.38)}
 L2_GBS = 5500.0  # H100's, for partially filled sectors
 HOST_US = 4.0  # host time of each launch, if the step is not a CUDA graph
 SMALL_US = 8.0
 
 
-def microseconds(launch: Launch, peak: Peak) -> float:
+def microseconds(launch: Launch, peak: Peak, capability: Capability = HOPPER) -> float:
     tflops = peak.bf16_tflops * BF16_REACHED
     if launch.kind == "attention":
-        reached = GENERATED_REACHED if launch.generated else ATTENTION_REACHED
-        tflops = peak.bf16_tflops * reached[launch.phase == FORWARD]
+        reached = ATTENTION_REACHED if capability >= HOPPER else BEFORE_HOPPER
+        tflops = peak.bf16_tflops * reached[launch.attention][launch.phase != FORWARD]
     elif launch.math == "fp8":
         tflops = peak.fp8_tflops * FP8_REACHED
     elif launch.math == "f32":

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lab.launches import BACKWARD, Launch, Recorder, tensors_in
 from te_dynamo.lab.roofline import microseconds
-from te_dynamo.lowering.devices import Peak
+from te_dynamo.lowering.devices import GPU
 from te_dynamo.report.explain import untold
 from te_dynamo.report.flops import visits_of
 from te_dynamo.sites import Site, Sites
@@ -49,7 +49,7 @@ def measure(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    peak: Peak,
+    gpu: GPU,
     *,
     backend: str,
     options: Mapping[str, Any] | None = None,
@@ -95,7 +95,7 @@ def measure(
         recorder = stack.enter_context(Recorder(parameters))
         saved = step(recorder)
     for launch in recorder.launches:
-        launch.us = microseconds(launch, peak)
+        launch.us = microseconds(launch, gpu.peak, gpu.capability)
     ours = list(dict.fromkeys(text for w in said if (text := str(w.message)).startswith("te_fp8")))
     return Step(recorder.launches, saved, sites, ours, time.perf_counter() - began, recorder.kernels)
 

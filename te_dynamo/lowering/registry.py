@@ -100,6 +100,7 @@ class Implementation:
         input.
     takes_gradient: whether its output's gradient may come quantized, as a `MadeGradient`: if one scale is known for it.
     cached: the kinds of quantized weights that it takes (see `Call.cached`).
+    layout: of an attention, the layout to which it rearranges q, k and v; "" if it reads them where they are.
     """
 
     opaque = False
@@ -109,6 +110,7 @@ class Implementation:
     takes_producer = False
     takes_gradient = False
     cached: frozenset[str] = frozenset()
+    layout = ""
 
     def backward_reads(self, call: Call, needs: Needs) -> Collection[str]:
         """The names of the operation's inputs that its backward gets (the others are None there); with "outputs", a list of the outputs

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from te_dynamo import ops
 from te_dynamo.ir.graph import fake, is_call, is_method, tensor
 from te_dynamo.ir.layout import Layout, Packing, in_memory
-from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, NOTES, QKV_LAYOUT
+from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, NOTES, QKV_LAYOUT, SELF_ATTENTION
 from te_dynamo.passes.effects import storage
 from te_dynamo.passes.memory import Structure, ValuesInMemory, described, first_copy
 from te_dynamo.passes.weights import is_view
@@ -90,6 +90,7 @@ def choose_layouts(graph: Graph, short_sequence: int, written_anew: Container[No
             shape = attention_shape(node)
             shape = replace(shape, packed_by_user=None) if node in written_anew else shape
             node.meta[LAYOUT] = choose_layout(shape, short_sequence)
+            node.meta[SELF_ATTENTION] = shape.self_attention
 
 
 def note_layouts(graph: Graph) -> None:

@@ -23,6 +23,7 @@ from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
 from te_dynamo.lowering.memory import MEMORY
 from te_dynamo.lowering.registry import Case, Implementation
 from te_dynamo.passes.effects import storage
+from te_dynamo.passes.padding import keeps_padding
 from te_dynamo.passes.readers import Reader
 from te_dynamo.passes.regions import regions
 from te_dynamo.passes.select import wants_fp8
@@ -260,6 +261,13 @@ class Planner:
         """A site without weights: an attention. In FP8 if that is wanted and possible, else in high precision."""
         site = Site(op.kind, site_path(node), origin_of(node), self.provider)
         wanted: Recipe | None = node.meta[RECIPE] if wants_fp8(node, self.options) else None
+        proof, skips = node.meta.get(MASK), {}
+        if self.options.padding == "skip" and op.skipping and proof is not None and proof.kind in ("padded", "unknown"):
+            keeps = keeps_padding(node, proof)
+            skips = {"padding": "skipped: its rows give 0" if keeps is None else f"not skipped: {keeps}"}
+            if keeps is None:
+                op, wanted = op_named(op.skipping), None
+                node.target = op.definition
         plan = Plan(self.provider, None, trains)
         detail: dict[str, str] = {}
         in_fp8 = op_named(op.forward_only) if op.forward_only and getattr(self.options, op.kind, "") == "fp8" else op
@@ -273,9 +281,11 @@ class Planner:
                 detail = detail | {"backward": "high precision"}
         site.provider, site.recipe = plan.provider, None if plan.recipe is None else plan.recipe.name
         site.flops = _activation_flops(node, op)
-        site.layout = node.meta.get(IN_MEMORY)
-        if (proof := node.meta.get(MASK)) is not None:
+        found = registry.find(op_of(node), plan.provider, plan.recipe, self.device) if plan.implemented else None
+        site.layout = (found.layout if found is not None else "") or node.meta.get(IN_MEMORY)
+        if proof is not None:
             site.detail["mask"] = proof.described
+        site.detail |= skips
         site.detail["precision"] = "fp8" if plan.recipe else "high"
         _note_scale(site, plan.recipe)
         site.detail |= {**node.meta.get(NOTES, {}), **detail}

@@ -16,4 +16,4 @@ def unavailable(device: torch.device) -> str | None:
 
 provider("native", unavailable)
 
-from te_dynamo.lowering.native import activation, attention, grouped, linears, qkv  # noqa: E402, F401  (register themselves)
+from te_dynamo.lowering.native import activation, attention, grouped, linears, qkv, unpadded  # noqa: E402, F401  (register themselves)
