@@ -1,4 +1,4 @@
-"""`padding="skip"` on the device: torch's flash attention of packed sequences against the exact attention."""
+"""`padding="skip"` on the device: attention of packed sequences against the attention that computes padding too."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.gpu.device import DEVICE
 from tests.gpu.helpers import sites_of
 from tests.numerics import sqnr
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("small_sites_too")]
+pytestmark = pytest.mark.gpu
 BATCH, LENGTH = 3, 640
 RANGES = {"right": (0, 300), "left": (200, LENGTH), "both": (17, 501), "none": (0, LENGTH)}
 
 
 @pytest.mark.parametrize("padding", RANGES)
-def test_tokens_that_are_no_padding_stay_as_they_are(padding: str) -> None:
+def test_tokens_that_are_no_padding_stay_as_they_are(padding: str, provider: str) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256,
@@ -38,12 +38,12 @@ def test_tokens_that_are_no_padding_stay_as_they_are(padding: str) -> None:
     found: dict[str, list[torch.Tensor]] = {}
     for option in ("exact", "skip"):
         torch._dynamo.reset()
-        run = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=False, options={"recipe": "rowwise", "padding": option})
+        run = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=False, options={"provider": provider, "padding": option})
         sites = sites_of(lambda run=run, option=option: found.update({option: step(model, run, ids, mask)}))
         layouts = {site.layout for site in sites if site.kind == "attention"}
         assert layouts == {"thd_thd_thd"} if option == "skip" else "thd_thd_thd" not in layouts
     for exact, skipped in zip(found["exact"], found["skip"], strict=True):
-        assert torch.isfinite(skipped).all() and sqnr(exact, skipped) > 20
+        assert torch.isfinite(skipped).all() and sqnr(exact, skipped) > 15  # the first scales are those of all tokens
 
 
 def step(model: torch.nn.Module, run: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.numerics import sqnr
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 APART = ("bshd_bshd_bshd", "sbhd_sbhd_sbhd")
+ENDS = torch.tensor([0, 20, 44], dtype=torch.int32)  # two sequences of 20 and 24 tokens, and four tokens that are in none
 PACKED = ("bs3hd", "bsh3d", "sb3hd", "sbh3d")
 
 
@@ -100,6 +102,8 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     q, k, v = (t.transpose(1, 2).detach() for t in qkv)
     out = ops.te_attention_fwd(q, k, v, APART[0], True, 0.25, True)
     do = torch.randn_like(out[0])
+    flat, packed = [t.flatten(0, 1) for t in (q, k, v)], ("thd_thd_thd", True, 0.25)
+    thd = ops.te_attention_fwd(*flat, *packed, True, -1, ENDS, 24)
     one = torch.ones(())
     _, big = qkv_in("bshd_bshd_bshd", heads=2, kv_heads=2, d=128)
     q8, k8, v8 = (t.transpose(1, 2).detach().to(E4M3) for t in big)
@@ -110,6 +114,9 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "forward": (ops.te_attention_fwd, (q, k, v, APART[0], True, 0.25, True)),
         "inference": (ops.te_attention_fwd, (q, k, v, APART[0], False, 0.25, False)),
         "backward": (ops.te_attention_bwd, (do, q, k, v, *out, APART[0], True, 0.25)),
+        "thd forward": (ops.te_attention_fwd, (*flat, *packed, True, -1, ENDS, 24)),
+        "thd inference": (ops.te_attention_fwd, (*flat, *packed, False, -1, ENDS, 24)),
+        "thd backward": (ops.te_attention_bwd, (do.flatten(0, 1), *flat, *thd, *packed, -1, ENDS, 24)),
         "fp8 forward": (ops.te_fp8_attention_fwd, (q8, k8, v8, *scales, APART[0], True, 0.1, torch.bfloat16, True)),
         "fp8 inference": (ops.te_fp8_attention_fwd, (q8, k8, v8, *scales, APART[0], True, 0.1, torch.bfloat16, False)),
         "fp8 backward": (
@@ -119,7 +126,17 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
-SAMPLES = ("forward", "inference", "backward", "fp8 forward", "fp8 inference", "fp8 backward")
+SAMPLES = (
+    "forward",
+    "inference",
+    "backward",
+    "thd forward",
+    "thd inference",
+    "thd backward",
+    "fp8 forward",
+    "fp8 inference",
+    "fp8 backward",
+)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -134,7 +151,9 @@ def test_opcheck(name, monkeypatch):
 
 def test_flops():
     rows = 2 * 2 * 24 * 24  # 2 x batch x queries x keys
-    expected = {"forward": rows * 4 * 32, "backward": rows * 4 * 16 * 5, "fp8 forward": rows * 2 * 256, "fp8 backward": rows * 2 * 640}
+    expected = {"forward": rows * 4 * 32, "backward": rows * 4 * 16 * 5}
+    expected |= {f"thd {name}": flops for name, flops in expected.items()}
+    expected |= {"fp8 forward": rows * 2 * 256, "fp8 backward": rows * 2 * 640}
     for name, flops in expected.items():
         op, args = samples()[name]
         with FlopCounterMode(display=False) as counter:
@@ -238,6 +257,9 @@ def case(**changed: Any) -> AttentionCase:
         ({"cudnn": 91500}, "64 keys, no multiple of 128"),
         ({"cudnn": 91500, "s_q": 128, "s_kv": 128}, None),
         ({"cudnn": 91500, "trains": False}, None),
+        ({"thd": True}, None),
+        ({"thd": True, "capability": (8, 9)}, "different lengths it needs compute capability 9.0"),
+        ({"thd": True, "cudnn": 90500}, "different lengths it needs cuDNN 9.6"),
         ({"in_fp8": True, "capability": (8, 9)}, "9.0"),
         ({"in_fp8": True, "cudnn": 90500}, "cuDNN 9.7"),
         ({"in_fp8": True, "head_qk": 192, "head_v": 192, "capability": (10, 0)}, "192"),
@@ -289,9 +311,17 @@ def test_nothing_is_promised_that_te_refuses():
 
 class SelfAttention(nn.Module):
     def __init__(
-        self, width: int = 64, heads: int = 4, packed: bool = False, scaled: bool = False, rope: bool = False, window: int = 0
+        self,
+        width: int = 64,
+        heads: int = 4,
+        packed: bool = False,
+        scaled: bool = False,
+        rope: bool = False,
+        window: int = 0,
+        lengths: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.register_buffer("lengths", torch.tensor(lengths) if lengths else None)
         self.heads, self.packed, self.scaled, self.rope, self.window = heads, packed, scaled, rope, window
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -303,6 +333,10 @@ class SelfAttention(nn.Module):
             q, k = q * 1.5, k * 0.5
         if self.rope:
             q, k = turned(q), turned(k)
+        if self.lengths is not None:
+            valid = torch.arange(x.shape[1]) < self.lengths[:, None, None, None]
+            mask = valid & (torch.arange(x.shape[1]) <= torch.arange(x.shape[1])[:, None])
+            return self.o(scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
         if not self.window:
             return self.o(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         i, j = torch.arange(x.shape[1])[:, None], torch.arange(x.shape[1])[None]
@@ -353,6 +387,19 @@ def test_a_model_whose_gemm_packs_q_k_and_v(model, short, kernel, no_codegen):
     assert sqnr(expected[0], ours[0]) > 39  # with RoPE there is one more rounding
     least = min(sqnr(a, b) for a, b in zip(expected, ours, strict=True))
     assert least > (22 if "rope" in model else 25), least  # FP8 amplifies differences in bf16 rounding
+
+
+@pytest.mark.parametrize("model", [pytest.param({}, marks=pytest.mark.inductor), {"rope": True}])
+def test_a_model_that_skips_padding(model, no_codegen):
+    torch.manual_seed(0)
+    module, x = SelfAttention(lengths=(11, 16, 1), **model).bfloat16(), torch.randn(3, 16, 64).bfloat16()
+    ours, site = trained(module, x, provider="te", padding="skip")
+    assert site.layout == "thd_thd_thd" and site.detail["kernel"] == "TE's fused attention of the tokens that are no padding"
+    expected, other = trained(module, x, provider="reference", padding="skip")
+    assert other.layout != "thd_thd_thd" and other.detail["padding"] == site.detail["padding"] == "skipped: its rows give 0"
+    assert sqnr(expected[0], ours[0]) > 39
+    least = min(sqnr(a, b) for a, b in zip(expected, ours, strict=True))
+    assert least > (22 if "rope" in model else 25), least
 
 
 @pytest.mark.parametrize("attention", ["fp8", "fp8_both"])

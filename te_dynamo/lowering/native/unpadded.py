@@ -17,11 +17,11 @@ from te_dynamo.ir.attention import valid_tokens
 from te_dynamo.ir.graph import same_size
 from te_dynamo.ir.layout import ORDER, Form, Layout, as_bhsd
 from te_dynamo.lowering.call import Call
-from te_dynamo.lowering.limits import DTYPES
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.reference.attention import modified, no_gradients, softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 LARGEST_HEAD, HEAD_MULTIPLE = 256, 8
 aten = torch.ops.aten
 
@@ -59,45 +59,61 @@ class Tokens(NamedTuple):
         return as_bhsd(made.permute(ORDER[form]).contiguous(), form)
 
 
-@implements("unpadded_attention", provider=("native", "te"), recipes=(HIGH_PRECISION,), devices=("cuda",))
+@implements("unpadded_attention", provider="native", recipes=(HIGH_PRECISION,), devices=("cuda",))
 class UnpaddedAttention(Implementation):
+    """`attend` and `gradients` are the kernels, for others to replace."""
+
     layout = Layout("thd").name
 
     def unsupported(self, case: Case) -> str | None:
-        q, _k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
+        q, v = case.inputs["q"], case.inputs["v"]
         if (reason := modified(case)) is not None:
             return reason
-        if q.dtype not in DTYPES or q.dtype == torch.float32:
+        if q.dtype not in SIXTEEN_BITS:
             return f"flash attention takes bfloat16 and float16, not {q.dtype}"
         if case.attributes["dropout_p"]:
             return "its random numbers for dropout are not torch's"
         if not (same_size(q.shape[3], v.shape[3]) and q.shape[3] % HEAD_MULTIPLE == 0 and q.shape[3] <= LARGEST_HEAD):
             wanted = f"multiples of {HEAD_MULTIPLE} up to {LARGEST_HEAD}"
             return f"flash attention takes equal head sizes, {wanted}, not {q.shape[3]} and {v.shape[3]}"
-        return None if not mask.requires_grad else "its mask has a gradient"
+        return None
 
     def kernel(self, case: Case) -> str:
         return "flash attention of the tokens that are no padding"
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         q, k, v, mask = inputs[:4]
-        tokens = Tokens.of(_valid(mask, q))
+        tokens, trains = Tokens.of(_valid(mask, q)), any(needs[:3])
         packed = [tokens.packed(t) for t in (q, k, v)]
-        out, *aux = flash(packed, tokens.ends, q.shape[2], _causal(call), softmax_scale(call, q))
-        saved = [*packed, out, *aux, *tokens] if any(needs[:3]) else []
+        out, *aux = self.attend(call, packed, tokens.ends, q.shape[2], trains)
+        saved = [*tokens, *packed, out, *aux] if trains else []
         return Forward([tokens.put_back(out, q, call["form"])], [Quantized(t) for t in saved], [])
-
-    def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
-        return ()
 
     def backward(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
-        (q, k, v, out, lse, rng, unused, *where), (grad,) = [t.data for t in saved], grads
-        tokens = Tokens(*where)
-        given = (tokens.packed(grad), [q, k, v], out, (lse, rng, unused), tokens.ends, grad.shape[2], _causal(call))
-        made = flash_gradient(*given, softmax_scale(call, grad))
-        return Backward([*(tokens.put_back(t, grad, call["form"]) for t in made), *no_gradients(call)], [])
+        kept, (grad,) = [t.data for t in saved], grads
+        tokens, packed, made = Tokens(*kept[:4]), kept[4:7], kept[7:]
+        found = self.gradients(call, tokens.packed(grad), packed, made, tokens.ends, grad.shape[2])
+        return Backward([*(tokens.put_back(t, grad, call["form"]) for t in found), *no_gradients(call)], [])
+
+    def attend(self, call: Call, qkv: Sequence[Tensor], ends: Tensor, longest: Any, training: bool) -> list[Tensor]:
+        """q [T, H, D], k and v [T, H_kv, D] -> the result [T, H, D], and what else `gradients` needs. longest: the length that no sequence
+        exceeds."""
+        made = aten._flash_attention_forward(
+            *qkv, ends, ends, longest, longest, 0.0, is_causal(call), False, scale=softmax_scale(call, qkv[0])
+        )
+        return list(made[:4])
+
+    def gradients(
+        self, call: Call, grad: Tensor, qkv: Sequence[Tensor], made: Sequence[Tensor], ends: Tensor, longest: Any
+    ) -> Sequence[Tensor]:
+        """Of q, k and v. made: what `attend` returned."""
+        out, lse, *rng = made
+        found: Sequence[Tensor] = aten._flash_attention_backward(
+            grad, *qkv, out, lse, ends, ends, longest, longest, 0.0, is_causal(call), *rng, scale=softmax_scale(call, qkv[0])
+        )
+        return found
 
 
 def _valid(mask: Tensor, q: Tensor) -> Tensor:
@@ -105,22 +121,5 @@ def _valid(mask: Tensor, q: Tensor) -> Tensor:
     return valid_tokens(mask).expand(q.shape[0], 1, q.shape[2])[:, 0]
 
 
-def _causal(call: Call) -> bool:
+def is_causal(call: Call) -> bool:
     return call["causal"] or call["padded"] == "causal"
-
-
-def flash(qkv: Sequence[Tensor], ends: Tensor, longest: Any, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q [T, H, D], k and v [T, H_kv, D] -> (out, the log of the sum of exponentials f32 [H, T], two tensors about random numbers)."""
-    made = aten._flash_attention_forward(*qkv, ends, ends, longest, longest, 0.0, causal, False, scale=scale)
-    return made[0], made[1], made[2], made[3]
-
-
-def flash_gradient(
-    grad: Tensor, qkv: Sequence[Tensor], out: Tensor, aux: Sequence[Tensor], ends: Tensor, longest: Any, causal: bool, scale: float
-) -> Sequence[Tensor]:
-    """The gradients of q, k and v; out, aux: what `flash` gave."""
-    lse, *rng = aux
-    made: Sequence[Tensor] = aten._flash_attention_backward(
-        grad, *qkv, out, lse, ends, ends, longest, longest, 0.0, causal, *rng, scale=scale
-    )
-    return made

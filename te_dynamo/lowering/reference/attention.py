@@ -333,4 +333,4 @@ def no_gradients(call: Call) -> list[Any]:
 
 
 def softmax_scale(call: Call, q: Tensor) -> float:
-    return q.shape[3] ** -0.5 if call["scale"] is None else call["scale"]
+    return q.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]

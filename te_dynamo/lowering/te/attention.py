@@ -1,7 +1,8 @@
 """TE's fused attention (cuDNN), in 16 bits and in FP8: four operators, and the implementations that call them.
 
 The calls are those of TE 2.20 (pytorch/cpp_extensions/fused_attn.py). A `layout`, in TE's spelling, says how tensors are laid out: each of
-q, k and v is [B, S, H, D] or [S, B, H, D], contiguous or a view of one buffer that holds all three.
+q, k and v is [B, S, H, D] or [S, B, H, D], contiguous or a view of one buffer that holds all three; or, for sequences of different lengths
+(`thd_thd_thd`), [T, H, D].
 
 FP8 follows TE's delayed scaling: q, k and v share one scale; S, O, dO and dP have one each; the three gradients share one. O and the
 gradients leave the kernels in FP8. Inductor's kernels that compute the inputs also quantize them; the kernels that read the outputs
@@ -21,6 +22,7 @@ from te_dynamo.ir.layout import ORDER, Layout, as_bhsd
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.fp8 import E4M3, amax, dequantize
 from te_dynamo.lowering.kernels import cast_rotated  # noqa: F401  its operator
+from te_dynamo.lowering.native.unpadded import UnpaddedAttention, is_causal
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.reference.attention import modified, no_gradients, softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
@@ -39,25 +41,38 @@ def _lengths(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def _common(
-    q: Tensor, k: Tensor, layout: str, causal: bool, softmax_scale: float, window: int = -1
+    q: Tensor,
+    k: Tensor,
+    layout: str,
+    causal: bool,
+    softmax_scale: float,
+    window: int = -1,
+    ends: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The first four arguments of both calls (forward and backward), and the keywords that they share."""
     form = _form(layout)
-    b, s, s_kv = q.shape[form.index("b")], q.shape[form.index("s")], k.shape[form.index("s")]
-    keywords = {
+    if ends is not None:
+        first, mask = (longest, longest, ends, ends), "padding_causal" if causal else "padding"
+        more: dict[str, Any] = {"cu_seqlens_q_padded": ends, "cu_seqlens_kv_padded": ends}
+    else:
+        b, s, s_kv = q.shape[form.index("b")], q.shape[form.index("s")], k.shape[form.index("s")]
+        first, mask = (s, s_kv, _lengths(b, s, q.device), _lengths(b, s_kv, q.device)), "causal" if causal else "no_mask"
+        more = {}
+    keywords = more | {
         "attn_scale": softmax_scale,
         "qkv_layout": layout,
         "o_format": form,
-        "attn_mask_type": "causal" if causal else "no_mask",
+        "attn_mask_type": mask,
         "window_size": (window, 0) if causal else (-1, -1),
         "cuda_graph": q.is_cuda and torch.cuda.is_current_stream_capturing(),
     }
-    return (s, s_kv, _lengths(b, s, q.device), _lengths(b, s_kv, q.device)), keywords
+    return first, keywords
 
 
 def _form(layout: str) -> str:
-    """The layout of q, which o gets too: "bshd" or "sbhd"."""
-    return layout[:2] + "hd"
+    """The layout of q, which o gets too: "bshd", "sbhd" or "thd"."""
+    return layout[:2] + "hd" if packed(layout) else layout.split("_")[0]
 
 
 def packed(layout: str) -> bool:
@@ -127,18 +142,28 @@ def _fp8(t: Tensor, inverse: Tensor, dtype: torch.dtype) -> Any:
 
 @torch.library.custom_op("te_dynamo::te_attention_fwd", mutates_args=(), tags=EXACT)
 def te_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, layout: str, causal: bool, softmax_scale: float, training: bool, window: int = -1
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: str,
+    causal: bool,
+    softmax_scale: float,
+    training: bool,
+    window: int = -1,
+    ends: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v: 16 bits, laid out as `layout` says -> (o [B, S, H, D_v] or [S, B, H, D_v], contiguous; for backward, empty without
-    `training`: the log of the sum of exponentials f32 [B, H, S, 1], the random state int64 [2]).
+    """q, k, v: 16 bits, laid out as `layout` says -> (o, laid out as q, [.., D_v], contiguous; for backward, empty without `training`: the
+    log of the sum of exponentials f32 [B, H, S, 1] or [T, H, 1], the random state int64 [2]).
 
-    window: with `causal`, how many columns before its own a row attends to, -1 for all.
+    window: with `causal`, how many columns before its own a row attends to, -1 for all. ends, longest: in `thd_thd_thd`, the offset at
+    which each sequence begins, and the end of the last, int32 [B + 1]; and the length that none exceeds.
     Runs cuDNN's kernel, and one or two that write the sequence lengths.
     """
     te = api()
     with running():
         (q, k, v), layout = as_claimed(q, k, v, layout)
-        first, keywords = _common(q, k, layout, causal, softmax_scale, window)
+        first, keywords = _common(q, k, layout, causal, softmax_scale, window, ends, longest)
         backend = te.AttnBackend["F16_arbitrary_seqlen"]
         o, aux, *_ = te.fused_attn_fwd(training, *first, q, k, v, q.dtype, backend, **keywords)
     lse, rng = aux if training else (o.new_empty(0, dtype=torch.float32), o.new_empty(0, dtype=torch.int64))
@@ -146,14 +171,14 @@ def te_attention_fwd(
 
 
 @te_attention_fwd.register_fake
-def _(q, k, v, layout, causal, softmax_scale, training, window=-1):
+def _(q, k, v, layout, causal, softmax_scale, training, window=-1, ends=None, longest=0):
     return q.new_empty(*q.shape[:-1], v.shape[-1]), *_aux_fake(q, layout, training)
 
 
 def _aux_fake(q: Tensor, layout: str, training: bool) -> tuple[Tensor, Tensor]:
     form = _form(layout)
-    rows = (q.shape[form.index("b")], q.shape[2], q.shape[form.index("s")], 1) if training else (0,)
-    return q.new_empty(rows, dtype=torch.float32), q.new_empty(2 if training else 0, dtype=torch.int64)
+    rows = (*q.shape[:2], 1) if form == "thd" else (q.shape[form.index("b")], q.shape[2], q.shape[form.index("s")], 1)
+    return q.new_empty(rows if training else (0,), dtype=torch.float32), q.new_empty(2 if training else 0, dtype=torch.int64)
 
 
 @torch.library.custom_op("te_dynamo::te_attention_bwd", mutates_args=(), tags=EXACT)
@@ -169,12 +194,14 @@ def te_attention_bwd(
     causal: bool,
     softmax_scale: float,
     window: int = -1,
+    ends: Tensor | None = None,
+    longest: int = 0,
 ) -> list[Tensor]:
     """Forward's inputs and outputs, and do, laid out as o -> the gradients of q, k and v, in the buffers of `layout` (see `parts`)."""
     te = api()
     with running():
         (q, k, v), lying = as_claimed(q, k, v, layout)
-        first, keywords = _common(q, k, lying, causal, softmax_scale, window)
+        first, keywords = _common(q, k, lying, causal, softmax_scale, window, ends, longest)
         backend = te.AttnBackend["F16_arbitrary_seqlen"]
         deterministic = torch.are_deterministic_algorithms_enabled()
         gradients = te.fused_attn_bwd(
@@ -188,7 +215,7 @@ def _of_backward(keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 @te_attention_bwd.register_fake
-def _(do, q, k, v, o, lse, rng, layout, causal, softmax_scale, window=-1):
+def _(do, q, k, v, o, lse, rng, layout, causal, softmax_scale, window=-1, ends=None, longest=0):
     return _buffers_fake(q, k, v, layout, do.dtype)
 
 
@@ -278,15 +305,17 @@ def _(do, q, k, v, o, lse, rng, qkv_inv, s_scale, o_inv, do_inv, dp_scale, dqkv_
     return _buffers_fake(q, k, v, layout, do.dtype), qkv_inv.new_empty(2)
 
 
-def _products(q: Sequence[int], k: Sequence[int], layout: str) -> int:
-    """2 x batches x heads x queries x keys."""
+def _products(q: Sequence[int], k: Sequence[int], layout: str, longest: int = 0) -> int:
+    """2 x batches x heads x queries x keys; of sequences of different lengths, as if each had `longest` keys."""
     form = _form(layout)
+    if form == "thd":
+        return 2 * q[0] * q[1] * longest
     return 2 * q[form.index("b")] * q[2] * q[form.index("s")] * k[form.index("s")]
 
 
 @register_flop_formula([torch.ops.te_dynamo.te_attention_fwd])
-def _(q, k, v, layout, *args, out_shape=None, **kwargs) -> int:
-    return _products(q, k, layout) * (q[3] + v[3])
+def _(q, k, v, layout, causal, scale, training, window=-1, ends=None, longest=0, *, out_shape=None, **kwargs) -> int:
+    return _products(q, k, layout, longest) * (q[-1] + v[-1])
 
 
 @register_flop_formula([torch.ops.te_dynamo.te_fp8_attention_fwd])
@@ -295,8 +324,8 @@ def _(q, k, v, inverses, s_scale, o_scale, layout, *args, out_shape=None, **kwar
 
 
 @register_flop_formula([torch.ops.te_dynamo.te_attention_bwd])
-def _(do, q, k, v, o, lse, rng, layout, *args, out_shape=None, **kwargs) -> int:
-    return _products(q, k, layout) * (3 * q[3] + 2 * v[3])
+def _(do, q, k, v, o, lse, rng, layout, causal, scale, window=-1, ends=None, longest=0, *, out_shape=None, **kwargs) -> int:
+    return _products(q, k, layout, longest) * (3 * q[-1] + 2 * v[-1])
 
 
 @register_flop_formula([torch.ops.te_dynamo.te_fp8_attention_bwd])
@@ -309,6 +338,7 @@ def _(do, q, k, v, o, lse, rng, qkv_inv, s_scale, o_inv, do_inv, dp_scale, dqkv_
 
 def _unsupported(case: Case) -> str | None:
     q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
+    skips = case.op.name == "unpadded_attention"
     return modified(case) or refused(
         AttentionCase(
             dtype=q.dtype,
@@ -317,7 +347,7 @@ def _unsupported(case: Case) -> str | None:
             s_q=q.shape[2],
             s_kv=k.shape[2],
             causal=case.attributes["causal"] or case.attributes["window"] >= 0,
-            mask=mask is not None and case.attributes["window"] < 0,
+            mask=mask is not None and case.attributes["window"] < 0 and not skips,
             window=case.attributes["window"],
             dropout=case.attributes["dropout_p"],
             trains=case.trains,
@@ -326,6 +356,7 @@ def _unsupported(case: Case) -> str | None:
             capability=capability(case.device),
             cudnn=cudnn_version(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            thd=skips,
         )
     )
 
@@ -372,6 +403,27 @@ class TEAttention(Implementation):
             do, *forward, *_common_attributes(call, do if q is None else q, layout), call["window"]
         )
         return Backward([*(as_bhsd(t, call["form"]) for t in parts(buffers, layout)), *no_gradients(call)], [])
+
+
+@implements("unpadded_attention", provider="te", recipes=(HIGH_PRECISION,))
+class TEUnpaddedAttention(UnpaddedAttention):
+    """Attention of the tokens that are no padding, by TE's 16-bit kernels."""
+
+    def unsupported(self, case: Case) -> str | None:
+        return _unsupported(case)
+
+    def kernel(self, case: Case) -> str:
+        return "TE's fused attention of the tokens that are no padding"
+
+    def attend(self, call: Call, qkv: Sequence[Tensor], ends: Tensor, longest: Any, training: bool) -> list[Tensor]:
+        common = (is_causal(call), softmax_scale(call, qkv[0]))
+        return list(torch.ops.te_dynamo.te_attention_fwd(*qkv, self.layout, *common, training, -1, ends, longest))
+
+    def gradients(
+        self, call: Call, grad: Tensor, qkv: Sequence[Tensor], made: Sequence[Tensor], ends: Tensor, longest: Any
+    ) -> Sequence[Tensor]:
+        common = (is_causal(call), softmax_scale(call, qkv[0]))
+        return torch.ops.te_dynamo.te_attention_bwd(grad, *qkv, *made, self.layout, *common, -1, ends, longest)
 
 
 class Operands(NamedTuple):

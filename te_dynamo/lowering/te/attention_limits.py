@@ -19,7 +19,8 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class AttentionCase:
     """One attention call. head_qk, head_v: head sizes; mask: one that is neither causal nor a window; window: of a causal mask, -1 for
-    none; fp8_backward: if it is in FP8, whether its backward is too; capability: of the device; cudnn: 91002 is 9.10.2."""
+    none; thd: of sequences of different lengths, packed; fp8_backward: if it is in FP8, whether its backward is too; capability: of the
+    device; cudnn: 91002 is 9.10.2."""
 
     dtype: torch.dtype
     head_qk: int
@@ -36,6 +37,7 @@ class AttentionCase:
     deterministic: bool = False
     window: int = -1
     fp8_backward: bool = True
+    thd: bool = False
 
     @property
     def largest_head(self) -> int:
@@ -60,6 +62,11 @@ ALWAYS = (
 IN_16_BITS = (
     Limit(lambda c: c.capability < AMPERE, "it needs compute capability 8.0"),
     Limit(lambda c: c.head_qk % 8 != 0 or c.head_v % 8 != 0, "head sizes {head_qk} and {head_v} are not multiples of 8"),
+    Limit(lambda c: c.thd and c.capability < HOPPER, "for sequences of different lengths it needs compute capability 9.0"),
+    Limit(
+        lambda c: c.thd and c.cudnn < 90600,  # before, the softmax's statistics have another shape
+        "for sequences of different lengths it needs cuDNN 9.6 (pip install -U nvidia-cudnn-cu12)",
+    ),
     Limit(lambda c: c.largest_head > 256, "head sizes {head_qk} and {head_v} are over 256"),
     Limit(
         lambda c: c.trains and c.largest_head > 128 and not (c.capability == HOPPER and c.cudnn >= 90500 and c.head_qk == c.head_v),
