@@ -115,7 +115,11 @@ class Calibration:
         in_backward = torch._C._current_graph_task_id() != -1
         if not in_backward and checkpoint_around() is None:
             return self._choose(group, gradients)
-        if group.awaits_recomputation() and group in self.held and (self.held[group] is not None or group.complete(gradients)):
+        if (
+            group.awaits_recomputation(with_other_weights=in_backward)
+            and group in self.held
+            and (self.held[group] is not None or group.complete(gradients))
+        ):
             return self.held[group]
         form = self._of_a_reentrant_checkpoint(group, gradients) if in_backward else self._choose(group, gradients)
         self.held[group] = form
@@ -195,7 +199,7 @@ class CompiledGraph:
             STATE.visit(group if recording else None)
         variant = self._variant(group)
         if group is not None and not group.fake:
-            STATE.note_checkpoint(group)
+            STATE.note_checkpoint(group, [args[i] for i in self.weight_positions])
         state = self._state_inputs(group, args, recording)
         weights = self.weights.inputs(variant.lowered.weights, args)
         outputs = variant.run(*args, *state, *weights)

@@ -498,6 +498,59 @@ def test_what_a_checkpoint_recomputes_is_what_forward_computed(mode, provider, c
 
 
 @pytest.mark.parametrize("provider", ["native", "reference"])
+def test_a_checkpoint_of_two_parts_is_recomputed_for_each_part_s_loss(provider):
+    parts, made = [compiled(Block(), provider=provider) for _ in range(2)], []
+
+    def both(x: Tensor) -> list[Tensor]:
+        made.append([part(x) for part in parts])
+        return made[-1]
+
+    for step in range(3):
+        made.clear()
+        with set_checkpoint_early_stop(False):
+            for y in checkpoint(both, (10**step * torch.randn(SIZE, SIZE)).requires_grad_(), use_reentrant=False):
+                y.square().sum().backward()
+        assert len(made) == 3 and all(torch.equal(a, b) for again in made[1:] for a, b in zip(made[0], again, strict=True))
+
+
+@pytest.mark.parametrize("provider", ["native", "reference"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoints_are_recomputed_in_any_order_and_inside_others(nested, provider):
+    """Each has its own backward, the last call first; what is nested is recomputed twice in it."""
+    run, made = torch.compile(Block(), backend=te_fp8, fullgraph=True, options={"recipe": "delayed", "provider": provider}), []
+
+    def remembered(x: Tensor) -> Tensor:
+        made.append(run(x))
+        return made[-1]
+
+    def called(x: Tensor) -> Tensor:
+        return checkpoint(remembered, x, use_reentrant=False) if nested else remembered(x)
+
+    for step in range(3):
+        made.clear()
+        x = torch.randn(3, SIZE, SIZE, requires_grad=True)
+        with set_checkpoint_early_stop(False):
+            y = [checkpoint(called, 10**step * (1 + i) * x[i], use_reentrant=False) for i in range(3)]
+            for one in y if nested else reversed(y):
+                one.square().sum().backward()
+        assert len(made) == (9 if nested else 6)
+        assert all(any(torch.equal(a, b) for b in made[3:]) for a in made[:3]), step
+
+
+def test_an_optimizer_s_step_ends_the_wait_for_a_recomputation():
+    """A result that lives until the next step replaces it, with a graph that is kept, would otherwise keep the scales where they are."""
+    block = Block()
+    run, optimizer, found = compiled(block, recipe=DelayedScaling(margin=2)), torch.optim.SGD(block.parameters(), 1e-3), []
+    inputs = [(1 + step) * torch.ones(SIZE, SIZE) for step in range(4)]
+    for x in inputs:
+        y = checkpoint(run, x.requires_grad_(), use_reentrant=False)
+        found.append(STATE.arenas[CPU].scale[FORWARD, index_of(block.up.weight, "input")].item())
+        y.square().mean().backward(retain_graph=True)
+        optimizer.step()
+    assert found == [0.0, *[float32(448 / 4 / (1 + step)) for step in range(3)]]
+
+
+@pytest.mark.parametrize("provider", ["native", "reference"])
 def test_a_checkpoint_after_a_reset_and_recomputed_twice(provider):
     """Scales that a reset unset are computed anew, and `retain_graph` lets one forward be recomputed by the same scales again."""
     block, x = Block(), torch.randn(SIZE, SIZE, requires_grad=True)

@@ -13,6 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from te_dynamo.state.arena import DIRECTIONS, FORWARD, GRADIENT, Arena
 
 
+class Checkpoint:
+    """A non-reentrant checkpoint around one call, which it may recompute as long as its hook on saved tensors is alive. It recomputes what
+    forward computed unless the weights are written before, as by an optimizer."""
+
+    def __init__(self, hook: Any, weights: Iterable[Tensor]) -> None:
+        self.hook = weakref.ref(hook)
+        self.weights = [(weakref.ref(w), w._version) for w in weights if not w.is_inference()]
+
+    def is_alive(self) -> bool:
+        return self.hook() is not None
+
+    def is_as_before(self) -> bool:
+        return all((w := of()) is None or w._version == version for of, version in self.weights)
+
+
 class Group:
     """Gives a call its scales, and takes the amaxes that it recorded."""
 
@@ -24,7 +39,7 @@ class Group:
         self.where = tuple(_location(i, arena.device) for i in indices)
         self.owners = tuple({id(o): weakref.ref(o) for o in owners}.values())
         self._sink_places: dict[type, int | None] = {}
-        self._checkpoints: list[weakref.ref[Any]] = []  # the hooks of checkpoints that may recompute a call
+        self._checkpoints: list[Checkpoint] = []  # those that may recompute a call
         self._complete = -1  # the arena's version at which all scales were set
         with torch.inference_mode(False):
             self.sink = torch.zeros(len(indices[GRADIENT]), dtype=torch.float32, device=arena.device, requires_grad=True)
@@ -43,17 +58,14 @@ class Group:
         found = [(self.arena.scale[d][self.where[d]] == 0).nonzero().flatten().tolist() for d in DIRECTIONS]
         return found if gradients else [found[FORWARD], []]
 
-    def await_recomputation(self, hook: Any) -> None:
-        """Notes that a checkpoint may recompute the call that is being made, as long as its hook is alive."""
-        self._checkpoints.append(weakref.ref(hook))
+    def await_recomputation(self, hook: Any, weights: Iterable[Tensor]) -> None:
+        """Notes that a checkpoint may recompute the call that is being made."""
+        self._checkpoints = [c for c in self._checkpoints if c.is_alive()] + [Checkpoint(hook, weights)]
 
-    def recomputed(self) -> None:
-        """Notes the only recomputation of a call: an output that no loss reaches may keep its hook alive."""
-        del self._checkpoints[:1]
-
-    def awaits_recomputation(self) -> bool:
-        self._checkpoints = [hook for hook in self._checkpoints if hook() is not None]
-        return bool(self._checkpoints)
+    def awaits_recomputation(self, *, with_other_weights: bool = False) -> bool:
+        """Whether a checkpoint may recompute what a call computed; with_other_weights: or something else."""
+        self._checkpoints = [c for c in self._checkpoints if c.is_alive()]
+        return any(with_other_weights or c.is_as_before() for c in self._checkpoints)
 
     def training(self) -> bool:
         """Whether any module that owns a weight is in training mode now; raw parameters always are.

@@ -184,15 +184,15 @@ class ScaleState:
         slots = frozenset() if group is None else group.slots
         if self.backward_seen or not self.visited.isdisjoint(slots):
             self.roll(within_step=not self.backward_seen)
+        elif not self.visited:
+            self._roll_released()
         self.visited |= slots
 
-    def note_checkpoint(self, group: Group) -> None:
-        """Announces a call with `group` that a checkpoint may recompute, or the recomputation itself."""
+    def note_checkpoint(self, group: Group, weights: Iterable[Tensor]) -> None:
+        """Announces a call with `group` and its weights, which a checkpoint may recompute."""
         if (hook := checkpoint_around()) is not None:
             self.checkpointed.add(group)
-            group.await_recomputation(hook)
-        elif torch._C._current_graph_task_id() != -1 and not torch._C._autograd._get_current_graph_task_keep_graph():
-            group.recomputed()
+            group.await_recomputation(hook, weights)
 
     def roll(self, *, within_step: bool = False) -> None:
         """Moves all recorded amaxes into the histories.
@@ -200,13 +200,22 @@ class ScaleState:
         within_step: a weight is used again before any backward. In its first step a slot then stays unset, so that each use is scaled by
         its own batch: the uses may differ (DoRA multiplies an adapter with the identity matrix before the activations).
         """
-        held = [group for group in self.checkpointed if group.awaits_recomputation()]
-        self.checkpointed = weakref.WeakSet(held)
         for arena in self.arenas.values():
-            held_slots = [group.where for group in held if group.arena is arena]
-            arena.roll(self.reduction.of(arena), held_slots, first_stays_unset=within_step)
+            arena.roll(self.reduction.of(arena), self._held(arena), first_stays_unset=within_step)
         self.visited.clear()
         self.backward_seen = False
+
+    def _roll_released(self) -> None:
+        """Moves what the last roll held and no checkpoint will recompute: a result that no loss reached, or that was kept for another
+        backward, is gone, or its weights changed. No rank waits for others: the last roll reduced these amaxes, and none came since."""
+        if not all(group.awaits_recomputation() for group in self.checkpointed):
+            for arena in self.arenas.values():
+                arena.roll(held=self._held(arena))
+
+    def _held(self, arena: Arena) -> list[Sequence[Any]]:
+        """The slots of calls that a checkpoint may recompute, whose scales must not move."""
+        self.checkpointed = weakref.WeakSet(group for group in self.checkpointed if group.awaits_recomputation())
+        return [group.where for group in self.checkpointed if group.arena is arena]
 
     def watch_backward(self, outputs: Sequence[Any], group: Group) -> None:
         """Takes the gradients' amaxes out of every backward of these outputs, and rolls when it ends.
