@@ -28,7 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.packed import in_blocks, pack, unpack
-from te_dynamo.lowering.tolerant import COPIES, calls, tolerates
+from te_dynamo.lowering.tolerant import COPIES, calls, divides, tolerates
 
 MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
 aten = torch.ops.aten
@@ -136,7 +136,9 @@ class _Rewrite:
         self.inside = self._inside()
         scaled = self._scaled_to_fp8()
         while unfit := self._read_by(
-            {n for n in self.inside - self.results - scaled if not tolerates(n, self.inside)} | self._inconsistent(scaled)
+            {n for n in self.inside - self.results - scaled if not tolerates(n, self.inside)}
+            | self._inconsistent(scaled)
+            | self._singular()
         ):
             self.results -= unfit
             self.inside = self._inside()
@@ -210,6 +212,16 @@ class _Rewrite:
                 if read and (compares or (calls(node, aten.add, aten.sub) and not averaged.isdisjoint(inputs))):
                     bad |= {node, *read}
         return bad
+
+    def _singular(self) -> set[Node]:
+        """Where backward divides by what it computes from nodes inside."""
+        rounded, found = set(self.inside), set[Node]()
+        for node in filter(_is_backward, self.nodes):
+            if divides(node, rounded):
+                found.add(node)
+            if _is_elementwise(node) and not rounded.isdisjoint(node.all_input_nodes):
+                rounded.add(node)
+        return found
 
     def _computed_again(self) -> tuple[set[Node], set[Node]]:
         """What backward computes from nodes inside alone: element-wise, and by reductions."""

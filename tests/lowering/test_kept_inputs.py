@@ -45,6 +45,46 @@ def normed(gate: Tensor, up: Tensor) -> Tensor:
     return F.rms_norm(F.silu(gate) * up, (INNER,))
 
 
+class Silu(torch.autograd.Function):
+    """With a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        gate = torch.sigmoid(x)
+        return grad * gate * (1 + x * (1 - gate))
+
+
+class DividesBy(torch.autograd.Function):
+    """Its backward is singular, though its forward is not. divisor: what backward divides by, of x."""
+
+    @staticmethod
+    def forward(ctx, x, divisor):
+        ctx.save_for_backward(x)
+        ctx.divisor = divisor
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad / ctx.divisor(x), None
+
+
+@torch._dynamo.allow_in_graph
+def divides_by_itself(x: Tensor) -> Tensor:
+    return DividesBy.apply(x, lambda x: x)
+
+
+@torch._dynamo.allow_in_graph
+def divides_where_it_may(x: Tensor) -> Tensor:
+    return DividesBy.apply(x, lambda x: torch.where(x == 0, 1.0, x))
+
+
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "tanh": lambda gate, up: F.gelu(gate + 1, approximate="tanh") * up,
@@ -55,6 +95,9 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu2": lambda gate, up: F.relu(gate).square() * up,
     "clamped": lambda gate, up: gate.clamp(max=2) * torch.sigmoid(1.702 * gate) * (up.clamp(-2, 2) + 1),
     "normed": normed,
+    "its own backward": lambda gate, up: Silu.apply(gate) * up,
+    "one minus": lambda gate, up: gate * (1 - torch.tanh(up).square()) / (1 + up * up),
+    "soft": lambda gate, up: F.softplus(gate) * F.softsign(up),
 }
 
 
@@ -99,6 +142,13 @@ SENSITIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "logarithm": lambda h: torch.log((h - 30).abs() + 1e-6),
     "inverse": lambda h: 1 / h,
     "exponential": lambda h: torch.exp(h),
+    "a bound": lambda h: h.clamp(-30, 30),
+    "a threshold": lambda h: F.threshold(h, 30, 0),
+    "small steps": lambda h: F.gelu(h - 3 - 3 - 3 - 3 - 3 - 3 - 3 - 3 - 3 - 3),
+    "steep": lambda h: torch.tanh((h / 10 - 3) * 10),
+    "steep the other way": lambda h: torch.sigmoid(-(h / 10 - 3) / 0.1),
+    "a division in backward": divides_by_itself,
+    "a careful division in backward": divides_where_it_may,
 }
 
 
