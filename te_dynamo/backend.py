@@ -14,6 +14,7 @@ Dynamo's own graph is never touched, and what no stage takes stays as it was.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,26 +81,33 @@ def te_fp8(
     calibrates = _needs_calibration(fused)
     read_again = calibrates or bool(observers)
 
-    def variant(stage: str, unset: Unset, compiler: Compiler) -> Variant:
+    def variant(stage: str, unset: Unset, compiler: Compiler, given: Sequence[Any] = example_inputs) -> Variant:
+        """A form of the graph. given: examples of its first inputs; those of the others are Dynamo's, symbolic only where its graph is."""
         graph = copy_graph_module(fused) if read_again else fused
         lowered = lower(graph, unset=unset, keep_weights=chosen.keep_weights, compiled=compiler is not eagerly)
         stages.done(stage, graph)
-        inputs = [*example_inputs, *_added_inputs(graph, len(example_inputs))]
+        inputs = [*given, *_added_inputs(graph, len(given))]
         return Variant(compiler(graph, inputs, chosen), lowered)
 
     steady = variant("lower", NONE_UNSET, runtime.compile_inductor)
     calibration = None
     if calibrates:
         stays = not grad_enabled or not any(is_owned(n) and fake(n).requires_grad for n in fused.graph.nodes)  # nothing sets scales
-        symbolic = any(isinstance(i, torch.SymInt) for i in example_inputs)  # a form made later would add guards too late
+        symbolic = any(isinstance(i, torch.SymInt) for i in example_inputs)
         random = any(draws(unit.graph) for unit in rewritable_units(fused))
         with beside():
             first = variant("lower_calibrating", ANY_UNSET, runtime.compile_inductor if stays or (symbolic and random) else eagerly)
 
-        def partly(unset: Unset) -> Variant:
-            return variant("lower_partly_calibrating", unset, runtime.compile_inductor)
+        @functools.cache
+        def installed() -> set[Any]:  # first asked for in a call, when Dynamo has made its guards
+            return _guards_on_sizes(example_inputs)
 
-        calibration = Calibration(first, None if stays or symbolic else partly, random=random)
+        def partly(unset: Unset) -> Variant:
+            before = installed()
+            made = variant("lower_partly_calibrating", unset, runtime.compile_inductor, () if symbolic else example_inputs)
+            return made if _guards_on_sizes(example_inputs) <= before else first  # too late for more guards
+
+        calibration = Calibration(first, None if stays else partly, random=random)
     _warn_about_patterns(chosen, sites)
     _warn_about_attention(chosen, sites)
     for observer in observers:
@@ -168,6 +176,10 @@ def _device(gm: GraphModule) -> torch.device:
     values = [n.meta.get(EXAMPLE) for n in gm.graph.nodes if n.op == "placeholder"]
     devices = Counter(v.device for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
     return devices.most_common(1)[0][0] if devices else torch.device("cpu")
+
+
+def _guards_on_sizes(inputs: Sequence[Any]) -> set[Any]:
+    return {guard.expr for i in inputs if isinstance(i, torch.SymInt) for guard in i.node.shape_env.guards}
 
 
 def _added_inputs(graph: GraphModule, given: int) -> list[Any]:

@@ -327,13 +327,15 @@ def test_a_selective_checkpoint_that_saves_gemms_saves_ours(policy, forward_agai
     assert ran == forward_again
 
 
-def test_a_graph_that_stays_in_use_is_compiled(monkeypatch):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_graph_that_stays_in_use_is_compiled(dynamic, monkeypatch):
     from te_dynamo import runtime
 
     compiled: list[Any] = []
     plain = runtime.compile_without_codegen
     model = Net().eval()
-    call = torch.compile(model, backend=te_fp8, options={"provider": "reference"})  # its first scales need a separate graph
+    options = {"provider": "reference"}  # its first scales need a separate graph
+    call = torch.compile(model, backend=te_fp8, dynamic=dynamic, options=options)
     call(torch.ones(8, SIZE, requires_grad=True)).sum().backward()
     monkeypatch.setattr(runtime, "compile_inductor", lambda *args: compiled.append(args) or plain(*args))
     results = []
@@ -344,6 +346,33 @@ def test_a_graph_that_stays_in_use_is_compiled(monkeypatch):
         results.append((y.detach(), x.grad))
     assert len(compiled) == 1
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_what_is_compiled_late_is_for_any_size_or_not_used(bounded, monkeypatch):
+    """One of two layers gets no gradient, so its scales stay unset."""
+    from te_dynamo import runtime
+
+    used: list[int] = []
+    plain = runtime.compile_without_codegen
+    layers = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in range(2))
+    options = {"provider": "reference"}
+    call = torch.compile(lambda x: [layer(x) for layer in layers], backend=te_fp8, dynamic=True, options=options)
+
+    def train(tokens: int) -> None:
+        call(torch.ones(tokens, SIZE))[0].sum().backward()
+
+    def late(gm: Any, inputs: Any, given: Any) -> Any:
+        if bounded:
+            assert next(i for i in inputs if isinstance(i, torch.SymInt)) < 16
+        run = plain(gm, inputs, given)
+        return lambda *args: used.append(args[0].shape[0] if isinstance(args[0], Tensor) else args[0]) or run(*args)
+
+    train(8)
+    monkeypatch.setattr(runtime, "compile_inductor", late)
+    for tokens in (9, 10, 11, 32):
+        train(tokens)
+    assert used == ([] if bounded else [11, 32])
 
 
 # --- owners
