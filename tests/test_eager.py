@@ -175,6 +175,43 @@ def test_results_that_share_memory_may_be_written():
         assert (linear.bias.grad[SIZE:] - within.sum(0)).abs().amax() <= 2  # FP8 moves some across the border
 
 
+class Viewed(nn.Module):
+    """Returns a linear's result and views of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.linear(x)
+        return y, y.flatten(), y[0]
+
+
+@pytest.mark.parametrize("provider", ["native", "reference"])
+@pytest.mark.parametrize("how", ["written", "hooked", "retained"])
+def test_views_of_a_result_are_views_of_it_to_autograd(how, provider):
+    """As in eager mode, in the calibrating step and in later ones: a write and a hook concern them too."""
+    model = Viewed()
+    call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"provider": provider, "recipe": "delayed"})
+
+    def gradient(run: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        y, *views = run(x)
+        if how == "written":
+            y.mul_(3)
+        elif how == "hooked":
+            y.register_hook(lambda grad: 2 * grad)
+        else:
+            views[0].retain_grad()
+            views[1].mul_(2)
+        sum((1 + i) * result.sum() for i, result in enumerate([y, *views])).backward()
+        return x.grad
+
+    for _ in range(3):
+        x = torch.randn(16, SIZE)
+        assert sqnr(gradient(model, x), gradient(call, x)) > 20
+
+
 def test_a_result_that_is_a_view_of_an_input_stays_one():
     linear, leaf = nn.Linear(SIZE, SIZE), torch.randn(16, SIZE, requires_grad=True)
     run = torch.compile(lambda x: (x.view(-1), linear(x)), backend=te_fp8, options={"provider": "reference"})

@@ -8,6 +8,7 @@ weights have changed.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.fp8_weight import FP8Weight
@@ -177,6 +179,12 @@ class _Unit:
         """The memory that the graph itself writes."""
         return written_memory(self.gm.graph)
 
+    @cached_property
+    def returned(self) -> Counter[int | None]:
+        """How many of the results that need gradients are in the same memory."""
+        results = {n for n in tree_leaves(self.gm.graph.output_node().args[0]) if tensor(n) is not None} if self.top else set()
+        return Counter(storage(n) for n in results if fake(n).requires_grad)
+
     def state_nodes(self, slots: Slots | None) -> tuple[Node | None, Node | None, Node | None]:
         """The packed scales, the gradients' packed scales and a site's slice of the sink."""
         if slots is None:
@@ -259,6 +267,9 @@ class _Lowering:
             amax = [emit(graph, operator.getitem, (new, len(values) - 1), like=node)] if call.records else []
             replacement = emit(graph, operator.getitem, (new, 0), like=node) if single else new
         node.replace_all_uses_with(replacement)
+        for output in [replacement] if single else list(new.users):
+            if unit.returned[storage(output)] > 1:
+                _copy(graph, output)
         made_of = [n for n in node.all_input_nodes if n.name == node.meta.get(PRODUCER)]
         graph.erase_node(node)
         erase_if_dead(graph, [*(made_of if call.producer is not None else ()), *(n for r in refs if r is not None for n in r.chain)])
@@ -358,6 +369,14 @@ class _Lowering:
                 fields[-1] = node
             inputs.append(tuple(fields))
         return inputs
+
+
+def _copy(graph: Graph, output: Node) -> None:
+    """Has a copy of a site's output read in its place. If it is returned together with a view of it, autograd must know of both: to
+    AOTAutograd, what an autograd function returns may be a view of memory of its own, and then other views of this are no relatives."""
+    with graph.inserting_after(output):
+        copied = emit(graph, torch.clone, (output,), like=output, value=example(output))
+    output.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
 
 
 def _is_read(weight: Node) -> bool:
