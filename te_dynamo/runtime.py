@@ -199,7 +199,7 @@ class CompiledGraph:
             STATE.visit(group if recording else None)
         variant = self._variant(group)
         if group is not None and not group.fake:
-            STATE.note_checkpoint(group, [args[i] for i in self.weight_positions])
+            STATE.note_checkpoint(group, (args[i] for i in self.weight_positions))
         state = self._state_inputs(group, args, recording)
         weights = self.weights.inputs(variant.lowered.weights, args)
         outputs = variant.run(*args, *state, *weights)
