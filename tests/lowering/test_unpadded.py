@@ -128,13 +128,15 @@ def test_a_float_mask_in_the_definition():
         ({"head": 12}, "multiples of 8 up to 256, not 12"),
         ({"head": 264}, "multiples of 8 up to 256, not 264"),
         ({"head_v": 32}, "equal head sizes"),
+        ({"rows": 1}, "for one row"),
         ({"dropout_p": 0.1}, "random numbers"),
         ({"softcap": 30.0}, "soft-capped"),
     ],
 )
 def test_what_it_refuses(changes, reason):
-    given = {"dtype": torch.bfloat16, "head": 64, "head_v": changes.get("head", 64), "dropout_p": 0.0, "softcap": 0.0} | changes
-    q, v = (torch.empty(2, 4, 16, given[name], dtype=given["dtype"]) for name in ("head", "head_v"))
+    usual = {"dtype": torch.bfloat16, "rows": 16, "head": 64, "head_v": changes.get("head", 64), "dropout_p": 0.0, "softcap": 0.0}
+    given = usual | changes
+    q, v = (torch.empty(2, 4, given["rows"], given[name], dtype=given["dtype"]) for name in ("head", "head_v"))
     inputs = {"q": q, "k": q, "v": v, "mask": torch.ones(2, 1, 16, 16, dtype=torch.bool), "sinks": None}
     case = Case(op_named("unpadded_attention"), inputs, given, None, torch.device("cuda"), True)
     found = UnpaddedAttention().unsupported(case)

@@ -73,6 +73,8 @@ class UnpaddedAttention(Implementation):
             return f"flash attention takes bfloat16 and float16, not {q.dtype}"
         if case.attributes["dropout_p"]:
             return "its random numbers for dropout are not torch's"
+        if not bool(q.shape[2] > 1):
+            return "for one row, its mask is read"
         if not (same_size(q.shape[3], v.shape[3]) and q.shape[3] % HEAD_MULTIPLE == 0 and q.shape[3] <= LARGEST_HEAD):
             wanted = f"multiples of {HEAD_MULTIPLE} up to {LARGEST_HEAD}"
             return f"flash attention takes equal head sizes, {wanted}, not {q.shape[3]} and {v.shape[3]}"
