@@ -50,12 +50,13 @@ class StandIn(UnpaddedAttention):
         return [torch.cat([g[: whole.shape[0]], torch.full_like(g[whole.shape[0] :], GARBAGE)]) for g in found]
 
 
-def agree(valid: Tensor, causal: bool, form: str, heads: tuple[int, int]) -> None:
+def agree(valid: Tensor, causal: bool, form: str, heads: tuple[int, int], for_each_head: bool = False) -> None:
     """The implementation and the definition give the same results and gradients."""
     b, s = valid.shape
     torch.manual_seed(0)
     q, k, v = (torch.randn(b, h, s, 8, dtype=torch.float64, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
     mask = valid[:, None, None, :] & (torch.ones(s, s, dtype=torch.bool).tril() if causal else True)
+    mask = mask.expand(b, heads[0], s, s) if for_each_head else mask
     inputs = (q, k, v, mask, None, ())
     attributes = {"form": form, "padded": "causal" if causal else "all", "causal": False, "scale": 0.3}
     call = Call("unpadded_attention", "native", "cpu", spec_of(inputs), attributes=attributes)
@@ -87,6 +88,10 @@ PADDINGS = {
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_as_the_definition(padding, causal, form):
     agree(torch.tensor(PADDINGS[padding], dtype=torch.bool), causal, form, (4, 2))
+
+
+def test_a_mask_that_was_expanded_to_all_heads():
+    agree(torch.tensor(PADDINGS["holes"], dtype=torch.bool), True, "bshd", (4, 2), for_each_head=True)
 
 
 @settings(deadline=None, max_examples=50)

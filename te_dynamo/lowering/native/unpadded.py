@@ -119,8 +119,8 @@ class UnpaddedAttention(Implementation):
 
 
 def _valid(mask: Tensor, q: Tensor) -> Tensor:
-    """bool [B, S]; mask: as broadcastable to [B, 1, S, S]."""
-    return valid_tokens(mask).expand(q.shape[0], 1, q.shape[2])[:, 0]
+    """bool [B, S]; mask: as broadcastable to [B, H, S, S], the same for all heads."""
+    return valid_tokens(mask).expand(q.shape[:3])[:, 0]
 
 
 def is_causal(call: Call) -> bool:
