@@ -78,6 +78,54 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x, *given)).transpose(1, 2).flatten(2)
 
 
+class AttentionOfOthers(nn.Module):
+    """q of some tokens, k and v of others, all by the same linear."""
+
+    def __init__(self, others: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.others = nn.Linear(64, 192, bias=False), others
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.others(*self.qkv(x).chunk(3, -1)))
+        s = q.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, -s:]).transpose(1, 2).flatten(2)
+
+
+OTHERS = {
+    "the second half of a sequence": lambda q, k, v: (q[:, :12], k[:, 12:], v[:, 12:]),
+    "a rolled sequence": lambda q, *kv: (q, *(torch.cat([t[:, 6:], t[:, :6]], 1) for t in kv)),
+    "another sequence": lambda q, *kv: (q, *(t[[2, 0, 1]] for t in kv)),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_rows_of_other_tokens_than_their_keys(case, no_codegen):
+    (site,) = attentions(AttentionOfOthers(OTHERS[case]), torch.randn(3, 24, 64), MASK.bool())
+    assert site.detail["padding"] == "not skipped: its rows may be other tokens than its keys"
+
+
+class LowRank(nn.Module):
+    """q and k from different tensors, which are made from the same one; k has a LoRA, and v its features from the middle of a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.q, self.k, self.v = (nn.Linear(64, n, bias=False) for n in (64, 64, 64, 192))
+        self.a, self.b = nn.Linear(64, 16, bias=False), nn.Linear(16, 64, bias=False)
+        self.norm = nn.RMSNorm(64)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x = self.norm(x)
+        made = (self.q(self.norm(self.down(x))), self.k(x) + 2 * self.b(self.a(x)), self.v(x)[..., 64:128])
+        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in made)
+        k = torch.cat([k.new_empty(3, 4, 0, 16), k], 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :]).transpose(1, 2).flatten(2)
+
+
+def test_rows_and_keys_of_the_same_tokens_on_different_ways(no_codegen):
+    (site,) = attentions(LowRank(), torch.randn(3, 24, 64), MASK.bool())
+    assert site.detail["padding"] == "skipped: its rows give 0"
+
+
 def tril(x: Tensor) -> Tensor:
     place = torch.arange(x.shape[1], device=x.device)
     return place <= place[:, None]
@@ -103,7 +151,9 @@ REFUSED = {
     "packed": (lambda x, valid: tril(x) & same_number(valid.cumsum(1)), False, None),
     "rows are hidden too": (rows_too, False, "not the same for all rows and heads"),
     "other tokens": (lambda x, valid: valid[:, None, None, :].expand(-1, 1, x.shape[1], -1), True, "its rows may be other tokens"),
-    "numbers": (lambda x, valid: torch.zeros(x.shape[0], 1, 1, x.shape[1]).masked_fill(~valid[:, None, None, :], -1e9), False, ""),
+    "other tokens, causal": (lambda x, valid: tril(x) & valid[:, None, None, :], True, "its rows may be other tokens"),
+    "numbers": (lambda x, valid: torch.zeros(x.shape[0], 1, 1, x.shape[1]).masked_fill(~valid[:, None, None, :], -1e9), False, "its mask"),
+    "lowest": (lambda x, valid: (~valid[:, None, None, :]).float() * torch.finfo(torch.float32).min, False, "added to the scores"),
 }
 
 

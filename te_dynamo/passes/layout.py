@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import SymInt
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
 from te_dynamo import ops
-from te_dynamo.ir.graph import fake, is_call, is_method, tensor
+from te_dynamo.ir.graph import fake, is_call, is_method, same_size, tensor
 from te_dynamo.ir.layout import Layout, Packing, in_memory
-from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, NOTES, QKV_LAYOUT, SELF_ATTENTION
+from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, NOTES, QKV_LAYOUT, SAME_TOKENS
+from te_dynamo.passes.canonicalize import LINEAR
 from te_dynamo.passes.effects import storage
 from te_dynamo.passes.memory import Structure, ValuesInMemory, described, first_copy
 from te_dynamo.passes.weights import is_view
@@ -90,7 +92,7 @@ def choose_layouts(graph: Graph, short_sequence: int, written_anew: Container[No
             shape = attention_shape(node)
             shape = replace(shape, packed_by_user=None) if node in written_anew else shape
             node.meta[LAYOUT] = choose_layout(shape, short_sequence)
-            node.meta[SELF_ATTENTION] = shape.self_attention
+            node.meta[SAME_TOKENS] = same_tokens(node)
 
 
 def note_layouts(graph: Graph) -> None:
@@ -286,7 +288,7 @@ def _before(node: Node, source: Node, dim: int) -> int | None:
 
 
 def _indexed(index: Any, rank: int, dim: int) -> int | None:
-    """Where dimension `dim` of x[index] is in x, of `rank` dimensions: an int takes one away, None adds one."""
+    """Where dimension `dim` of x[index] is in x, of `rank` dimensions: an int takes one away, None adds one, a list reorders."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis not in parts:
         parts.append(Ellipsis)
@@ -295,8 +297,8 @@ def _indexed(index: Any, rank: int, dim: int) -> int | None:
     dims: list[int | None] = []
     position = 0
     for part in parts:
-        if part is None or isinstance(part, slice):
-            dims.append(None if part is None else position)
+        if part is None or isinstance(part, (slice, list)):
+            dims.append(position if isinstance(part, slice) else None)
         position += part is not None
     return dims[dim]
 
@@ -321,6 +323,64 @@ def _product(sizes: Sequence[Any]) -> Any:
 
 def _expression(size: int | SymInt) -> Any:
     return size.node.expr if isinstance(size, SymInt) else size
+
+
+# --- whether rows and keys are the same tokens
+
+
+def same_tokens(attention: Node) -> bool:
+    """Whether row i and key i of an attention are proved to be made from the same token, for every i."""
+    tokens = _Tokens(attention)
+    q, k = (tokens.makes(x, 0, 2) for x in attention.args[:2])
+    return not q.isdisjoint(k)
+
+
+class _Tokens:
+    """The values that q or k of an attention is made from token by token, each with its dimensions of the batch and the sequence."""
+
+    def __init__(self, attention: Node) -> None:
+        q = fake(attention.args[0])
+        self.sizes = (q.shape[0], q.shape[2])
+        self.known: dict[tuple[Any, int, int], frozenset[tuple[Node, int, int]]] = {}
+
+    def makes(self, value: Any, batch: int, sequence: int) -> frozenset[tuple[Node, int, int]]:
+        """Whatever `value` is made from, all of it: a part of its features, or a term of a sum, may come from elsewhere."""
+        at = (value, batch, sequence)
+        if at not in self.known:
+            self.known[at] = self._makes(*at)
+        return self.known[at]
+
+    def _makes(self, value: Any, batch: int, sequence: int) -> frozenset[tuple[Node, int, int]]:
+        if not isinstance(value, Node):
+            return frozenset()
+        made = tensor(value)
+        if made is not None and not all(map(same_size, (made.shape[batch], made.shape[sequence]), self.sizes)):
+            return frozenset()  # only some tokens, or others too
+        found = []
+        for source in _whole(value):
+            outer, inner = (_before(value, source, dim) for dim in (batch, sequence))
+            found.append(frozenset() if outer is None or inner is None or outer == inner else self.makes(source, outer, inner))
+        return (frozenset.intersection(*found) if found else frozenset()) | {(value, batch, sequence)}
+
+
+def _whole(node: Node) -> list[Any]:
+    """The arguments that a node's elements come from: all of them, or those as large as the result."""
+    if is_call(node, ops.linear, LINEAR) or (is_call(node, operator.getitem) and not _is_indexed_by_tensors(node)):
+        return [node.args[0]]
+    required, optional = _sources(node)
+    size = None if (value := tensor(node)) is None else _product(value.shape)
+    whole = [x for x in optional if (t := tensor(x)) is not None and _product(t.shape) == size]
+    return [*(x for x in required if not _is_empty(x)), *whole]
+
+
+def _is_indexed_by_tensors(node: Node) -> bool:
+    return any(isinstance(part, Node) and tensor(part) is not None for part in tree_leaves(node.args[1]))
+
+
+def _is_empty(x: Any) -> bool:
+    """Whether it adds nothing to what it is concatenated with: a cache at the beginning."""
+    value = tensor(x) if isinstance(x, Node) else None
+    return value is not None and any(isinstance(n, int) and n == 0 for n in value.shape)
 
 
 # --- in which order the user packed

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from te_dynamo.ir.graph import fake, same_size
-from te_dynamo.ir.meta import SELF_ATTENTION
+from te_dynamo.ir.meta import SAME_TOKENS
 from te_dynamo.passes.masks.attends import Attends
 from te_dynamo.passes.masks.proof import Proof
 
@@ -17,11 +18,13 @@ def keeps_padding(attention: Node, proof: Proof) -> str | None:
         return "its mask is not proved to be padding"
     if proof.within not in ("causal", "all"):
         return f"its mask hides more than padding{' (a window)' if proof.within == 'window' else ''}"
+    if proof.attends is None and fake(attention.args[3]).dtype != torch.bool:
+        return "its mask is added to the scores, and a row may see nothing"
     if proof.attends is None or not concerns_keys(proof.attends):
         return "what its mask hides is not the same for all rows and heads"
     if not same_size(q.shape[2], k.shape[2]):
         return "it has more keys than rows"
-    if proof.within == "all" and not attention.meta.get(SELF_ATTENTION):
+    if not attention.meta.get(SAME_TOKENS):
         return "its rows may be other tokens than its keys"
     return None
 
