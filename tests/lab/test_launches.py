@@ -194,6 +194,33 @@ WINDOW = """        tmp3 = tl.full([1], 255, tl.int32)
 PADDED = """        tmp3 = tl.load(in_ptr8 + (tmp2 + 1024*off_zq)).to(tl.int1)
         tmp9 = tmp3 & (tmp2 <= tmp1)"""
 
+OF_LENGTHS = """        tmp3 = tl.load(in_ptr8 + (off_z))
+        tmp4 = tmp2 + tl.full([1], 1, tl.int32)
+        tmp9 = (tmp4.to(tl.int64) <= tmp3) & (tmp2 <= tmp1)"""
+PREFIX = """        tmp3 = tl.load(in_ptr8 + (off_z))
+        tmp9 = (tmp2 < tmp3) | (tmp2 <= tmp1)"""
+PACKED = """        tmp3 = tl.load(in_ptr8 + (tmp1))
+        tmp4 = tl.load(in_ptr8 + (tmp2))
+        tmp9 = (tmp3 == tmp4) & (tmp2 <= tmp1)"""
+KIND = """        tmp3 = tl.load(in_ptr8 + (tmp2))
+        tmp4 = tl.full([1], 5, tl.int64)
+        tmp9 = ~(tmp3 != tmp4) & (tmp2 <= tmp1)"""
+NEAR = """        tmp3 = tl_math.abs(tmp2 - tmp1)
+        tmp9 = tmp3 <= tl.full([1], 128, tl.int64)"""
+CHUNK = """        tmp3 = tl.full([1], 256, tl.int64)
+        tmp4 = tl.where(tmp3 < tl.full([1], 0, tl.int32), tmp1, tmp2)
+        tmp9 = (tmp4 // tmp3 == tmp1 // tmp3) & (tmp2 <= tmp1)"""
+ELSEWHERE = """        tmp9 = tmp0 <= tmp1"""
+
+
+@pytest.mark.parametrize(
+    ("mask", "blocks"),
+    [(OF_LENGTHS, 36), (PREFIX, 64), (PACKED, 36), (KIND, 36), (NEAR, 22), (CHUNK, 12), (ELSEWHERE, 64)],
+    ids=["lengths", "prefix", "packed", "kind", "near", "chunk", "elsewhere"],
+)
+def test_what_a_mask_reads_may_be_anything(mask, blocks, fakes):
+    assert density(FLEX.format(mask), 1024, 1024) == blocks / 64
+
 
 @pytest.mark.parametrize(
     ("mask", "blocks"),
