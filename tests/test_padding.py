@@ -104,6 +104,17 @@ def test_rows_of_other_tokens_than_their_keys(case, no_codegen):
     assert site.detail["padding"] == "not skipped: its rows may be other tokens than its keys"
 
 
+def test_tokens_of_all_sequences_one_after_another(no_codegen):
+    class Flat(Attention):
+        def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+            tokens = x.flatten(0, 1)
+            q, k, v = (f(tokens).view(3, 24, 4, 16).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(x, *given)).transpose(1, 2).flatten(2)
+
+    (site,) = attentions(Flat(lambda x, valid: valid[:, None, None, :]), torch.randn(3, 24, 64), MASK.bool())
+    assert site.detail["padding"] == "skipped: its rows give 0"
+
+
 class LowRank(nn.Module):
     """q and k from different tensors, which are made from the same one; k has a LoRA, and v its features from the middle of a linear."""
 

@@ -336,11 +336,12 @@ def same_tokens(attention: Node) -> bool:
 
 
 class _Tokens:
-    """The values that q or k of an attention is made from token by token, each with its dimensions of the batch and the sequence."""
+    """The values that q or k of an attention is made from token by token, each with its dimensions of the batch and the sequence, which may
+    be one."""
 
     def __init__(self, attention: Node) -> None:
         q = fake(attention.args[0])
-        self.sizes = (q.shape[0], q.shape[2])
+        self.batch, self.sequence = q.shape[0], q.shape[2]
         self.known: dict[tuple[Any, int, int], frozenset[tuple[Node, int, int]]] = {}
 
     def makes(self, value: Any, batch: int, sequence: int) -> frozenset[tuple[Node, int, int]]:
@@ -353,13 +354,15 @@ class _Tokens:
     def _makes(self, value: Any, batch: int, sequence: int) -> frozenset[tuple[Node, int, int]]:
         if not isinstance(value, Node):
             return frozenset()
-        made = tensor(value)
-        if made is not None and not all(map(same_size, (made.shape[batch], made.shape[sequence]), self.sizes)):
+        made, together = tensor(value), self.batch * self.sequence
+        wanted = (self.batch, self.sequence) if batch != sequence else (together, together)
+        if made is not None and not all(map(same_size, (made.shape[batch], made.shape[sequence]), wanted)):
             return frozenset()  # only some tokens, or others too
         found = []
         for source in _whole(value):
             outer, inner = (_before(value, source, dim) for dim in (batch, sequence))
-            found.append(frozenset() if outer is None or inner is None or outer == inner else self.makes(source, outer, inner))
+            inner = outer if inner is None else inner  # if the source has as many there, batch by batch
+            found.append(frozenset() if outer is None or inner is None else self.makes(source, outer, inner))
         return (frozenset.intersection(*found) if found else frozenset()) | {(value, batch, sequence)}
 
 
