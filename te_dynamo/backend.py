@@ -152,7 +152,7 @@ def _raise_and_fuse(
         unit.recompile()
     stages.done("raise", graph)
     for unit in units:
-        fuse(unit, grad_enabled=grad_enabled, short_sequence=options.short_sequence)
+        fuse(unit, grad_enabled=grad_enabled, short_sequence=options.short_sequence, skip_padding=options.padding == "skip")
     stages.done("fuse", graph)
     for unit in units:
         planner.plan(unit, grad_enabled=grad_enabled)

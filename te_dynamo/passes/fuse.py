@@ -22,7 +22,7 @@ from te_dynamo.ir.layout import Layout
 from te_dynamo.ir.meta import LAYOUT, MEMBERS, PRODUCER, RECIPE
 from te_dynamo.passes.effects import storage, written_between, written_memory
 from te_dynamo.passes.heads import emit_in_place, emit_qkv, kernels_write_gradients, read_heads
-from te_dynamo.passes.layout import choose_layouts, note_layouts, qkv_linears
+from te_dynamo.passes.layout import choose_layouts, note_layouts, note_same_tokens, qkv_linears
 from te_dynamo.passes.permutations import use_permutations
 from te_dynamo.passes.readers import note_readers, reads_a_gemm_alone
 from te_dynamo.passes.regions import regions
@@ -36,8 +36,10 @@ class Merge:
     interleave: int
 
 
-def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int) -> None:
-    """Groups the linears of `gm`, in place."""
+def fuse(gm: GraphModule, *, grad_enabled: bool, short_sequence: int, skip_padding: bool = False) -> None:
+    """Groups the linears of `gm`, in place. skip_padding: whether attentions may skip padding, where that is proved to be right."""
+    if skip_padding:
+        note_same_tokens(gm.graph)
     heads = {n: found for n in gm.graph.nodes if is_call(n, ops.attention) and (found := read_heads(n)) is not None}
     choose_layouts(gm.graph, short_sequence, set(heads))
     where = regions(gm.graph, grad_enabled)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from te_dynamo import ops
 from te_dynamo.ir.graph import fake, is_call, is_method, same_size, tensor
 from te_dynamo.ir.layout import Layout, Packing, in_memory
-from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, NOTES, QKV_LAYOUT, SAME_TOKENS
+from te_dynamo.ir.meta import IN_MEMORY, LAYOUT, MASK, NOTES, QKV_LAYOUT, SAME_TOKENS
 from te_dynamo.passes.canonicalize import LINEAR
 from te_dynamo.passes.effects import storage
 from te_dynamo.passes.memory import Structure, ValuesInMemory, described, first_copy
@@ -92,7 +92,6 @@ def choose_layouts(graph: Graph, short_sequence: int, written_anew: Container[No
             shape = attention_shape(node)
             shape = replace(shape, packed_by_user=None) if node in written_anew else shape
             node.meta[LAYOUT] = choose_layout(shape, short_sequence)
-            node.meta[SAME_TOKENS] = same_tokens(node)
 
 
 def note_layouts(graph: Graph) -> None:
@@ -328,11 +327,16 @@ def _expression(size: int | SymInt) -> Any:
 # --- whether rows and keys are the same tokens
 
 
-def same_tokens(attention: Node) -> bool:
-    """Whether row i and key i of an attention are proved to be made from the same token, for every i."""
-    tokens = _Tokens(attention)
-    q, k = (tokens.makes(x, 0, 2) for x in attention.args[:2])
-    return not q.isdisjoint(k)
+NEAR = 40  # how many nodes before an attention what q and k have in common is searched for
+
+
+def note_same_tokens(graph: Graph) -> None:
+    """Notes for each attention that reads a mask whether its row i and key i are proved to be made from the same token, for every i."""
+    for node in graph.nodes:
+        if is_call(node, ops.attention) and MASK in node.meta:
+            tokens = _Tokens(node)
+            q, k = (tokens.makes(x, 0, 2, NEAR) for x in node.args[:2])
+            node.meta[SAME_TOKENS] = not q.isdisjoint(k)
 
 
 class _Tokens:
@@ -344,15 +348,15 @@ class _Tokens:
         self.batch, self.sequence = q.shape[0], q.shape[2]
         self.known: dict[tuple[Any, int, int], frozenset[tuple[Node, int, int]]] = {}
 
-    def makes(self, value: Any, batch: int, sequence: int) -> frozenset[tuple[Node, int, int]]:
+    def makes(self, value: Any, batch: int, sequence: int, near: int) -> frozenset[tuple[Node, int, int]]:
         """Whatever `value` is made from, all of it: a part of its features, or a term of a sum, may come from elsewhere."""
         at = (value, batch, sequence)
         if at not in self.known:
-            self.known[at] = self._makes(*at)
+            self.known[at] = self._makes(*at, near - 1)
         return self.known[at]
 
-    def _makes(self, value: Any, batch: int, sequence: int) -> frozenset[tuple[Node, int, int]]:
-        if not isinstance(value, Node):
+    def _makes(self, value: Any, batch: int, sequence: int, near: int) -> frozenset[tuple[Node, int, int]]:
+        if not isinstance(value, Node) or not near:
             return frozenset()
         made, together = tensor(value), self.batch * self.sequence
         wanted = (self.batch, self.sequence) if batch != sequence else (together, together)
@@ -362,7 +366,7 @@ class _Tokens:
         for source in _whole(value):
             outer, inner = (_before(value, source, dim) for dim in (batch, sequence))
             inner = outer if inner is None else inner  # if the source has as many there, batch by batch
-            found.append(frozenset() if outer is None or inner is None else self.makes(source, outer, inner))
+            found.append(frozenset() if outer is None or inner is None else self.makes(source, outer, inner, near))
         return (frozenset.intersection(*found) if found else frozenset()) | {(value, batch, sequence)}
 
 
