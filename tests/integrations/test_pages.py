@@ -49,6 +49,7 @@ NEEDS: dict[str, dict[str, str]] = {
     "README.md": {},
     "docs/index.md": {},
     "docs/options.md": {},
+    "docs/attention.md": {},
     "docs/recipes.md": {},
     "docs/checkpoints.md": {"": "model.compile(backend='te_fp8'); model(x).sum().backward()"},
     "docs/debugging.md": {},
