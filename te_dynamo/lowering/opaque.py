@@ -188,24 +188,25 @@ def _define(name: str, schema: str, tags: Sequence[torch.Tag], run: Callable[...
     torch.library.register_fake(f"te_dynamo::{name}", _remembered(fake))
 
 
-def _without_views(function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
-    """A result that was reshaped is no view to autograd, which would forbid a user to write it where other views of it are returned."""
+def _without_views(*args: Any) -> list[Tensor]:
+    """`forward`. A result that was reshaped is no view to autograd, which would forbid a user to write it where other views of it are
+    returned."""
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return function(*args)
+        return forward(*args)
 
 
 _define(
     "site_fwd",
     "(str call, Tensor?[] inputs, Tensor? scale, int start, bool[] needs) -> Tensor[]",
     FORWARD_TAGS,
-    lambda call, inputs, scale, start, needs: _without_views(forward, call, inputs, scale, start, needs),
+    lambda call, inputs, scale, start, needs: _without_views(call, inputs, scale, start, needs),
     forward,
 )
 _define(
     "site_bwd",
     "(str call, Tensor?[] inputs, Tensor?[] saved, Tensor[] grads, Tensor? scale, int start, bool[] needs) -> Tensor[]",
     BACKWARD_TAGS,
-    lambda call, inputs, saved, grads, scale, start, needs: _without_views(backward, call, inputs, saved, grads, scale, start, needs),
+    lambda call, inputs, saved, grads, scale, start, needs: backward(call, inputs, saved, grads, scale, start, needs),
     backward,
 )
 
