@@ -82,8 +82,9 @@ def _matrices() -> Launches:
         (BF16, False, True, True, True),
         (BF16, True, True, False, True),
         (F32, True, True, True, False),
+        (BF16, True, False, True, False),
+        (BF16, False, False, True, False),
     ]
-    forms += [(BF16, True, False, True, False), (BF16, False, False, True, False)]
     return {f"cast_matrices {d} {r} {p} {a} {s}": cast(d, r, p, a, s) for d, r, p, a, s in forms}
 
 

@@ -6,7 +6,8 @@ import torch
 
 from te_dynamo.lowering.registry import Case
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)  # what fused attention kernels take
+DTYPES = (torch.float32, *SIXTEEN_BITS)
 ALIGNMENT_ON_GPU = 16  # FP8 GEMM on NVIDIA: K and N; the token count is padded inside
 
 

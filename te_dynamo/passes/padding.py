@@ -1,4 +1,4 @@
-"""Whether an attention may skip the padding that its mask hides: what `ops.unpadded_attention` needs to be true."""
+"""Whether an attention may skip the padding that its mask hides: what `ir.attention.unpadded_attention` needs to be true."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ class Plan:
     calibrator: who computes it while a scale was never set: the provider itself, or another if that does not calibrate.
     amax_group: the name of the process group whose ranks share first scales, or "": in inference a rank may run alone.
     shared: roles that share a scale because a kernel takes one scale for them (`Implementation.shared`).
+    layout: of an attention, the layout to which its implementation rearranges q, k and v, or "".
     keeps_fp8, remakes: what is kept for backward (see `Call`).
     produces: whether the provider makes its operand by a `Producer`.
     in_memory: for linears, roles whose tensor is already in memory, as in `lowering.call.Call`.
@@ -63,6 +64,7 @@ class Plan:
     takes_gradient: Mapping[str, Any] = field(default_factory=dict)
     hands_gradient: tuple[str, Mapping[str, Any]] | None = None
     shared: tuple[tuple[str, ...], ...] = ()
+    layout: str = ""
 
     @property
     def needs_calibration(self) -> bool:
@@ -195,6 +197,7 @@ class Planner:
             calibrator=provider if implementation.calibrates else registry.calibrator_of(op, recipe, self.device),
             amax_group=self._group_of(recipe) if trains else "",
             shared=implementation.shared,
+            layout=implementation.layout,
             **more,
         )
 
@@ -281,8 +284,7 @@ class Planner:
                 detail = detail | {"backward": "high precision"}
         site.provider, site.recipe = plan.provider, None if plan.recipe is None else plan.recipe.name
         site.flops = _activation_flops(node, op)
-        found = registry.find(op_of(node), plan.provider, plan.recipe, self.device) if plan.implemented else None
-        site.layout = (found.layout if found is not None else "") or node.meta.get(IN_MEMORY)
+        site.layout = plan.layout or node.meta.get(IN_MEMORY)
         if proof is not None:
             site.detail["mask"] = proof.described
         site.detail |= skips

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.limits import SIXTEEN_BITS
 from te_dynamo.lowering.quantized import Scales
 from te_dynamo.lowering.reference.attention import modified, softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Case, Forward, Implementation, Needs, implements
 
 SHORT = 512  # up to here the mask costs little, and torch's kernel that reads it is as fast
 LARGEST_HEAD = 256
-DTYPES = (torch.bfloat16, torch.float16)
 OPTIONS = {
     "PRESCALE_QK": False,
     "ROWS_GUARANTEED_SAFE": False,
@@ -48,7 +48,7 @@ class FlexAttention(Implementation):
             return "its mask has no formula"
         if not (isinstance(q.shape[2], int) and isinstance(k.shape[2], int)) and _names(formula) & {"rows", "columns"}:
             return "its mask depends on symbolic lengths"
-        if q.dtype not in DTYPES:
+        if q.dtype not in SIXTEEN_BITS:
             return f"flex_attention is used for bfloat16 and float16, not {q.dtype}"
         if case.attributes["dropout_p"]:
             return "flex_attention has no dropout"

@@ -17,11 +17,11 @@ from te_dynamo.ir.attention import valid_tokens
 from te_dynamo.ir.graph import same_size
 from te_dynamo.ir.layout import ORDER, Form, Layout, as_bhsd
 from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.limits import SIXTEEN_BITS
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.reference.attention import modified, no_gradients, softmax_scale
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements
 
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 LARGEST_HEAD, HEAD_MULTIPLE = 256, 8
 aten = torch.ops.aten
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from te_dynamo.lowering.devices import AMPERE, BLACKWELL, BLACKWELL_RTX, HOPPER, Capability
-
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+from te_dynamo.lowering.limits import SIXTEEN_BITS
 
 
 @dataclass(frozen=True)
