@@ -35,7 +35,7 @@ def on_a_cpu(no_codegen: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     key = ("attention", "native", registry.HIGH_PRECISION, "cpu")
     monkeypatch.setitem(registry._IMPLEMENTATIONS, key, native.FlexAttention())
     monkeypatch.setattr(native, "SHORT", 0)
-    monkeypatch.setattr(native, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(native, "SIXTEEN_BITS", (torch.float32,))
     registry.implementation_of.cache_clear()
     torch._dynamo.reset()
     torch.manual_seed(0)
