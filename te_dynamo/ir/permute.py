@@ -26,7 +26,7 @@ class _Permute(torch.autograd.Function):
             inverse = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
         rows = grads[0][inverse]
         if ctx.copies > 1:
-            rows = rows.unflatten(0, (-1, ctx.copies)).sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
+            rows = rows.unflatten(0, (-1, ctx.copies)).sum(1)  # torch adds in float32; a cast of its own would leave the sum in float32
         return rows, None, None, None
 
 
