@@ -190,12 +190,15 @@ def _both_ways() -> Launches:
         both = activation._empty_gradient(grad, 1 + gated, E5M2, 16, True, True, sums)
         return lambda: activation.launch_gradient(call, grad, *read, tensor(dtype=F32), both, False, [0, 14336][: 1 + gated])
 
-    def rotary(kind: str, sums: bool) -> Callable[[], None]:
-        grads = [tensor(1, 4096, heads, 128).transpose(1, 2) for heads in (32, 8, 8)]
-        tables = [tensor(1, 1, 4096, 128) for _ in range(2)] if kind else [None, None]
-        call = Call("qkv", "native", "cuda", (), attributes={"rotary": kind, "width": 128 if kind else 0})
-        both = qkv_gradient._empty(grads, E5M2, 16, True, True, sums)
-        return lambda: qkv_gradient.launch(call, grads, tables, tensor(dtype=F32), both, False, [0, 4096, 5120])
+    def rotary(kind: str, normalized: str, head: int, sums: bool) -> Callable[[], None]:
+        grads = [tensor(1, 4096, heads, head).transpose(1, 2) for heads in (32, 8, 8)]
+        tables = [tensor(1, 1, 4096, head) for _ in range(2)] if kind else [None, None]
+        vectors = {"": 0, "rms": 2, "layer": 4}[normalized]
+        read = [*(grads[:2] if normalized else [None] * 2), None, *tables, *[tensor(head)] * vectors, *[None] * (4 - vectors)]
+        attributes = {"rotary": kind, "width": head if kind else 0, "normalized": normalized, "eps": 1e-6, "zero_centered": False}
+        call = Call("qkv", "native", "cuda", (), attributes=attributes)
+        made = qkv_gradient._empty(grads, read, E5M2, 16, True, True, sums)
+        return lambda: qkv_gradient.launch(call, grads, read, tensor(dtype=F32), *made, False, [0, 32 * head, 40 * head])
 
     def cast(sums: bool) -> Callable[[], None]:
         x = tensor(4096, 4096)
@@ -213,7 +216,9 @@ def _both_ways() -> Launches:
     ways = [(spelling, gated, kept) for spelling, gated in kinds for kept in (False, True)]
     made: Launches = {f"activation {s} {g} {kept}": forward(s, g, kept) for s, g, kept in ways}
     made |= {f"activation_gradient {s} {g} {sums} {kept}": backward(s, g, sums, kept) for s, g, kept in ways for sums in (False, True)}
-    made |= {f"qkv_gradient {kind} {sums}": rotary(kind, sums) for kind in ("", "halves", "interleaved") for sums in (False, True)}
+    turned = [(kind, "", 128) for kind in ("", "halves", "interleaved")]
+    turned += [("halves", "rms", 128), ("halves", "rms", 256), ("interleaved", "layer", 64), ("halves", "layer", 256)]
+    made |= {f"qkv_gradient {' '.join(map(str, way))} {sums}": rotary(*way, sums) for way in turned for sums in (False, True)}
     return made | {f"cast_both {sums}": cast(sums) for sums in (False, True)}
 
 

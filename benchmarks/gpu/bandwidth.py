@@ -119,7 +119,7 @@ def fused(size: LayerSize, tokens: int, device: torch.device) -> Contenders:
         "SwiGLU's gradient, of inputs in FP8": (lambda: ops.activation_gradient(*gradient, [], kept, *into), (BF16 + 6 * FP8) * values),
         "RoPE into bshd_bsh2d": (lambda: ops.qkv(turn.key, [q, k, v, *tables]), 2 * BF16 * features),
         "RoPE's gradient, both ways": (
-            lambda: ops.qkv_gradient(turn.key, grads, tables, scale, E5M2, True, 16, starts, True, True, False),
+            lambda: ops.qkv_gradient(turn.key, grads, [None] * 3 + tables + [None] * 4, scale, E5M2, True, 16, starts, True, True, False),
             (BF16 + 2 * FP8) * features,
         ),
         "cast of a gradient, both ways": (

@@ -69,8 +69,7 @@ def compute_backward(
     with in_full_precision(call.device):
         handed: Sequence[Tensor] = ()
         if call.producer is None and call.hands_gradient:
-            handed = implementation.quantized_gradient(call, inputs, saved, grads, _given(ahead))
-            return Backward([None] * call.count, [], handed)
+            return implementation.quantized_gradient(call, inputs, saved, grads, _given(ahead))
         if call.producer is None:
             return run(call, inputs, saved, grads, scales, wanted)
         producer, (given, *rest), needs_of_producer = producer_of(call.producer), inputs, wanted[0]

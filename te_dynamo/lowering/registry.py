@@ -153,8 +153,9 @@ class Implementation:
 
     def quantized_gradient(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scale: Tensor
-    ) -> Sequence[Tensor]:
-        """The gradient of the GEMM's output that its inputs are views of, as `call.hands_gradient` describes it (`kernels.tiles.Both`)."""
+    ) -> Backward:
+        """Hands over the gradient of the GEMM's output that its first inputs are views of, as `call.hands_gradient` describes it
+        (`kernels.tiles.Both`), which takes the place of these inputs' own gradients."""
         raise NotImplementedError
 
     def quantize_operand(self, call: Call, x: Tensor, scale: ScaleOf) -> Quantized:

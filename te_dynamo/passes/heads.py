@@ -85,12 +85,12 @@ def _normalized(head: Head) -> Head | None:
 
 
 def _before(head: Head) -> Head:
-    """The value before transposes and casts."""
+    """The value before transposes, copies and casts."""
     while isinstance(head.x, Node):
         x, names = head.x, head.names
         if (before := reordered(x, names)) is not None:
             names = before
-        elif not is_method(x, "contiguous") and cast(x) is None:
+        elif not is_method(x, "contiguous") and not is_call(x, torch.clone) and cast(x) is None:
             break
         source = x.args[0]
         if not isinstance(source, Node) or fake(source).dim() != 4:
@@ -138,7 +138,7 @@ def emit_qkv(graph: Graph, attention: Node, heads: Heads) -> None:
             inputs += [vectors[0][0], vectors[1][0], vectors[0][1], vectors[1][1]]
             names = ("eps", "zero_centered", "round_before_weight")
             given: dict[str, Any] = {name: value for name, value in q.norm.kwargs.items() if name in names}
-            attributes |= {"normalized": q.norm.kwargs["kind"], "norm_last": q.norm_last, **given}
+            attributes |= {"normalized": q.norm.kwargs["kind"], "norm_last": q.norm_last and q.rope is not None, **given}
         node = emit(graph, ops.qkv, inputs, attributes, like=like)
         values = node.meta[EXAMPLE]
         made = [emit(graph, operator.getitem, (node, i), like=like, value=value) for i, value in enumerate(values)]

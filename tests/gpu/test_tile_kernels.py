@@ -126,16 +126,26 @@ def test_qkv(rotary, norm, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("head", [64, 40])
+@pytest.mark.parametrize("norm", ["", "rms", "layer"])
 @pytest.mark.parametrize("rotary", ["", "halves", "interleaved"])
-def test_the_gradient_of_qkv(rotary, head, dtype):
+def test_the_gradient_of_qkv(rotary, norm, head, dtype):
+    if norm:
+        head = 128 if head == 40 else head
     b, s, h, kv = 2, 40, 5, 2
     grads = list(torch.randn(b, s, h + 2 * kv, head, dtype=dtype).transpose(1, 2).split([h, kv, kv], 1))
     angles = torch.randn(1, 1, s, head)
     tables = [angles.cos().to(dtype), angles.sin().to(dtype)] if rotary else [None, None]
-    call = qkv_call([*grads, *tables], form="bshd", packing="2hd", out_dtype=dtype, rotary=rotary, width=head if rotary else 0)
+    read: list[Tensor | None] = [None] * 3 + tables + [None] * 4
+    if norm:
+        read[:2] = torch.randn(b, s, h + kv, head, dtype=dtype).transpose(1, 2).split([h, kv], 1)
+        read[5 : 9 if norm == "layer" else 7] = [torch.randn(head, dtype=dtype) for _ in range(4 if norm == "layer" else 2)]
+    attributes: dict[str, Any] = {"form": "bshd", "packing": "2hd", "out_dtype": dtype, "rotary": rotary, "width": head if rotary else 0}
+    call = qkv_call([*grads, *tables], **attributes, normalized=norm, eps=1e-6 if norm else 0.0)
     for starts in ([0, h * head, (h + kv) * head], [2 * kv * head, kv * head, 0]):
-        given = (call.key, grads, tables, torch.tensor(1e3), E5M2, False, 16, starts, True, True, True)
-        check_both(*on_both(torch.ops.te_dynamo.qkv_gradient, *given))
+        given = (call.key, grads, read, torch.tensor(1e3), E5M2, False, 16, starts, True, True, True)
+        (*found, of_norms), (*expected, summed) = on_both(torch.ops.te_dynamo.qkv_gradient, *given)
+        check_both(found, expected)
+        assert torch.allclose(of_norms.cpu().sum(1), summed.sum(1), 1e-3, 1e-3)
 
 
 def test_the_update_of_the_scale_state():

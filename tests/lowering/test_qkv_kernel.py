@@ -112,8 +112,29 @@ def test_the_gradient_side_by_side_is_the_definition_s(rotary, pairs):
     made = ops.qkv(q, k, v, *tables, **attributes)
     grads = [torch.randn_like(t) for t in made]
     (expected,) = torch.autograd.grad(made, whole, grads)
-    found = defined(call_of([q, k, v, *tables], **attributes), grads, tables, [0, 64, 96])
+    (found,) = defined(call_of([q, k, v, *tables], **attributes), grads, [None] * 3 + tables + [None] * 4, [0, 64, 96])
     assert torch.allclose(expected.flatten(0, 1), found.double(), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("rotary", ["", "interleaved"])
+def test_the_gradient_through_a_norm_is_the_definition_s(rotary, norm, centered):
+    whole = torch.randn(3, 10, 8 * 16, dtype=torch.float64, requires_grad=True)
+    q, k, v = whole.unflatten(-1, (-1, 16)).transpose(1, 2).split([4, 2, 2], 1)
+    angles = torch.randn(1, 1, 10, 8)
+    tables = [angles.cos().double(), angles.sin().double()] if rotary else [None, None]
+    vectors = [torch.randn(16, dtype=torch.float64, requires_grad=True) for _ in range(4 if norm == "layer" else 2)]
+    given = [q, k, v, *tables, *vectors, *[None] * (4 - len(vectors))]
+    attributes = {"form": "bshd", "packing": "2hd", "out_dtype": torch.float64, "rotary": rotary, "width": 16 if rotary else 0}
+    attributes |= {"normalized": norm, "eps": 1e-3, "zero_centered": centered}
+    made = ops.qkv(*given, **attributes)
+    grads = [torch.randn_like(t) for t in made]
+    expected, *of_vectors = torch.autograd.grad(made, [whole, *vectors], grads)
+    found, *summed = defined(call_of(given, **attributes), grads, given, [0, 64, 96])
+    assert torch.allclose(expected.flatten(0, 1), found.double(), 1e-4, 1e-5)
+    parts = [t.double().sum(0) for total in summed for t in (total[:4], total[4:])]
+    assert all(torch.allclose(e, f, 1e-4, 1e-4) for e, f in zip(of_vectors, parts, strict=True))
 
 
 def test_opcheck_of_the_gradient(monkeypatch):
@@ -121,9 +142,12 @@ def test_opcheck_of_the_gradient(monkeypatch):
     monkeypatch.setattr(torch, "allclose", lambda *ts, **k: allclose(*(t.view(torch.uint8) if t.dtype == E5M2 else t for t in ts), **k))
     q, k, v = tensors()
     angles = torch.randn(1, 1, 10, 16)
-    call = call_of([q, k, v, angles, angles], form="bshd", packing="2hd", out_dtype=q.dtype, rotary="halves", width=16)
-    given = (call.key, [q, k, v], [angles.cos(), angles.sin()], torch.tensor(2.0), E5M2, False, 16, [0, 64, 96], True, True, True)
-    torch.library.opcheck(torch.ops.te_dynamo.qkv_gradient.default, given)
+    inputs = [q, k, None, angles.cos(), angles.sin(), torch.ones(16), torch.ones(16), None, None]
+    for norm in ({}, {"normalized": "rms", "eps": 1e-6}):
+        call = call_of([q, k, v, angles, angles], form="bshd", packing="2hd", out_dtype=q.dtype, rotary="halves", width=16, **norm)
+        read = inputs if norm else [None, None, *inputs[2:5], *[None] * 4]
+        given = (call.key, [q, k, v], read, torch.tensor(2.0), E5M2, False, 16, [0, 64, 96], True, True, True)
+        torch.library.opcheck(torch.ops.te_dynamo.qkv_gradient.default, given)
 
 
 GRADIENT = """
@@ -136,20 +160,31 @@ GRADIENT = """
     torch.manual_seed(0)
     E5M2 = torch.float8_e5m2
     FP8_MAX[torch.float32] = FP8_MAX[E5M2]  # memory of float32: the interpreter rounds to FP8 otherwise than hardware
-    cases = itertools.product(("", "halves", "interleaved"), (torch.float32, torch.bfloat16), (16, 40, 64), (True, False))
-    for n, (rotary, dtype, head, whole) in enumerate(cases):
+    rms, layer = {"normalized": "rms", "eps": 1e-6}, {"normalized": "layer", "eps": 1e-5}
+    turned, dtypes = ("", "halves", "interleaved"), (torch.float32, torch.bfloat16)
+    cases = [*itertools.product(turned, dtypes, (16, 40, 64), (True, False), ({},))]
+    cases += itertools.product(turned, dtypes, (64, 128), (True,), (rms, layer))
+    cases.append(("halves", torch.float32, 256, False, rms))
+    for n, (rotary, dtype, head, whole, norm) in enumerate(cases):
         width = 0 if not rotary else head if whole else 8
         b, s, h, kv = 2, (5, 40)[n % 2], 5, 2
         buffer = torch.randn(b, s, h + 2 * kv, head, dtype=dtype).transpose(1, 2)
         grads = list(buffer.split([h, kv, kv], 1))
         angles = torch.randn(1 + n % 2, 1, s, width if n % 3 else width // 2)
         tables = [angles.cos().to(dtype), angles.sin()] if rotary else [None, None]
-        call = call_of([*grads, *tables], form="bshd", packing="2hd", out_dtype=dtype, rotary=rotary, width=width)
+        read = [None] * 3 + tables + [None] * 4
+        if norm:
+            read[:2] = (3 * torch.randn(b, s, h + kv, head, dtype=dtype) + 1).transpose(1, 2).split([h, kv], 1)
+            of_norm = (0, 2, 4 if norm is layer else 2)[n % 3]
+            read[5 : 5 + of_norm] = [torch.randn(head, dtype=dtype) for _ in range(of_norm)]
+        how = {"form": "bshd", "packing": "2hd", "out_dtype": dtype, "rotary": rotary, "width": width, "zero_centered": n % 5 == 0}
+        call = call_of([*grads, *tables], **how, **norm)
         starts = [0, h * head, (h + kv) * head] if n % 2 else [2 * kv * head, kv * head, 0]
         scale, wanted = torch.tensor(1e4), [(True, True, True), (False, True, True), (True, True, False)][n % 3]
-        found, expected = (_empty(grads, torch.float32, 16, *wanted) for _ in range(2))
-        launch(call, grads, tables, scale, found, False, starts)
-        values = defined(call, grads, tables, starts)
+        (found, of_norms), (expected, _) = (_empty(grads, read, torch.float32, 16, *wanted) for _ in range(2))
+        launch(call, grads, read, scale, found, of_norms, False, starts)
+        values, *summed = defined(call, grads, read, starts)
+        assert len(of_norms) == len(summed) and all(torch.allclose(f.sum(0), e, 1e-3, 1e-3) for f, e in zip(of_norms, summed))
         fill_both(expected, values, Casting().saturated(values, scale, E5M2))
         for name in ("data", "transposed"):
             a, e = (getattr(both, name) for both in (found, expected))

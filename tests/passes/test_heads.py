@@ -176,7 +176,7 @@ def test_a_norm_of_each_head_goes_with_it(last: bool) -> None:
     block.prepare = tuple((lambda x, n=n: n(llama(x))) if last else (lambda x, n=n: llama(n(x))) for n in norms)
     recorded, _ = staged(block)
     (node,) = prepared(recorded)
-    assert node.kwargs["normalized"] == "rms" and node.kwargs["norm_last"] is last
+    assert node.kwargs["normalized"] == "rms" and node.kwargs["norm_last"] is last and node.kwargs["rotary"] == "halves"
     check_numbers(recorded, 100)
 
 
@@ -187,7 +187,7 @@ def test_a_norm_alone(kind: type[nn.Module]) -> None:
     block.prepare = (lambda x: block.q_norm(x), lambda x: block.k_norm(x))
     recorded, _ = staged(block)
     (node,) = prepared(recorded)
-    assert "rotary" not in node.kwargs and node.kwargs["packing"] == "3hd"
+    assert "rotary" not in node.kwargs and not node.kwargs["norm_last"] and node.kwargs["packing"] == "3hd"
     check_numbers(recorded, 100)
 
 

@@ -1,19 +1,20 @@
-"""`ops.qkv` on a GPU: one kernel in forward. Backward is plain torch, which Inductor fuses with the cast of its result; or, if nothing is
-normalized and q, k and v come from one GEMM, one kernel that writes that GEMM's FP8 gradient and its transposed copy."""
+"""`ops.qkv` on a GPU: one kernel in forward. Backward is one kernel too if q, k and v come from one GEMM: it writes that GEMM's FP8
+gradient and its transposed copy. Otherwise it is plain torch, which Inductor fuses with the cast of its result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import te_dynamo.lowering.kernels.qkv
-import te_dynamo.lowering.kernels.qkv_gradient  # noqa: F401  (they declare the operators)
+import te_dynamo.lowering.kernels.qkv  # noqa: F401  (it declares its operator)
 from te_dynamo.ir.graph import same_size
-from te_dynamo.ir.qkv import rotate, rotate_gradient, views
+from te_dynamo.ir.qkv import views
 from te_dynamo.lowering.call import Call
+from te_dynamo.lowering.kernels.qkv_gradient import through
+from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements
 
@@ -34,8 +35,8 @@ class QKV(Implementation):
         rounds = case.attributes["round_before_weight"]
         return "its norm rounds to another dtype" if rounds not in (None, q.dtype) else None
 
-    def backward_reads(self, call: Call, needs: Needs) -> tuple[str, ...]:
-        return INPUTS if call["normalized"] else ("cos", "sin")
+    def backward_reads(self, call: Call, needs: Needs) -> Collection[str]:
+        return [name for name in INPUTS if name != "v"] if call["normalized"] else ("cos", "sin")
 
     def forward(self, call: Call, inputs: Sequence[Any], scales: Scales, needs: Needs) -> Forward:
         if call["in_place"]:
@@ -47,54 +48,31 @@ class QKV(Implementation):
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scales: Scales, needs: Needs
     ) -> Backward:
         q, k, _, cos, sin, *vectors = inputs
-        dq, dq_weight, dq_bias = _through(call, q, grads[0], cos, sin, *vectors[0::2])
-        dk, dk_weight, dk_bias = _through(call, k, grads[1], cos, sin, *vectors[1::2])
-        dv = grads[2].to(call.inputs[2]) if call["packing"] else None
-        return Backward([dq, dk, dv, None, None, dq_weight, dk_weight, dq_bias, dk_bias], [])
+        dq, *of_q = through(call, q, grads[0], cos, sin, *vectors[0::2])
+        dk, *of_k = through(call, k, grads[1], cos, sin, *vectors[1::2])
+        summed = [None if t is None else t.sum((0, 1, 2)) for pair in zip(of_q, of_k, strict=True) for t in pair]
+        gradients = [dq, dk, grads[2] if call["packing"] else None, None, None, *summed]
+        return Backward([None if t is None else t.to(dtype) for t, dtype in zip(gradients, call.inputs, strict=True)], [])
 
     def hands_gradient_of(self, case: Case) -> bool:
-        """If nothing is normalized and the GEMM's rows are the tokens of one sequence after the other."""
+        """If the GEMM's rows are the tokens of one sequence after the other, and a norm, which comes first, has whole tiles for a head."""
         q = case.inputs["q"]
         b, _, s, d = q.shape
         by_sequence = same_size(b, 1) or same_size(q.stride(0), s * q.stride(2))
-        return not case.attributes["normalized"] and by_sequence and same_size(q.stride(1), d) and same_size(q.stride(3), 1)
+        if not (by_sequence and same_size(q.stride(1), d) and same_size(q.stride(3), 1)):
+            return False
+        vectors = [case.inputs[name] is not None for name in INPUTS[5:]]
+        alike = vectors[0::2] == vectors[1::2] and vectors[0] >= vectors[2]  # q as k, and no bias without a weight
+        return not case.attributes["normalized"] or (not case.attributes["norm_last"] and alike and same_size(d % BLOCK_COLUMNS, 0))
 
     def quantized_gradient(
         self, call: Call, inputs: Sequence[Any], saved: Sequence[Quantized], grads: Sequence[Tensor], scale: Tensor
-    ) -> Sequence[Tensor]:
-        wanted, tables = call.hands_gradient, [inputs[INPUTS.index(name)] for name in ("cos", "sin")]
+    ) -> Backward:
+        wanted = call.hands_gradient
         given = [scale, *(wanted[name] for name in ("dtype", "saturate", "multiple"))]
         kinds = [wanted[name] for name in ("data", "transposed", "sums")]
-        return torch.ops.te_dynamo.qkv_gradient(call.key, list(grads), tables, *given, list(wanted["starts"]), *kinds)
-
-
-def _through(
-    call: Call, x: Tensor | None, grad: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x [B, H, S, D], which is read only for a norm, and of its norm's weight and bias [D]."""
-    dtype = call.inputs[0]
-    computed_in = torch.promote_types(dtype, torch.float32)
-    g, d_weight, d_bias = grad.to(computed_in), None, None
-
-    def unrotated(g: Tensor) -> Tensor:
-        return g if cos is None or sin is None else rotate_gradient(g, cos, sin, call["rotary"], call["width"])
-
-    if not call["normalized"] or x is None:
-        return unrotated(g).to(dtype), None, None
-    x = x.to(computed_in)
-    if call["norm_last"]:
-        x = x if cos is None or sin is None else rotate(x, cos, sin, call["rotary"], call["width"])
-    else:
-        g = unrotated(g)
-    centered = x - x.mean(-1, keepdim=True) if call["normalized"] == "layer" else x
-    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + call["eps"])
-    normalized = centered * rstd
-    if weight is not None:
-        d_weight = (g * normalized).sum((0, 1, 2)).to(weight.dtype)
-        d_bias = None if bias is None else g.sum((0, 1, 2)).to(bias.dtype)
-        g = g * (1 + weight.to(computed_in) if call["zero_centered"] else weight.to(computed_in))
-    dx = g - normalized * (g * normalized).mean(-1, keepdim=True)
-    if call["normalized"] == "layer":
-        dx = dx - g.mean(-1, keepdim=True)
-    dx = dx * rstd
-    return (unrotated(dx) if call["norm_last"] else dx).to(dtype), d_weight, d_bias
+        *made, sums = torch.ops.te_dynamo.qkv_gradient(call.key, list(grads), list(inputs), *given, list(wanted["starts"]), *kinds)
+        of_q = grads[0].shape[1]
+        summed = [t.sum((0, 1)) for vector in sums for t in (vector[:, :of_q], vector[:, of_q:])]
+        gradients = [t.to(dtype) for t, dtype in zip(summed, call.inputs[5:], strict=False)]
+        return Backward([*[None] * 5, *gradients, *[None] * (4 - len(gradients))], [], made)
