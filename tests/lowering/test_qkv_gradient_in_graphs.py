@@ -42,7 +42,7 @@ class Attention(nn.Module):
         return norm(turned) if norm is not None and self.last else turned
 
     def turned(self, x: Tensor) -> Tensor:
-        angles = torch.outer(torch.arange(S), 1 / 10 ** torch.linspace(0, 1, self.size // 2)).repeat(1, 2).to(x.dtype)
+        angles = torch.outer(torch.arange(x.shape[2]), 1 / 10 ** torch.linspace(0, 1, self.size // 2)).repeat(1, 2).to(x.dtype)
         a, b = x.chunk(2, -1)
         return x * angles.cos() + torch.cat((-b, a), -1) * angles.sin()
 
@@ -86,6 +86,19 @@ def test_other_norms_are_left_to_inductor(how, graphs):  # noqa: F811
     found = compiled(model, x)
     assert len(calls(graphs[0], ours.qkv.default)) == 1 and not calls(graphs[1], ours.qkv_gradient.default)
     assert min(sqnr(e, f) for e, f in zip(expected, found, strict=True)) > 17
+
+
+def test_token_counts_of_any_size(graphs):  # noqa: F811
+    model, _ = made(norm="rms")
+    x, longer = (torch.randn(B, n * S + 9, 64).bfloat16().requires_grad_() for n in (2, 3))
+    expected = compiled(model, x)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=te_fp8, fullgraph=True, dynamic=True)
+    found = results(run, model, x, steps=3)
+    known = len(graphs)
+    assert len(calls(graphs[known - 1], ours.qkv_gradient.default)) == 1
+    assert all(sqnr(e, f) > 40 for e, f in zip(expected, found, strict=True))
+    assert all(t.isfinite().all() for t in results(run, model, longer)) and len(graphs) == known
 
 
 def test_weights_that_learn_nothing_get_no_gradient(graphs):  # noqa: F811

@@ -12,7 +12,7 @@ from torch import Tensor
 from te_dynamo.ir.qkv import rotate, rotate_gradient
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.kernels.qkv import NORM, ROTARY
-from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, Both, blocks, cast, empty_both, fill_both
+from te_dynamo.lowering.kernels.tiles import BLOCK_COLUMNS, BLOCK_ROWS, Both, blocks, cast, empty_both, fill_both, padded
 
 
 @torch.library.custom_op("te_dynamo::qkv_gradient", mutates_args=())
@@ -67,9 +67,8 @@ def _empty(
     b, _, s, d = grads[0].shape
     both = empty_both(grads[0], b * s, [int(g.shape[1] * d) for g in grads], dtype, multiple, data, transposed, sums)
     vectors = sum(t is not None for t in inputs[5:]) // 2
-    tiles = sum(blocks(int(g.shape[1] * d), BLOCK_COLUMNS) for g in grads)
-    heads = grads[0].shape[1] + grads[1].shape[1]
-    shape = (vectors, both.amaxes.shape[0] // tiles, heads, d) if vectors else (0, 0, 0, 0)
+    heads, down = grads[0].shape[1] + grads[1].shape[1], blocks(padded(b * s, multiple), BLOCK_ROWS)
+    shape = (vectors, down, heads, d) if vectors else (0, 0, 0, 0)
     return both, grads[0].new_empty(shape, dtype=torch.float32)
 
 
