@@ -34,12 +34,20 @@ ROWWISE_TRAINING = Overhead(weight=8, activation=6, gradient=6, kernels=10)
 
 
 def not_worth_it(
-    x: Tensor, weight: Tensor, *, training: bool, device: Peak | None = None, products: int = 3, overhead: Overhead | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    training: bool,
+    shares_input: bool = False,
+    device: Peak | None = None,
+    products: int = 3,
+    overhead: Overhead | None = None,
 ) -> str | None:
     """Why `x [..., K] @ weight [N, K].T` would be slower in FP8, or None; weight may be [E, N, K], one matrix for each group of rows. On a
     CPU nothing is refused: there FP8 is used for its numerics.
 
-    device: None for the tensors' own. products: how many of a training step's three GEMMs are in FP8; overhead: in training.
+    shares_input: whether x is in FP8 anyway, for another linear. device: None for the tensors' own. products: how many of a training step's
+    three GEMMs are in FP8; overhead: in training.
     """
     if x.device.type != "cuda":
         return None
@@ -47,7 +55,7 @@ def not_worth_it(
     tokens, (n, k), groups = product(x.shape[:-1]), map(number, weight.shape[-2:]), product(weight.shape[:-2])
     flops = flops_of_gemm(x, weight) * (products if training else 1)
     gained = flops / (device.bf16_tflops * BF16_REACHED) / 1e6 - flops / (device.fp8_tflops * FP8_REACHED) / 1e6
-    moved = adds.weight * groups * n * k + adds.activation * tokens * k + adds.gradient * tokens * n
+    moved = adds.weight * groups * n * k + (0 if shares_input else adds.activation * tokens * k) + adds.gradient * tokens * n
     lost = moved / (device.gbs * MEMORY_REACHED) / 1e3 + adds.kernels * KERNEL_US
     if gained > lost:
         return None

@@ -39,6 +39,7 @@ class Case:
     recipe: None for high precision; trains: whether it has gradients.
     learns: whether a gradient flows to the input of this name; in_memory: whether that input is already in memory, so that no kernel that
         computes it could be fused with its reader.
+    shares_input: whether another linear that is taken reads the same input.
     only_operand: for a producer, whether only the operand that it makes is used.
     remakes: what backward recomputes (see `Call.remakes`).
     transposed, keeps_fp8: for a producer, whether backward reads the transposed copy of the operand, and whether the producer's inputs
@@ -53,6 +54,7 @@ class Case:
     trains: bool
     learns: Callable[[str], bool] = lambda name: False
     in_memory: Callable[[str], bool] = lambda name: False
+    shares_input: bool = False
     only_operand: bool = True
     remakes: tuple[str, ...] = ()
     transposed: bool = False
@@ -131,7 +133,7 @@ class Implementation:
 
     def not_worth_it(self, case: Case, x: Tensor, weight: Tensor) -> str | None:
         """Why a weight GEMM of this site, `x [..., K] @ weight [N, K].T`, would be slower than in high precision."""
-        return cost.not_worth_it(x, weight, training=case.trains)
+        return cost.not_worth_it(x, weight, training=case.trains, shares_input=case.shares_input)
 
     def hands_gradient_of(self, case: Case) -> bool:
         """Whether it can write the gradient of its inputs quantized; it then has `quantized_gradient`."""

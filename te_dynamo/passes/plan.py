@@ -103,14 +103,15 @@ class Planner:
             **facts,
         )
 
-    def unsupported(self, node: Node, trains: bool) -> str | None:
-        """Why nothing computes a site of weight GEMMs, or nothing should, as a clause; None if something does."""
+    def unsupported(self, node: Node, trains: bool, shares_input: bool) -> str | None:
+        """Why nothing computes a site of weight GEMMs, or nothing should, as a clause; None if something does. shares_input: whether
+        another site that is taken reads the same input."""
         op, recipe = site_of(node), node.meta[RECIPE]
         assert op is not None
         choice = registry.choose_for(op, recipe, self.options.provider, self.provider, self.device)
         if choice.implementation is None:
             return choice.reason
-        case = self.case(node, op, recipe, trains)
+        case = self.case(node, op, recipe, trains, shares_input=shares_input)
         costs = (choice.implementation.not_worth_it(case, fake(gemm.x), fake(gemm.weight)) for gemm in op.gemms(node))
         return choice.implementation.unsupported(case) or next((reason for reason in costs if reason), None)
 

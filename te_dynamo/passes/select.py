@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from te_dynamo import ops
 from te_dynamo.config import Options
 from te_dynamo.ir import op_of, site_of
+from te_dynamo.ir.graph import is_call
 from te_dynamo.ir.meta import RECIPE, UNIFORM_ROWS, origin_of, site_path
 from te_dynamo.passes.heads import read_norms
 from te_dynamo.passes.logits import find_logits
@@ -22,7 +26,7 @@ LOGITS = "the logits stay in high precision (include_logits=False)"
 ROUTER = "it chooses the experts: routers stay in high precision (include_routers=False)"
 UNREAD = "no FP8 linear or attention reads it"
 SKIPPED = "skip pattern "
-Unsupported = Callable[[Node, bool], "str | None"]
+Unsupported = Callable[[Node, bool, bool], "str | None"]
 
 
 def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
@@ -33,22 +37,21 @@ def skipped(path: str, patterns: tuple[str, ...]) -> str | None:
 def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_enabled: bool) -> dict[str, str]:
     """Which semantic nodes of the raised graph `gm` are not taken: the name of the node that each stands for, and why.
 
-    The graph gains each site's recipe, in `meta[RECIPE]`. unsupported: why no implementation takes a site, in training or not, as a clause.
+    The graph gains each site's recipe, in `meta[RECIPE]`. unsupported: why no implementation takes a site, in training or not, as a clause;
+    its last argument is whether a site that is taken reads the same input, so that it is quantized anyway: k and v may pay where q does.
     """
     kept = {} if options.include_routers else dict.fromkeys(find_routers(gm), ROUTER)
     kept |= {} if options.include_logits else dict.fromkeys(find_logits(gm), LOGITS)
-    excluded: dict[str, str] = {}
-    taken: set[Node] = set()
-    for node in gm.graph.nodes:
-        op = site_of(node)
-        if op is None:
-            continue
+    sites = [node for node in gm.graph.nodes if site_of(node) is not None]
+    for node in sites:
         node.meta[RECIPE] = options.recipe_of(site_path(node))
-        reason = _reason(node, kept.get(node), options, unsupported, grad_enabled)
-        if reason is None:
-            taken.add(node)
-        else:
-            excluded[origin_of(node)] = reason
+    reasons = {node: _reason(node, kept.get(node), options, partial(unsupported, node, grad_enabled)) for node in sites}
+    quantized = {operand for node, reason in reasons.items() if reason is None and (operand := _operand(node)) is not None}
+    for node in sites:
+        if reasons[node] is not None and _operand(node) in quantized:
+            reasons[node] = _reason(node, kept.get(node), options, partial(unsupported, node, grad_enabled), shares_input=True)
+    taken = {node for node, reason in reasons.items() if reason is None}
+    excluded = {origin_of(node): reason for node, reason in reasons.items() if reason is not None}
     of_heads = set(read_norms(gm.graph))
     for node in gm.graph.nodes:
         op = op_of(node)
@@ -78,7 +81,14 @@ def wants_fp8(node: Node, options: Options) -> bool:
     return chosen in ("fp8", "fp8_both") or (chosen == "auto" and recipe.fp8_attention)
 
 
-def _reason(node: Node, kept: str | None, options: Options, unsupported: Unsupported, grad_enabled: bool) -> str | None:
+def _operand(node: Node) -> tuple[Any, Any] | None:
+    """What a linear reads, and its recipe; None for other sites."""
+    return (node.args[0], node.meta[RECIPE]) if is_call(node, ops.linear) else None
+
+
+def _reason(
+    node: Node, kept: str | None, options: Options, unsupported: Callable[[bool], str | None], shares_input: bool = False
+) -> str | None:
     op = site_of(node)
     assert op is not None
     pattern = skipped(site_path(node), options.skip)
@@ -90,7 +100,7 @@ def _reason(node: Node, kept: str | None, options: Options, unsupported: Unsuppo
         return kept
     if node.meta[RECIPE] is None:
         return "its recipe is None: high precision"
-    return skips or unsupported(node, grad_enabled)
+    return skips or unsupported(shares_input)
 
 
 def against_wishes(reason: str | None) -> bool:

@@ -56,7 +56,7 @@ def test_on_a_cpu_nothing_is_refused():
 def test_whoever_selects_asks_for_each_linear(grad, no_codegen, monkeypatch):
     asked = []
 
-    def too_small(x, weight, *, training):
+    def too_small(x, weight, *, training, shares_input):
         asked.append((tuple(x.shape), tuple(weight.shape), training))
         return "too small to pay" if weight.shape[0] == 16 else None
 
@@ -70,6 +70,28 @@ def test_whoever_selects_asks_for_each_linear(grad, no_codegen, monkeypatch):
         torch.compile(lambda x: model(x), backend=te_fp8, options={"include_logits": True})(torch.randn(8, 32))
     assert {path[-1]: reason for path, reason in found.items()} == {"0": None, "2": "too small to pay"}
     assert set(asked) == {((8, 32), (48, 32), grad), ((8, 48), (16, 48), grad)}
+
+
+@pytest.mark.parametrize("order", ["qk", "kq"])
+def test_k_pays_where_q_has_quantized_its_input(order, no_codegen, monkeypatch):
+    def too_small(x, weight, *, training, shares_input):
+        return None if weight.shape[0] == 48 or shares_input else "too small to pay"
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.alone, self.o = nn.Linear(32, 48), nn.Linear(32, 16), nn.Linear(48, 16), nn.Linear(16, 48)
+
+        def forward(self, x):
+            made = {name: getattr(self, name)(x) for name in order}
+            return self.o(self.alone(made["q"] + made["k"].repeat(1, 3)))
+
+    monkeypatch.setattr("te_dynamo.lowering.cost.not_worth_it", too_small)
+    torch._dynamo.reset()
+    found = {}
+    with observing(lambda gm, sites, _: found.update({s.path: s.reason for s in sites if s.kind == "linear"})):
+        torch.compile(Model(), backend=te_fp8, options={"include_logits": True})(torch.randn(8, 32))
+    assert found == {"q": None, "k": None, "alone": "too small to pay", "o": None}
 
 
 def test_the_device_at_hand_decides(monkeypatch):

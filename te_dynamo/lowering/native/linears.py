@@ -34,8 +34,8 @@ class RowwiseLinears(FineGrainedLinears):
     opaque = False
 
     def not_worth_it(self, case: Case, x: Tensor, weight: Tensor) -> str | None:
-        products = 2 if getattr(case.recipe, "high_precision_wgrad", False) else 3
-        return cost.not_worth_it(x, weight, training=case.trains, products=products, overhead=cost.ROWWISE_TRAINING)
+        products, overhead = 2 if getattr(case.recipe, "high_precision_wgrad", False) else 3, cost.ROWWISE_TRAINING
+        return cost.not_worth_it(x, weight, training=case.trains, shares_input=case.shares_input, products=products, overhead=overhead)
 
     def unavailable(self, recipe: Recipe | None, device: torch.device) -> str | None:
         return too_old(device, HOPPER, "row-wise FP8 GEMMs")
