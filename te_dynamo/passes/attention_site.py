@@ -170,6 +170,25 @@ def size_of(operand: Operand, *names: str) -> Any:
     return math.prod(shape[operand.names.index(name)] for name in names if name in operand.names)
 
 
+def broadcast(scores: Operand, q: Operand, k: Operand, v: Operand) -> str | None:
+    """q, k and v must have the batch of the scores (or of the result); but one head of k and v may serve all heads of q."""
+    if k.repeats != v.repeats:
+        return "k and v have different numbers of heads"
+    whole = size_of(scores, "g", "b", "h")
+    for operand in (q, k, v):
+        heads = size_of(q, "h") if operand is not q and one_head(q, k, v) else operand.repeats
+        if not same_size(size_of(operand, "g", "b", "h") * heads, whole):
+            return "q, k and v are broadcast against one another"
+    return None
+
+
+def one_head(q: Operand, k: Operand, v: Operand) -> bool:
+    """Whether k and v have one head, and q has several."""
+    if "h" not in q.names or same_size(size_of(q, "h"), 1):
+        return False
+    return all("g" not in o.names and same_size(size_of(o, "h"), 1) for o in (k, v))
+
+
 # --- Building
 
 

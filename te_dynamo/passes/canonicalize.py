@@ -271,15 +271,16 @@ def _transpose(node: Node) -> Spelling | None:
     return Spelling(torch.transpose, (node.args[0], 0, 1)) if _rank(node.args[0]) == 2 else None
 
 
-def _reshape(node: Node) -> Spelling | None:
+def reshaped(node: Node) -> Spelling | None:
     """`view`, `reshape` and `permute`, with the sizes in one tuple."""
     x, *rest = node.args
-    shape: Any = rest[0] if len(rest) == 1 else node.kwargs.get("shape", rest)
+    named = node.kwargs.keys() & {"shape", "size"}
+    shape: Any = rest[0] if len(rest) == 1 else node.kwargs[next(iter(named))] if named else rest
     if node.target in ("view_as", "reshape_as"):
         shape = () if tensor(shape) is None else fake(shape).shape
         if not shape or not all(isinstance(s, int) for s in shape):
             return None
-    elif node.kwargs.keys() - {"shape"} or (isinstance(shape, Node) and isinstance(example(shape), tuple)):  # another tensor's size
+    elif node.kwargs.keys() - named or (isinstance(shape, Node) and isinstance(example(shape), tuple)):  # another tensor's size
         return None
     shape = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
     if any(isinstance(s, torch.dtype) for s in shape):  # view(dtype) reinterprets bits
@@ -356,7 +357,7 @@ FORMS: dict[Any, Callable[[Node], Spelling | None]] = {
     **dict.fromkeys((F.softmax, torch.softmax), _softmax),
     **dict.fromkeys((builtins.getattr, torch.ops.aten.numpy_T, torch.ops.aten.mT), _transposing_attribute),
     torch.t: _transpose,
-    **dict.fromkeys(("view", "reshape", "view_as", "reshape_as", torch.reshape, torch.permute), _reshape),
+    **dict.fromkeys(("view", "reshape", "view_as", "reshape_as", torch.reshape, torch.permute), reshaped),
     **dict.fromkeys(("to", "type_as", *CASTS), _cast),
     torch.square: _square,
     operator.truediv: _reciprocal,

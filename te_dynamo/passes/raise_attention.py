@@ -6,6 +6,8 @@ This file has the first of them, and the rules of all.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import Graph, Node
 
@@ -15,8 +17,10 @@ from te_dynamo.passes.attention_site import (
     Names,
     Operand,
     arrange_mask,
+    broadcast,
     emit_attention,
     look_through,
+    one_head,
     size_of,
 )
 from te_dynamo.passes.raise_attention_by_hand import ByHand
@@ -46,16 +50,21 @@ class ScaledDotProductAttention(Rule):
             return Declined("the scale or the dropout probability is computed in the graph")
         queries, keys = Operand(q, (*leading, "i", "d")), Operand(k, (*leading, "j", "d"))
         values = Operand(v, (*leading, "j", "e"))
-        grouped = _ungrouped(queries, keys, values)
+        keys, values, grouped = *(_ungrouped(queries, keys, values) or (keys, values)), bool(enable_gqa)
+        if grouped:
+            keys, values = (replace(o, repeats=size_of(queries, "h") // size_of(o, "h")) for o in (keys, values))
+        if fault := broadcast(Operand(node, (*leading, "i", "e")), queries, keys, values):
+            return Declined(fault)
         site = Attention(
             queries,
-            *(grouped or (keys, values)),
+            keys,
+            values,
             out=(*leading, "i", "e"),
             dtype=fake(node).dtype,
             scale=None if scale is None else float(scale),
             dropout_p=float(dropout_p),
             causal=bool(causal),
-            enable_gqa=bool(enable_gqa) or grouped is not None,
+            enable_gqa=grouped or keys.repeats > 1 or one_head(queries, keys, values),
         )
         return Match(node, [*site.k.nodes, *site.v.nodes, node], {"site": site, "mask": mask, "names": (*leading, "i", "j")})
 

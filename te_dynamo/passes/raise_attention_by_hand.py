@@ -33,20 +33,21 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from te_dynamo.ir import masked
-from te_dynamo.ir.graph import fake, is_call, is_method, operands, same_shape, same_size, tensor
+from te_dynamo.ir.graph import fake, is_call, is_method, operands, same_shape, tensor
 from te_dynamo.passes.attention_site import (
     Attention,
     Mask,
     Names,
     Operand,
+    broadcast,
     cast,
     emit_attention,
     emit_mask,
     look_through,
     merged,
     number,
+    one_head,
     scaled,
-    size_of,
     split,
     transposed,
 )
@@ -144,7 +145,7 @@ def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | 
         or _dtype_fault(scores.product, q, k, dtype)
         or next(filter(None, map(_mask_fault, scores.masks)), None)
         or ("batch and heads are split in different ways" if len(heads) > 1 else None)
-        or _broadcast(scores, q, k, v)
+        or broadcast(Operand(scores.product, scores.names), q, k, v)
     )
     if fault is not None:
         return Declined(fault)
@@ -159,7 +160,7 @@ def _attention(node: Node, p: Probabilities, v: Operand, out: Names) -> Match | 
         dropout_p=p.dropout_p,
         softcap=scores.softcap,
         sinks=sinks.value,
-        enable_gqa=k.repeats > 1 or _one_head(q, k, v),
+        enable_gqa=k.repeats > 1 or one_head(q, k, v),
     )
     nodes = [*q.nodes, *k.nodes, *v.nodes, *interior, node, output]
     return Match(output, nodes, {"site": site, "masks": scores.masks})
@@ -476,23 +477,6 @@ def _mask_fault(mask: Mask) -> str | None:
     if value.dtype != torch.bool:
         return f"the scores are filled where a tensor of dtype {_spelled(value.dtype)} says so"
     return None if mask.fill <= masked.FILL else f"scores are set to {mask.fill}, which does not mask them"
-
-
-def _broadcast(scores: Scores, q: Operand, k: Operand, v: Operand) -> str | None:
-    """q, k and v must have the batch of the scores; but one head of k and v may serve all heads of q."""
-    whole = size_of(Operand(scores.product, scores.names), "g", "b", "h")
-    for operand in (q, k, v):
-        heads = size_of(q, "h") if operand is not q and _one_head(q, k, v) else operand.repeats
-        if not same_size(size_of(operand, "g", "b", "h") * heads, whole):
-            return "q, k and v are broadcast against one another"
-    return None
-
-
-def _one_head(q: Operand, k: Operand, v: Operand) -> bool:
-    """Whether k and v have one head, and q has several."""
-    if "h" not in q.names or same_size(size_of(q, "h"), 1):
-        return False
-    return all("g" not in o.names and same_size(size_of(o, "h"), 1) for o in (k, v))
 
 
 def _spelled(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from te_dynamo import ops
 from te_dynamo.ir import all_ops, op_of
 from te_dynamo.ir.graph import EXAMPLE, example, is_call, is_method, tensor
 from te_dynamo.ir.meta import MEMBERS, PLAN, SITE, SLOTS
@@ -25,7 +26,7 @@ from te_dynamo.passes import canonicalize as canonical
 from te_dynamo.passes.attach import Slots
 from te_dynamo.passes.higher_order import rewritable_units
 from te_dynamo.passes.plan import Plan
-from te_dynamo.passes.regions import AUTOCAST
+from te_dynamo.passes.regions import AUTOCAST, transformed
 from te_dynamo.sites import Site
 
 
@@ -90,7 +91,10 @@ def require(gm: GraphModule, spec: Spec) -> None:
 
 
 def _problems(gm: GraphModule, spec: Spec) -> Iterator[tuple[Node, Problem]]:
+    inside = transformed(gm.graph)
     for node in gm.graph.nodes:
+        if node in inside:  # no stage rewrites it
+            continue
         for node_check in (*TABLE_CHECKS, *(_unbound(c) for c in spec.node_checks)):
             for problem in node_check(spec, node):
                 yield node, problem
@@ -222,10 +226,11 @@ def _canonical_cast(node: Node) -> Iterator[Problem]:
 
 
 def _canonical_shape(node: Node) -> Iterator[Problem]:
-    """A shape is a tuple of numbers, or one node that is a size."""
+    """A shape is a tuple of numbers, or of integer tensors that hold one, or one node that is a size."""
     if is_call(node, torch.reshape, torch.permute) and len(node.args) > 1 and isinstance(node.args[1], (tuple, list)):
         for size in node.args[1]:
-            if not fits(size, int):
+            held = tensor(size)
+            if not fits(size, int) and (held is None or held.dim() or held.is_floating_point()):
                 yield Problem(f"{size!r} in a shape", "a tuple of numbers, or a node that is a size by itself")
 
 
@@ -304,7 +309,7 @@ def _lowered_target(node: Node) -> Iterator[Problem]:
     module = getattr(node.target, "__module__", None) or ""
     if node.op != "call_function" or not module.startswith("te_dynamo.") or module.startswith("te_dynamo.lowering"):
         return
-    if op_of(node) is None:
+    if op_of(node) is None and node.target is not ops.permute:  # it is its own implementation
         yield Problem(f"a function of {module}", "after lowering only te_dynamo.lowering and torch compute")
 
 
@@ -317,8 +322,9 @@ def _both(first: Callable[[Node], bool], second: Callable[[Node], bool]) -> Call
 
 
 def _reshapes(node: Node) -> bool:
-    """Whether a `view` changes the shape; one with a dtype reinterprets bits, and has no other spelling."""
-    return not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+    """Whether a `view` or `reshape` has the canonical spelling: not one with a dtype, which reinterprets bits, or with another tensor's
+    whole size."""
+    return _first_is_tensor(node) and canonical.reshaped(node) is not None
 
 
 def _spelled_as(table: Mapping[Any, Any], when: Callable[[Node], bool]) -> dict[Any, Ban]:
@@ -339,8 +345,8 @@ CANONICAL = Spec(
     },
     methods={
         **{m: Ban(f"torch.{m}", _first_is_tensor) for m in canonical.METHODS},
-        "view": Ban("torch.reshape(x, shape)", _both(_first_is_tensor, _reshapes)),
-        "reshape": Ban("torch.reshape(x, shape)", _first_is_tensor),
+        "view": Ban("torch.reshape(x, shape)", _reshapes),
+        "reshape": Ban("torch.reshape(x, shape)", _reshapes),
         "permute": Ban("torch.permute(x, dims)", _first_is_tensor),
     },
     node_checks=(_has_value, _canonical_arguments, _canonical_shape, _canonical_cast),

@@ -24,10 +24,9 @@ from te_dynamo.passes.effects import storage, writes
 from te_dynamo.passes.weights import is_owned, path_of
 from te_dynamo.report.flops import GemmObserver, Visit, visits_of
 from te_dynamo.report.isolation import Memory, detached, discard_code, graph_breaks, untouched
-from te_dynamo.report.report import Report
+from te_dynamo.report.report import LOGITS, Report
 from te_dynamo.sites import WRAPPED, Site, Sites, clean_path
 
-LOGITS = "the logits"  # the reason for which logits are left begins with this
 UNRECOGNIZED = "no rule takes this product with a parameter"
 OUTSIDE = "ran outside of every compiled graph"
 # If torch has it (2.13), our compiled code never counts toward the user's recompile limits.

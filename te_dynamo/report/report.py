@@ -8,6 +8,7 @@ from typing import Any
 
 from te_dynamo.sites import Site
 
+LOGITS = "the logits"  # the reason for which logits are left begins with this
 COLUMNS = ("kind", "path", "sites", "provider", "recipe", "layout", "GFLOP", "not taken because")
 
 
@@ -69,9 +70,10 @@ class Report:
     def _summary(self) -> list[str]:
         taken = sum(site.provider is not None for site in self.sites)
         passes = "forward and backward" if self.backward else "forward"
+        without = ", without the logits" if any((site.reason or "").startswith(LOGITS) for site in self.sites) else ""
         lines = [
             f"te_fp8: {taken} of {len(self.sites)} sites taken",
-            f"FP8: {self.fp8_flop_fraction:.1%} of the FLOPs of the weight GEMMs ({passes})",
+            f"FP8: {self.fp8_flop_fraction:.1%} of the FLOPs of the weight GEMMs ({passes}{without})",
             f"graphs: {self.graph_count}, graph breaks: {self.graph_break_count}",
         ]
         for reason, count in self.graph_breaks.items():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from te_dynamo import ops
+from te_dynamo.backend import te_fp8
 from te_dynamo.ir.graph import is_call
 from te_dynamo.ir.permute import permute
 from tests.pipeline import stages_of
@@ -92,6 +93,13 @@ def test_each_spelling_is_read_and_right(there, back):
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, shares, model.weight])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)  # grouped_linear's definition rounds differently
+
+
+def test_a_training_step_is_verified(no_codegen):
+    torch.compiler.reset()
+    x, experts, shares = inputs()
+    torch.compile(Experts(by_sort, written_out), backend=te_fp8, options={"verify": True})(x, experts, shares).sum().backward()
+    assert x.grad is not None
 
 
 def test_transformers_mixtral_has_three():

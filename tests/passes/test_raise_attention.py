@@ -147,6 +147,29 @@ def test_sdpa_with_grouped_heads() -> None:
     assert node.kwargs["enable_gqa"]
 
 
+def test_sdpa_with_one_head_for_all_of_q() -> None:  # Falcon: PyTorch broadcasts it
+    node = one(F.scaled_dot_product_attention, *qkv(heads_kv=1))
+    assert node.kwargs["enable_gqa"]
+
+
+BROADCAST: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]] = {
+    "k and v have one batch": ((B, H), (1, H), (1, H), False),
+    "k and v have one batch and fewer heads": ((B, H), (1, G), (1, G), True),
+    "q has one batch": ((1, H), (B, H), (B, H), False),
+    "q has one head": ((B, 1), (B, H), (B, H), False),
+    "only k has one head": ((B, H), (B, 1), (B, H), False),
+    "v has more heads than k": ((B, H), (B, G), (B, H), True),
+    "batch and heads in one": ((B,), (1,), (1,), False),
+}
+
+
+@pytest.mark.parametrize(("q", "k", "v", "grouped"), BROADCAST.values(), ids=BROADCAST)
+def test_sdpa_that_broadcasts_otherwise_is_declined(q, k, v, grouped) -> None:
+    given = (random(*q, S, D), random(*k, T, D, seed=1), random(*v, T, D, seed=2))
+    reason = "different numbers of heads" if grouped and k != v else "broadcast against one another"
+    none(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped), *given, reason=reason)
+
+
 def test_sdpa_with_dropout() -> None:
     gm = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.25), *qkv())
     canonicalize(gm)

@@ -104,6 +104,21 @@ def test_a_spelling_that_is_not_canonical(fn: Callable[[Tensor], Tensor], remedy
     assert check(graph["canonicalize"], SPECS["canonicalize"]) == []
 
 
+def divided_size(x: Tensor) -> Tensor:  # Longformer
+    return x.view(torch.div(x.shape[0], 2, rounding_mode="trunc"), -1)
+
+
+def in_a_transform(x: Tensor) -> Tensor:  # masks of transformers
+    return torch.vmap(lambda row: (row.float() - 1).le(0).to(torch.bool))(x)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("fn", [lambda x: (x + 1).view(x.shape), lambda x: x.view(size=(2, 8)), divided_size, in_a_transform])
+def test_what_canonicalize_leaves_is_no_violation(fn: Callable[[Tensor], Tensor], dynamic: bool | None) -> None:
+    weight = nn.Parameter(torch.randn(4, 4))
+    assert violations(stages_of(lambda x: (fn(x), torch.nn.functional.linear(x, weight)), torch.randn(4, 4), dynamic=dynamic)) == {}
+
+
 def test_arithmetic_on_sizes_and_views_of_bits_are_no_violation() -> None:
     def fn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return x.view(torch.int32) * (x.shape[0] + 1), torch.nn.functional.linear(x, w)

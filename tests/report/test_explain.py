@@ -161,8 +161,10 @@ def test_logits_do_not_count_unless_included():
     assert "logits" in site(report, "head").reason and site(report, "head").flops == 2 * LINEAR_FLOPS
     assert report.fp8_flop_fraction == 1
     assert report.counted_flops == LINEAR_FLOPS * 6
+    assert "(forward and backward, without the logits)" in str(report)
     report = te_dynamo.explain(Language(), ids, backward=True, options={"include_logits": True})
     assert site(report, "head").provider and report.counted_flops == LINEAR_FLOPS * 12
+    assert "without the logits" not in str(report)
 
 
 def test_frozen_weights_and_no_grad(x):
