@@ -115,6 +115,8 @@ def in_a_transform(x: Tensor) -> Tensor:  # masks of transformers
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("fn", [lambda x: (x + 1).view(x.shape), lambda x: x.view(size=(2, 8)), divided_size, in_a_transform])
 def test_what_canonicalize_leaves_is_no_violation(fn: Callable[[Tensor], Tensor], dynamic: bool | None) -> None:
+    if fn is divided_size and dynamic and torch.__version__ < (2, 13):
+        pytest.skip("Dynamo may not divide a symbolic size yet")
     weight = nn.Parameter(torch.randn(4, 4))
     assert violations(stages_of(lambda x: (fn(x), torch.nn.functional.linear(x, weight)), torch.randn(4, 4), dynamic=dynamic)) == {}
 
