@@ -45,13 +45,15 @@ def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_ena
     sites = [node for node in gm.graph.nodes if site_of(node) is not None]
     for node in sites:
         node.meta[RECIPE] = options.recipe_of(site_path(node))
-    reasons = {node: _reason(node, kept.get(node), options, partial(unsupported, node, grad_enabled)) for node in sites}
-    quantized = {operand for node, reason in reasons.items() if reason is None and (operand := _operand(node)) is not None}
-    for node in sites:
-        if reasons[node] is not None and _operand(node) in quantized:
-            reasons[node] = _reason(node, kept.get(node), options, partial(unsupported, node, grad_enabled), shares_input=True)
+
+    def reason(node: Node, shares_input: bool) -> str | None:
+        return _reason(node, kept.get(node), options, partial(unsupported, node, grad_enabled, shares_input))
+
+    reasons = {node: reason(node, False) for node in sites}
+    quantized = {_operand(node) for node in sites if reasons[node] is None} - {None}
+    reasons |= {node: reason(node, True) for node in sites if reasons[node] is not None and _operand(node) in quantized}
     taken = {node for node, reason in reasons.items() if reason is None}
-    excluded = {origin_of(node): reason for node, reason in reasons.items() if reason is not None}
+    excluded = {origin_of(node): why for node, why in reasons.items() if why is not None}
     of_heads = set(read_norms(gm.graph))
     for node in gm.graph.nodes:
         op = op_of(node)
@@ -86,9 +88,7 @@ def _operand(node: Node) -> tuple[Any, Any] | None:
     return (node.args[0], node.meta[RECIPE]) if is_call(node, ops.linear) else None
 
 
-def _reason(
-    node: Node, kept: str | None, options: Options, unsupported: Callable[[bool], str | None], shares_input: bool = False
-) -> str | None:
+def _reason(node: Node, kept: str | None, options: Options, unsupported: Callable[[], str | None]) -> str | None:
     op = site_of(node)
     assert op is not None
     pattern = skipped(site_path(node), options.skip)
@@ -100,7 +100,7 @@ def _reason(
         return kept
     if node.meta[RECIPE] is None:
         return "its recipe is None: high precision"
-    return skips or unsupported(shares_input)
+    return skips or unsupported()
 
 
 def against_wishes(reason: str | None) -> bool:

@@ -10,6 +10,16 @@ from te_dynamo.lowering.kernels.tiles_triton import place, write_both
 
 
 @triton.jit
+def located(
+    block_row, block_column, rows, width, tokens, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile as `place` has it, and where its elements are in a tensor [B, H, S, D]: batch, token, head and feature."""
+    row, column, inside = place(block_row, block_column, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
+    b, s = (row // tokens).to(tl.int64)[:, None], (row % tokens).to(tl.int64)[:, None]
+    return row, column, inside, b, s, (column // D).to(tl.int64)[None, :], (column % D)[None, :]
+
+
+@triton.jit
 def unrotated(
     head, cos, sin, d, inside, turned, ROTARY: tl.constexpr, COS_PAIRS: tl.constexpr, SIN_PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -55,17 +65,14 @@ def part(
         if NORM == 2:
             mean = tl.zeros((BLOCK_ROWS, 1), tl.float32)
             for step in range(STEPS):
-                row, column, inside = place(block_row, first + step, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
-                b, s = (row // tokens).to(tl.int64)[:, None], (row % tokens).to(tl.int64)[:, None]
-                at = x + b * xb + s * xs + (column // D).to(tl.int64)[None, :] * xh + (column % D)[None, :]
+                row, column, inside, b, s, h, d = located(block_row, first + step, rows, width, tokens, D, BLOCK_ROWS, BLOCK_COLUMNS)
+                at = x + b * xb + s * xs + h * xh + d
                 mean += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 1)[:, None] / D
         squares = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         along = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         level = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         for step in range(STEPS):
-            row, column, inside = place(block_row, first + step, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
-            b, s = (row // tokens).to(tl.int64)[:, None], (row % tokens).to(tl.int64)[:, None]
-            h, d = (column // D).to(tl.int64)[None, :], (column % D)[None, :]
+            row, column, inside, b, s, h, d = located(block_row, first + step, rows, width, tokens, D, BLOCK_ROWS, BLOCK_COLUMNS)
             at = x + b * xb + s * xs + h * xh + d
             centered = tl.where(inside, tl.load(at, mask=inside, other=0.0).to(tl.float32) - mean, 0.0)
             head = grad + b * gb + s * gs + h * gh
@@ -78,9 +85,7 @@ def part(
         rstd = tl.rsqrt(squares / D + eps)
         along = along * rstd / D
     for step in range(STEPS):
-        row, column, inside = place(block_row, first + step, rows, width, BLOCK_ROWS, BLOCK_COLUMNS)
-        b, s = (row // tokens).to(tl.int64)[:, None], (row % tokens).to(tl.int64)[:, None]
-        h, d = (column // D).to(tl.int64)[None, :], (column % D)[None, :]
+        row, column, inside, b, s, h, d = located(block_row, first + step, rows, width, tokens, D, BLOCK_ROWS, BLOCK_COLUMNS)
         head = grad + b * gb + s * gs + h * gh
         values = unrotated(head, cos + b * cb + s * cs, sin + b * nb + s * ns, d, inside, turned, ROTARY, COS_PAIRS, SIN_PAIRS)
         if NORM:
