@@ -187,6 +187,12 @@ class Float8CurrentScaling(Recipe):
     def mixes_tokens(self) -> bool:
         return True
 
+    @property
+    def delayed(self) -> DelayedScaling:
+        """The recipe of a site whose kernels need scales in advance. With `like_te`, TE's for NVTE_DPA_FP8_RECIPE="DelayedScaling"."""
+        as_te: dict[str, Any] = {"amax_history_len": 1, "amax_compute_algo": "most_recent", "like_te": True} if self.like_te else {}
+        return DelayedScaling(fp8_format=self.fp8_format, **as_te)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Float8RowwiseScaling(Recipe):

@@ -19,6 +19,7 @@ from te_dynamo.cache_key import sources_key
 from te_dynamo.config import Options
 from te_dynamo.eager import eager, runs_eagerly
 from te_dynamo.lowering.graph_passes import joint_graph_passes
+from te_dynamo.lowering.quantize_rows import register_lowering
 from te_dynamo.lowering.registry import functions_in_graphs, modules
 from te_dynamo.passes.attach import Attached
 from te_dynamo.passes.lower import Lowered, Unset
@@ -38,6 +39,7 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
     # Torch's caches know a custom operator only by its name, so our sources and options must be part of their key.
     sources = sources_key(modules())
     marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{sources} {options.cache_key()}")
+    register_lowering()
     with ExitStack() as stack:
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
         stack.enter_context(config.patch(joint_custom_pre_pass=joint_graph_passes(sources, config.joint_custom_pre_pass)))

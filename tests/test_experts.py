@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -302,21 +303,25 @@ def test_routers_can_be_included(no_codegen: None) -> None:
 
 @pytest.mark.slow
 def test_training_follows_bf16() -> None:
-    """40 steps on the text of Python's help: the final loss is that of bf16."""
+    """40 steps on the text of Python's help: the final loss is that of bf16, on average over four parts of the text. A single run's varies
+    by 0.8% with rounding alone."""
     from pydoc_data import topics
 
     text = torch.frombuffer(bytearray("".join(topics.topics.values()).encode()), dtype=torch.uint8).long() % 128
-    losses = []
+    runs, losses = 4, []
     for backend in ("inductor", te_fp8):
         torch._dynamo.reset()
         model = model_of("mixtral", torch.bfloat16)
+        first = copy.deepcopy(model.state_dict())
         run = torch.compile(model, backend=backend)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for step in range(40):
-            ids = text[step * 512 : (step + 1) * 512].view(8, 64)
-            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-    assert abs(losses[1] / losses[0] - 1) < 5e-3, losses
+        for batches in text[: runs * 40 * 512].view(runs, 40, 8, 64):
+            model.load_state_dict(first)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+            for ids in batches:
+                loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    ratios = torch.tensor(losses[runs:]) / torch.tensor(losses[:runs])
+    assert abs(ratios.mean() - 1) < 5e-3, ratios

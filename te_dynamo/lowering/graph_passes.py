@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from te_dynamo.lowering import opaque, scalars  # noqa: F401  (register their operators)
 from te_dynamo.lowering.kept_inputs import ActivationsInFP8
+from te_dynamo.lowering.quantize_rows import Apart
 
 SITES = (torch.ops.te_dynamo.site_fwd.default, torch.ops.te_dynamo.site_bwd.default)
 
@@ -19,7 +20,7 @@ SITES = (torch.ops.te_dynamo.site_fwd.default, torch.ops.te_dynamo.site_bwd.defa
 def joint_graph_passes(version: str, before: Any) -> CustomGraphPass:
     """All of them, after those in `config.joint_custom_pre_pass` (`before`). version: of our code, which the caches' key must include."""
     given = [] if before is None else before if isinstance(before, (list, tuple)) else [before]
-    return InOrder(*given, OneMeasurement(version), ActivationsInFP8(version))
+    return InOrder(*given, OneMeasurement(version), Apart(version), ActivationsInFP8(version))
 
 
 class InOrder(CustomGraphPass):

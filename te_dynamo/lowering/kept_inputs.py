@@ -27,8 +27,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.lowering.fp8 import E4M3, E5M2
-from te_dynamo.lowering.packed import in_blocks, pack, unpack
-from te_dynamo.lowering.tolerant import COPIES, calls, divides, tolerates
+from te_dynamo.lowering.packed import BLOCK, in_blocks, pack, unpack
+from te_dynamo.lowering.tolerant import COPIES, calls, divides, keeps_shape, tolerates
 
 MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
 aten = torch.ops.aten
@@ -142,6 +142,7 @@ class _Rewrite:
         ):
             self.results -= unfit
             self.inside = self._inside()
+        self.kept = {part for r in self.results for part in _parts(r) or [r]}
         self.remade: dict[Node, Node] = {}  # node inside -> what backward reads in its place
         self.traced: dict[Any, GraphModule] = {}
 
@@ -254,7 +255,7 @@ class _Rewrite:
         if value not in self.inside:
             return value
         if value not in self.remade:
-            if value in self.results:
+            if value in self.kept:
                 self.remade[value] = self._kept_in_fp8(value, before)
             else:
                 with self.graph.inserting_before(before):
@@ -308,6 +309,23 @@ class _Rewrite:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with self.fake_mode:
             return node.target(*args, **kwargs)
+
+
+def _parts(rows: Node) -> list[Node]:
+    """The columns of a matrix, such as gate and up, if all reads of it are of these; else none. Each is then kept by itself, by the kernel
+    that reads all of them to compute one element of the activation: that kernel does not go over the whole matrix."""
+    parts: list[Node] = []
+    for user in rows.users:
+        if keeps_shape(user) and not _is_backward(user):
+            found = _parts(user)
+        elif calls(user, aten.split, aten.split_with_sizes) and user.args[2:] in ((1,), (-1,)):
+            found = list(user.users)
+        else:
+            return []
+        if not found or any(_is_backward(n) or _is_an_operator_s(n) or n.meta["val"].shape[1] % BLOCK for n in found):
+            return []
+        parts += found
+    return parts
 
 
 def _of_backward(node: Node) -> Node:

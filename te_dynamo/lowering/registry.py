@@ -255,6 +255,13 @@ class Producer:
         raise NotImplementedError
 
 
+class Substitute(NamedTuple):
+    """The recipe by which a provider computes a site whose own recipe it does not have, and the reason, as a clause."""
+
+    recipe: Callable[[Any], Recipe]
+    reason: str
+
+
 @dataclass(frozen=True)
 class Provider:
     """A source of kernels. unavailable: why it has none on a device, as a clause."""
@@ -269,6 +276,7 @@ _Key = tuple[str, str, type, str]  # operation, provider, recipe class, device t
 _IMPLEMENTATIONS: dict[_Key, Implementation] = {}
 _PRODUCERS: dict[_Key, Producer] = {}
 _MISSING: dict[tuple[str, str, type], str] = {}
+_INSTEAD: dict[tuple[str, str, type], Substitute] = {}
 Made = TypeVar("Made", bound=type)
 
 
@@ -280,6 +288,11 @@ def provider(name: str, unavailable: Callable[[torch.device], str | None]) -> No
 def missing(op: str, provider: str, reasons: Mapping[type[Recipe], str]) -> None:
     """Says why a provider does not have an operation in these recipes, as clauses."""
     _MISSING.update({(op, provider, recipe): reason for recipe, reason in reasons.items()})
+
+
+def instead(op: str, provider: str, substitutes: Mapping[type[Recipe], Substitute]) -> None:
+    """Says by which recipe a provider computes an operation where the options give it one of these."""
+    _INSTEAD.update({(op, provider, recipe): substitute for recipe, substitute in substitutes.items()})
 
 
 def _keys(op: str, provider: str | Sequence[str], recipes: Sequence[type], devices: Sequence[str]) -> list[_Key]:
@@ -407,6 +420,12 @@ def why_not(op: SemanticOp, recipe: Recipe | None, provider: str, device: torch.
         default = f"{provider} does not implement {op.kind} with this recipe on {device.type}"
         return _MISSING.get((op.grouped or op.name, provider, type(recipe)), default)
     return (None if asked else PROVIDERS[provider].unavailable(device)) or found.unavailable(recipe, device)
+
+
+def recipe_by(op: SemanticOp, recipe: Recipe | None, provider: str) -> tuple[Recipe | None, str]:
+    """The recipe by which a provider computes a site without weights to which the options give `recipe`; and if it is another one, why."""
+    substitute = _INSTEAD.get((op.name, provider, type(recipe)))
+    return (recipe, "") if substitute is None else (substitute.recipe(recipe), substitute.reason)
 
 
 def modules() -> set[str]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from te_dynamo.ir.graph import same_shape
+
 aten = torch.ops.aten
 COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, though their tags do not say so
 SHIFT = 3.0  # the largest constant that may be added: hardswish has 3, clamped SwiGLU 1
@@ -122,6 +124,11 @@ def _exponential(node: Node, inside: Collection[Node]) -> bool:
 def calls(node: Any, *packets: Any) -> bool:
     """Whether it is a node that calls an overload of one of these operators."""
     return isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in packets
+
+
+def keeps_shape(node: Any) -> bool:
+    """Whether it views something in its own shape."""
+    return calls(node, aten.view) and same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)
 
 
 def _is_positive(value: Any) -> bool:

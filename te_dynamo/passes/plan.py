@@ -298,16 +298,17 @@ class Planner:
         self, node: Node, op: SemanticOp, recipe: Recipe | None, trains: bool, detail: dict[str, str]
     ) -> tuple[Plan, dict[str, str]]:
         """The plan of a site in a recipe, by the first of the providers that computes it; by its definition if none does."""
-        case, reasons = self.case(node, op, recipe, trains), dict[str, str]()
+        reasons = dict[str, str]()
         for name in self._candidates(recipe):
-            reason = registry.why_not(op, recipe, name, self.device)
-            found = registry.find(op, name, recipe, self.device)
+            by, why = registry.recipe_by(op, recipe, name)
+            case, reason = self.case(node, op, by, trains), registry.why_not(op, by, name, self.device)
+            found = registry.find(op, name, by, self.device)
             if reason is None and found is not None:
                 reason = found.unsupported(case)
             if reason is None and found is not None:
                 kernel = found.kernel(case)
-                detail = detail | ({"kernel": kernel} if kernel else _declined(reasons))
-                return self._computed_by(name, found, op, recipe, trains), detail
+                detail = detail | ({"kernel": kernel} if kernel else _declined(reasons)) | ({"recipe": why} if why else {})
+                return self._computed_by(name, found, op, by, trains), detail
             if found is not None or recipe is not None:
                 reasons[name] = reason or ""
         declined = _declined(reasons)

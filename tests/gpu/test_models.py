@@ -80,7 +80,9 @@ def test_mixtures_of_experts(name, recipe):
     assert len(experts) == 4 and all(site.provider == "native" for site in experts)
 
 
-@pytest.mark.parametrize(("attention", "recipe"), [("fp8", "delayed"), ("fp8", "current"), ("fp8_both", "delayed")])
+@pytest.mark.parametrize(
+    ("attention", "recipe"), [("fp8", "delayed"), ("fp8", "current"), ("fp8_both", "delayed"), ("fp8_both", "current")]
+)
 def test_attention_in_fp8_by_te(attention, recipe, te):
     """Heads of 128, which Hopper's kernels can train."""
     case, config = CASES["llama"], hf.LlamaConfig(**DECODER | {"hidden_size": 512}, num_hidden_layers=2)

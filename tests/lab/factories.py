@@ -62,3 +62,22 @@ class Windowed(nn.Module):
 
 def windowed() -> tuple[nn.Module, Tensor]:
     return Windowed().bfloat16(), torch.randn(2, 1024, 512).bfloat16().requires_grad_()
+
+
+class Experts(nn.Module):
+    """SwiGLU experts, their tokens already sorted."""
+
+    def __init__(self, experts: int, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(experts, 2 * inner, hidden) * 0.02)
+        self.down = nn.Parameter(torch.randn(experts, hidden, inner) * 0.02)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        gate, up = torch._grouped_mm(x, self.gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        y: Tensor = torch._grouped_mm(nn.functional.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+        return y
+
+
+def experts(count: int = 4, tokens: int = 8192, hidden: int = 2048, inner: int = 4096) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    ends = torch.arange(1, count + 1, dtype=torch.int32) * (tokens // count)
+    return Experts(count, hidden, inner).bfloat16(), (torch.randn(tokens, hidden).bfloat16().requires_grad_(), ends)

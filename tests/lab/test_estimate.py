@@ -59,6 +59,22 @@ def test_the_command(forks):
 
 
 @possible
+@pytest.mark.parametrize("memory", ["balanced", "speed"])
+def test_between_experts_gemms_one_kernel_stores_only_fp8(memory):
+    """Forward: the activation, with what is kept of its inputs. Backward: its gradient, with a scale for each row."""
+    model, inputs = factories.experts(tokens=TOKENS)
+    found = te_dynamo.estimate(model, *inputs, options={"memory": memory})
+    generated = [launch for launch in found.sides[1].launches if launch.kind == "triton" and launch.bytes > TOKENS * HIDDEN]
+    assert [launch.phase for launch in generated] == ["forward"] * 2 + ["backward"] * 2  # the others cast x and the gradient
+    assert not any(f"out:bf16[{TOKENS}x" in launch.detail for launch in generated)
+    activation, gradient = generated[1], generated[3]
+    inner = TOKENS * 2 * HIDDEN  # the elements of gate, and of up
+    kept = 2 * inner if memory == "balanced" else 0
+    assert activation.bytes == pytest.approx(2 * 2 * inner + inner + kept, rel=0.04)
+    assert gradient.bytes == pytest.approx(2 * inner + (kept or 2 * 2 * inner) + 2 * inner, rel=0.04)
+
+
+@possible
 def test_a_generated_attention_computes_what_its_window_shows(forks):
     command = ["estimate", "tests.lab.factories:windowed", "--device", "h100", "--json", "--kernels"]
     (found,) = json.loads(forks.run(f"from te_dynamo.__main__ import main; assert main({command}) == 0", path=[str(ROOT)]))

@@ -251,6 +251,33 @@ def test_what_an_activation_reads_is_kept_in_fp8(graphs, act):
     assert all(22 < sqnr(e, f) < 60 for e, f in zip(exact, others, strict=False))
 
 
+class Joined(nn.Module):
+    """gate and up are the results of one linear; `shifts` reads all of it."""
+
+    def __init__(self, inner: int = INNER, shifts: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.both, self.down, self.shifts = nn.Linear(WIDTH, 2 * inner), nn.Linear(inner, WIDTH), shifts
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.both(x)
+        gate, up = both.chunk(2, -1)
+        gated = F.silu(gate) * up
+        return self.down(gated + torch.tanh(both).chunk(2, -1)[0] if self.shifts else gated)
+
+
+@pytest.mark.parametrize(("model", "parts"), [(Joined(), 2), (Joined(inner=192), 1), (Joined(shifts=True), 1)])
+def test_gate_and_up_from_one_gemm_are_kept_apart(graphs, model, parts):
+    """Each with the scales that it has in the whole, whose blocks do not span both."""
+    model, x = model.bfloat16(), torch.randn(TOKENS, WIDTH).bfloat16()
+    found = gradients(model, x)
+    whole = 2 * model.down.in_features
+    saved = [t for t in saved_for_backward(graphs[-2], 1) if t.dtype == E4M3 and t.dim() == 3]
+    assert [t.shape for t in saved] == [(TOKENS, whole // parts // 128, 128)] * parts
+    as_one = gradients(model, x[None])  # three dimensions: a matrix is kept
+    assert all(torch.equal(a.view_as(b), b) for a, b in zip(found, as_one, strict=True))
+
+
 def test_scales_of_its_own_are_no_such_statistic(graphs):
     """wgrad's operand is cast with scales of its columns, which forward computed from the exact values."""
     model, x = MLP(ACTIVATIONS["swiglu"]).bfloat16(), torch.randn(2, TOKENS // 2, WIDTH).bfloat16()

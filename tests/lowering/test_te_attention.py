@@ -20,7 +20,7 @@ from te_dynamo.backend import observing, te_fp8
 from te_dynamo.lowering.site import site
 from te_dynamo.lowering.te import attention as kernels
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
-from te_dynamo.recipe import Float8CurrentScaling
+from te_dynamo.recipe import DelayedScaling, Float8CurrentScaling
 from te_dynamo.sites import Site
 from tests import te_on_cpu
 from tests.calls import attention_call
@@ -444,14 +444,38 @@ def test_in_fp8_q_k_and_v_share_their_scale(no_codegen):
     assert state["attention.s.scale"] == 448  # the first row of a causal softmax is 1 at its first element
 
 
-@pytest.mark.parametrize(
-    ("recipe", "heads", "words"),
-    [("current", 2, "in backward its kernels want delayed scales for dP"), ("delayed", 4, "head size 128 on Hopper, not 64")],
-)
-def test_fp8_that_te_does_not_have_is_the_definition(recipe, heads, words, no_codegen):
-    module, x = SelfAttention(width=256, heads=heads).bfloat16(), torch.randn(2, 16, 256).bfloat16()
+@pytest.mark.parametrize("like_te", [False, True])
+def test_forward_and_backward_in_fp8_beside_linears_with_current_scaling(like_te, no_codegen):
+    """TE's kernels need the scales of dP and the gradients in advance: the attention gets delayed scales, and alone has state."""
+    torch.manual_seed(0)
+    module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 64, 256).bfloat16()
+    options = {"provider": "te", "recipe": Float8CurrentScaling(like_te=like_te), "attention": "fp8_both"}
+    ours, site = trained(module, x, **options)
+    assert (site.recipe, site.provider, site.detail["precision"]) == ("delayed", "te", "fp8")
+    assert site.detail["recipe"].startswith("backward's kernels need the scales of dP") and "scale" not in site.detail
+    exact, _ = trained(module, x, **options | {"attention": "high_precision"})
+    delayed, _ = trained(module, x, **options | {"recipe": DelayedScaling(like_te=like_te)})
+    for now, before, other in zip(exact, ours, delayed, strict=True):
+        assert sqnr(now, before) > sqnr(now, other) - 2 and 17 < sqnr(now, before) < 35
+
+    torch._dynamo.reset()
+    torch.compile(module, backend=te_fp8, options=options)(x).sum().backward()
+    scales = [name for name in te_dynamo.scale_state(module).state_dict() if name.endswith(".scale")]
+    assert len(scales) == 8 and all(name.startswith("attention.") for name in scales)
+
+
+def test_a_recipe_that_wants_fp8_attention_under_current_scaling(no_codegen):
+    module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
+    _, site = trained(module, x, provider="te", recipe=Float8CurrentScaling(fp8_dpa=True))
+    assert (site.recipe, site.detail["precision"]) == ("delayed", "fp8")
+
+
+@pytest.mark.parametrize("recipe", ["current", "delayed"])
+def test_fp8_that_te_does_not_have_is_the_definition(recipe, no_codegen):
+    module, x = SelfAttention(width=256, heads=4).bfloat16(), torch.randn(2, 16, 256).bfloat16()
     _, site = trained(module, x, provider="te", attention="fp8_both", recipe=recipe)
-    assert words in site.detail["kernel"] and site.detail["precision"] == "fp8"
+    assert "head size 128 on Hopper, not 64" in site.detail["kernel"] and (site.detail["precision"], site.recipe) == ("fp8", recipe)
+    assert "recipe" not in site.detail
 
 
 def test_inference():

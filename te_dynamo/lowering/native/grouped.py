@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 import te_dynamo.lowering.kernels.cast_matrices
-import te_dynamo.lowering.kernels.transpose_rows  # noqa: F401  (register their operators)
+import te_dynamo.lowering.kernels.transpose_rows
+import te_dynamo.lowering.quantize_rows  # noqa: F401  (register their operators)
 from te_dynamo.lowering import cost
 from te_dynamo.lowering.call import Call
 from te_dynamo.lowering.compute import scales_of
@@ -38,8 +39,6 @@ from te_dynamo.lowering.per_tensor import kept_by_one_scale, stored
 from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements
 from te_dynamo.recipe import Float8RowwiseScaling
-
-GRADIENT = Blocks(E4M3, 1, None, power_of_2=True)  # each row
 
 
 def multiply(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, fast: bool = False) -> Tensor:
@@ -119,22 +118,22 @@ class NativeGroups(Implementation):
                 with recomputed_in_backward():
                     w8 = w8._replace(transposed=_cast(call, weight, w8.scale, data=False, transposed=True)[1])
             assert w8.transposed is not None and w8.scale_inv is not None
-            g8 = for_both or GRADIENT.quantize(grad.float() * w8.scale_inv[groups.of_row])
+            g8 = for_both or _gradient(grad.float() * w8.scale_inv[groups.of_row])
             columns = (w8.scale_inv if by_tensor else one).expand(w8.transposed.shape[:2])
             dx = multiply(g8.data, w8.transposed, _of_rows(g8, groups.tokens), columns, offsets)
         if needs[1] and _wgrad_in_bf16(call):
             dw = torch._grouped_mm(grad.t(), x, offs=offsets)
         elif needs[1]:
             assert x8.scale_inv is not None
-            g8 = for_both or GRADIENT.quantize(grad.float() * x8.scale_inv.unsqueeze(1))
+            g8 = for_both or _gradient(grad.float() * x8.scale_inv.unsqueeze(1))
             dw = _wgrad(g8, x8, groups, x8.scale_inv if by_tensor else one, like_inputs=call["inputs_first"])
-        return Backward([dx, dw, None], [row_amax(groups.only(grad))] if by_tensor else [])
+        return Backward([dx, dw, None], [] if for_both is None else [groups.only(for_both.amax)])
 
 
 def _gradient(grad: Tensor) -> Quantized:
-    """For dgrad and wgrad."""
-    g8 = GRADIENT.quantize(grad)
-    return g8._replace(data=stored(g8.data))
+    """Each row has its scale."""
+    data, inverse, amax = torch.ops.te_dynamo.quantize_rows([grad], E4M3)
+    return Quantized(stored(data), inverse, amax=amax)
 
 
 def _wgrad_in_bf16(call: Call) -> bool:

@@ -25,7 +25,7 @@ from te_dynamo.lowering.kernels import cast_rotated  # noqa: F401  its operator
 from te_dynamo.lowering.native.unpadded import UnpaddedAttention, is_causal
 from te_dynamo.lowering.quantized import Quantized, Scales
 from te_dynamo.lowering.reference.attention import modified, no_gradients, softmax_scale
-from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, implements, missing
+from te_dynamo.lowering.registry import HIGH_PRECISION, Backward, Case, Forward, Implementation, Needs, Substitute, implements, instead
 from te_dynamo.lowering.rotation import center_of, centered, prepares, rotated_amax
 from te_dynamo.lowering.te.attention_limits import AttentionCase, refused
 from te_dynamo.lowering.te.library import api, capability, cudnn_version, running
@@ -365,7 +365,8 @@ def _common_attributes(call: Call, q: Tensor, layout: str) -> tuple[str, bool, f
     return layout, call["causal"] or call["window"] >= 0, softmax_scale(call, q)
 
 
-missing("attention", "te", {Float8CurrentScaling: "in backward its kernels want delayed scales for dP and the gradients (attention='fp8')"})
+IN_ADVANCE = "backward's kernels need the scales of dP and the gradients in advance"
+instead("attention", "te", {Float8CurrentScaling: Substitute(lambda recipe: recipe.delayed, IN_ADVANCE)})
 
 
 @implements("attention", provider="te", recipes=(HIGH_PRECISION,))
