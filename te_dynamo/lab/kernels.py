@@ -29,7 +29,8 @@ class NotedKernel:
         ins, outs = [t for name, t in named if not name.startswith("out_")], [t for name, t in named if "out_" in name]
         sizes = [a for a in args if isinstance(a, int)]
         told = self.tuner.inductor_meta.get("kernel_num_gb")
-        moved = int(told * 1e9) if told else nbytes(t for _, t in named)
+        partial_sums = nbytes(t for name, t in named if name.startswith("ws_"))  # of which Inductor's own count knows nothing
+        moved = int(told * 1e9) + partial_sums if told else nbytes(t for _, t in named)
         reduction = self.name.startswith(("triton_red", "triton_per"))
         scattered = self.accesses.scattered_bytes(sizes, reduction, self.tuner.triton_meta["signature"], self.tuner.configs)
         copies, tiled = self.accesses.copies(), "ynumel" in self.tuner.fn.arg_names

@@ -43,6 +43,9 @@ def test_the_command(forks):
         assert side["ms"] == pytest.approx(sum(launch["us"] for launch in side["launches"]) / 1e3)
         assert side["ms"] == pytest.approx(sum(side["groups"].values()) / 1e3)
         assert side["ms"] == pytest.approx(side["forward_ms"] + side["backward_ms"])
+        # The norm's gradient, with its weight's as partial sums: four matrices, and the sums once.
+        (both,) = [launch for launch in side["launches"] if " ws:f32[524288]" in launch["detail"]]
+        assert both["bytes"] == pytest.approx(4 * 2 * TOKENS * HIDDEN + 4 * 524288, rel=1e-3)
     assert inductor["fp8_tflop"] == 0 and fp8["fp8_tflop"] == fp8["tflop"]
     peak = PEAKS["NVIDIA H100 80GB HBM3"]
     overhead = 6 * 1.5e-3
