@@ -314,18 +314,26 @@ class _Rewrite:
 def _parts(rows: Node) -> list[Node]:
     """The columns of a matrix, such as gate and up, if all reads of it are of these; else none. Each is then kept by itself, by the kernel
     that reads all of them to compute one element of the activation: that kernel does not go over the whole matrix."""
-    parts: list[Node] = []
+    splits = _splits(rows)
+    parts = [part for split in splits for part in split.users]
+    if any(split.args[1] != splits[0].args[1] for split in splits):
+        return []  # they overlap, and some columns would be kept twice
+    whole = any(_is_backward(n) or _is_an_operator_s(n) or n.meta["val"].shape[1] % BLOCK for n in parts)
+    return [] if whole else parts
+
+
+def _splits(rows: Node) -> list[Node]:
+    """What splits the columns of a matrix, if nothing else reads it; else none."""
+    found: list[Node] = []
     for user in rows.users:
         if keeps_shape(user) and not _is_backward(user):
-            found = _parts(user)
-        elif calls(user, aten.split, aten.split_with_sizes) and user.args[2:] in ((1,), (-1,)):
-            found = list(user.users)
+            splits = _splits(user)
         else:
+            splits = [user] if calls(user, aten.split, aten.split_with_sizes) and user.args[2:] in ((1,), (-1,)) else []
+        if not splits:
             return []
-        if not found or any(_is_backward(n) or _is_an_operator_s(n) or n.meta["val"].shape[1] % BLOCK for n in found):
-            return []
-        parts += found
-    return parts
+        found += splits
+    return found
 
 
 def _of_backward(node: Node) -> Node:

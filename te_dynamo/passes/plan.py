@@ -22,6 +22,7 @@ from te_dynamo.lowering.fp8 import casting_of
 from te_dynamo.lowering.limits import ALIGNMENT_ON_GPU
 from te_dynamo.lowering.memory import MEMORY
 from te_dynamo.lowering.registry import Case, Implementation
+from te_dynamo.passes.attach import anchor_of
 from te_dynamo.passes.effects import storage
 from te_dynamo.passes.padding import keeps_padding
 from te_dynamo.passes.readers import Reader
@@ -274,7 +275,7 @@ class Planner:
                 node.target = op.definition
         plan = Plan(self.provider, None, trains)
         detail: dict[str, str] = {}
-        in_fp8 = op_named(op.forward_only) if op.forward_only and getattr(self.options, op.kind, "") == "fp8" else op
+        in_fp8 = op_named(op.forward_only) if op.forward_only and self._only_forward(op, wanted, trains) else op
         for recipe in (wanted, None) if wanted is not None else (None,):
             plan, detail = self._implemented(node, op if recipe is None else in_fp8, recipe, trains, detail)
             if plan.implemented:
@@ -294,6 +295,13 @@ class Planner:
         site.detail |= {**node.meta.get(NOTES, {}), **detail}
         node.meta[PLAN], node.meta[SITE] = plan, self.sites.add(site)
 
+    def _only_forward(self, op: SemanticOp, recipe: Recipe | None, trains: bool) -> bool:
+        """Whether only the forward of a site without weights is to be in FP8. In inference it is all there is: scales that backward alone
+        needs in advance would saturate inputs larger than those of training, which a recipe without state never does."""
+        if getattr(self.options, op.kind, "") == "fp8":
+            return True
+        return recipe is not None and not (trains or recipe.stateful or getattr(recipe, "like_te", False))
+
     def _implemented(
         self, node: Node, op: SemanticOp, recipe: Recipe | None, trains: bool, detail: dict[str, str]
     ) -> tuple[Plan, dict[str, str]]:
@@ -304,7 +312,7 @@ class Planner:
             case, reason = self.case(node, op, by, trains), registry.why_not(op, by, name, self.device)
             found = registry.find(op, name, by, self.device)
             if reason is None and found is not None:
-                reason = found.unsupported(case)
+                reason = found.unsupported(case) or (None if found.calibrates else _keeps_no_scales(node, by))
             if reason is None and found is not None:
                 kernel = found.kernel(case)
                 detail = detail | ({"kernel": kernel} if kernel else _declined(reasons)) | ({"recipe": why} if why else {})
@@ -322,6 +330,13 @@ class Planner:
             return [self.provider]
         beside = self.options.provider == "auto" and te_is_beside(self.device)
         return [*(["te"] if beside else []), self.provider]
+
+
+def _keeps_no_scales(node: Node, recipe: Recipe | None) -> str | None:
+    """Why a site without weights, whose kernels need its scales in advance, has nowhere to keep them, as a clause."""
+    if recipe is None or not recipe.stateful or anchor_of(node) is not None:
+        return None
+    return "its kernels need scales in advance, which are kept with the weights of an FP8 linear, and its graph has none"
 
 
 def _note_scale(site: Site, recipe: Recipe | None) -> None:

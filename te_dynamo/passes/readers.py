@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from te_dynamo import ops
 from te_dynamo.ir import op_of
-from te_dynamo.ir.graph import fake, is_call, tensor
+from te_dynamo.ir.graph import fake, is_call, same_size, tensor
 from te_dynamo.ir.meta import READER
 from te_dynamo.passes.effects import storage, written_between
 from te_dynamo.passes.weights import is_view
@@ -73,7 +73,7 @@ def _is_alone(found: list[_Columns], reader: Node) -> bool:
 
 
 def _columns(value: Any) -> _Columns | None:
-    """The columns of a GEMM's output that `value` is a view of, its other dimensions being the tokens; None if it is no such view."""
+    """The columns of a GEMM's output that `value` is a view of, its other dimensions being all tokens; None if it is no such view."""
     node, chain = value, list[Node]()
     while is_view(node) and not is_call(node.args[0], ops.linears):
         chain.append(node)
@@ -93,6 +93,8 @@ def _columns(value: Any) -> _Columns | None:
         if stride != width and size != 1:
             return None
         width *= size
+    if not same_size(part.numel() * sizes[member], output.numel() * width):  # only some of the tokens
+        return None
     offset = part.storage_offset() - output.storage_offset()
     if not _is_number(offset) or not 0 <= offset <= sizes[member] - width:
         return None

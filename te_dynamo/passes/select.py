@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from te_dynamo.ir.graph import is_call
 from te_dynamo.ir.meta import RECIPE, UNIFORM_ROWS, origin_of, site_path
 from te_dynamo.passes.heads import read_norms
 from te_dynamo.passes.logits import find_logits
+from te_dynamo.passes.regions import regions
 from te_dynamo.passes.routers import find_routers
 
 UNIFORM = (
@@ -40,6 +41,7 @@ def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_ena
     The graph gains each site's recipe, in `meta[RECIPE]`. unsupported: why no implementation takes a site, in training or not, as a clause;
     its last argument is whether a site that is taken reads the same input, so that it is quantized anyway: k and v may pay where q does.
     """
+    where = regions(gm.graph, grad_enabled)
     kept = {} if options.include_routers else dict.fromkeys(find_routers(gm), ROUTER)
     kept |= {} if options.include_logits else dict.fromkeys(find_logits(gm), LOGITS)
     sites = [node for node in gm.graph.nodes if site_of(node) is not None]
@@ -47,11 +49,11 @@ def select(gm: GraphModule, options: Options, unsupported: Unsupported, grad_ena
         node.meta[RECIPE] = options.recipe_of(site_path(node))
 
     def reason(node: Node, shares_input: bool) -> str | None:
-        return _reason(node, kept.get(node), options, partial(unsupported, node, grad_enabled, shares_input))
+        return _reason(node, kept.get(node), options, partial(unsupported, node, where[node][1], shares_input))
 
     reasons = {node: reason(node, False) for node in sites}
-    quantized = {_operand(node) for node in sites if reasons[node] is None} - {None}
-    reasons |= {node: reason(node, True) for node in sites if reasons[node] is not None and _operand(node) in quantized}
+    quantized = {_operand(node, where) for node in sites if reasons[node] is None} - {None}
+    reasons |= {node: reason(node, True) for node in sites if reasons[node] is not None and _operand(node, where) in quantized}
     taken = {node for node, reason in reasons.items() if reason is None}
     excluded = {origin_of(node): why for node, why in reasons.items() if why is not None}
     of_heads = set(read_norms(gm.graph))
@@ -83,9 +85,9 @@ def wants_fp8(node: Node, options: Options) -> bool:
     return chosen in ("fp8", "fp8_both") or (chosen == "auto" and recipe.fp8_attention)
 
 
-def _operand(node: Node) -> tuple[Any, Any] | None:
-    """What a linear reads, and its recipe; None for other sites."""
-    return (node.args[0], node.meta[RECIPE]) if is_call(node, ops.linear) else None
+def _operand(node: Node, where: Mapping[Node, tuple[int, bool]]) -> tuple[Any, ...] | None:
+    """What is equal for linears that `fuse` makes one group of, whose input has one scale and is quantized once; None for other sites."""
+    return (node.args[0], node.kwargs["out_dtype"], node.meta[RECIPE], where[node]) if is_call(node, ops.linear) else None
 
 
 def _reason(node: Node, kept: str | None, options: Options, unsupported: Callable[[], str | None]) -> str | None:

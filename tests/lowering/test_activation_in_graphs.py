@@ -127,6 +127,18 @@ def test_the_gradient_of_what_something_else_reads_too_is_inductor_s():
     assert sites_of(model, model_and_input()[1])[1:] == (1, 0)
 
 
+@pytest.mark.parametrize("read", [slice(1), slice(None, None, 2)], ids=["the first half", "every second sequence"])
+def test_the_gradient_of_some_of_the_tokens_is_inductor_s(read):
+    class Sliced(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.gate(h := self.norm(x)), self.up(h)
+            return self.down(F.silu(gate[read]) * up[read])
+
+    torch.manual_seed(0)
+    model = Sliced().bfloat16()
+    assert sites_of(model, model_and_input()[1])[1:] == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("frozen", "expected"),
     [(("down",), (0, 0)), (("gate", "up"), (1, 0)), (("gate",), (1, 0))],

@@ -94,6 +94,31 @@ def test_k_pays_where_q_has_quantized_its_input(order, no_codegen, monkeypatch):
     assert found == {"q": None, "k": None, "alone": "too small to pay", "o": None}
 
 
+def test_a_region_without_gradients_is_inference(no_codegen, monkeypatch):
+    """Its weights are quantized once, so it may pay where training does not; and what trains beside it quantizes its input by itself."""
+    asked: set[tuple[int, bool, bool]] = set()
+
+    def too_small(x, weight, *, training, shares_input):
+        asked.add((weight.shape[0], training, shares_input))
+        return "too small to pay" if weight.shape[0] == 16 and not shares_input else None
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(32, 48), nn.Linear(32, 16)
+
+        def forward(self, x):
+            learned = self.student(x)
+            with torch.no_grad():
+                taught = self.teacher(x)
+            return learned.mean() + taught.mean()
+
+    monkeypatch.setattr("te_dynamo.lowering.cost.not_worth_it", too_small)
+    torch._dynamo.reset()
+    torch.compile(Model(), backend=te_fp8, options={"include_logits": True})(torch.randn(8, 32))
+    assert asked == {(48, True, False), (16, False, False)}
+
+
 def test_the_device_at_hand_decides(monkeypatch):
     """A known GPU's own peaks count, as an RTX 4090's, whose memory is slow compared with its GEMMs' gain; else an H100's."""
     from te_dynamo.lowering.devices import H100, PEAKS, peak_of

@@ -278,6 +278,19 @@ def test_gate_and_up_from_one_gemm_are_kept_apart(graphs, model, parts):
     assert all(torch.equal(a.view_as(b), b) for a, b in zip(found, as_one, strict=True))
 
 
+@pytest.mark.parametrize("again", [256, [384, 128]], ids=["the same parts", "others"])
+def test_no_column_is_kept_twice(graphs, again):
+    class Split(Joined):
+        def forward(self, x: Tensor) -> Tensor:
+            both = self.both(x)
+            (gate, up), others = both.split(256, 1), both.split(again, 1)
+            return self.down(F.silu(gate) * up + torch.tanh(torch.cat(others, 1))[:, 128:384])
+
+    gradients(Split().bfloat16(), torch.randn(TOKENS, WIDTH).bfloat16())
+    saved = [t for t in saved_for_backward(graphs[-2], 1) if t.dtype == E4M3 and t.dim() == 3]
+    assert sum(t.numel() for t in saved) == TOKENS * 2 * INNER
+
+
 def test_scales_of_its_own_are_no_such_statistic(graphs):
     """wgrad's operand is cast with scales of its columns, which forward computed from the exact values."""
     model, x = MLP(ACTIVATIONS["swiglu"]).bfloat16(), torch.randn(2, TOKENS // 2, WIDTH).bfloat16()

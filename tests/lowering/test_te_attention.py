@@ -470,6 +470,34 @@ def test_a_recipe_that_wants_fp8_attention_under_current_scaling(no_codegen):
     assert (site.recipe, site.detail["precision"]) == ("delayed", "fp8")
 
 
+@pytest.mark.parametrize("like_te", [False, True])
+def test_in_inference_current_scaling_stays_current(like_te, no_codegen):
+    """Nothing needs scales in advance there, and those of training would saturate larger inputs. With `like_te` they are TE's."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 64, 256).bfloat16()
+    with torch.no_grad():
+        module.q.weight.mul_(0.01)  # or larger inputs would make the softmax a maximum
+    seen: list[Site] = []
+    options = {"provider": "te", "recipe": Float8CurrentScaling(like_te=like_te), "attention": "fp8_both"}
+    run = torch.compile(module, backend=te_fp8, fullgraph=True, options=options)
+    with observing(lambda gm, sites, _: seen.extend(s for s in sites.taken() if s.kind == "attention")):
+        for _ in range(2):
+            run(x).float().square().sum().backward()
+        with torch.no_grad():
+            y = run(16 * x)
+    assert [s.recipe for s in seen] == ["delayed", "delayed" if like_te else "current"]
+    assert (sqnr(module(16 * x), y) > 20) != like_te
+
+
+def test_scales_in_advance_need_an_fp8_linear_that_keeps_them(no_codegen):
+    module, x = SelfAttention(width=256, heads=2).bfloat16(), torch.randn(2, 16, 256).bfloat16()
+    for recipe in ("current", "delayed"):
+        _, site = trained(module, x, provider="te", attention="fp8_both", recipe=recipe, skip=["?"])  # its linears
+        assert "kept with the weights of an FP8 linear" in site.detail["kernel"] and site.provider != "te"
+        assert (site.detail["precision"], site.recipe) == ("fp8", recipe)  # by its definition
+
+
 @pytest.mark.parametrize("recipe", ["current", "delayed"])
 def test_fp8_that_te_does_not_have_is_the_definition(recipe, no_codegen):
     module, x = SelfAttention(width=256, heads=4).bfloat16(), torch.randn(2, 16, 256).bfloat16()
