@@ -105,6 +105,14 @@ def test_what_eager_attention_gives(name):
         torch.testing.assert_close(a.double(), b.double(), atol=5e-6, rtol=5e-4)
 
 
+def test_a_causal_mask_alone_is_left_to_torch_s_kernels():
+    """On a GPU they take half the time."""
+    model, found = DECODERS["llama"](), list[Site]()
+    with observing(lambda gm, sites, _: found.extend(s for s in sites.taken() if s.kind == "attention")):
+        results(torch.compile(model, backend=te_fp8, fullgraph=True), model, {})
+    assert [(site.detail["mask"], site.detail.get("kernel")) for site in found] == [("causal", None)]
+
+
 def test_the_graph_that_calibrates_is_run_as_it_is_and_reads_the_mask():
     """Without generated code, `flex_attention` would materialize all scores."""
     with interpreted():
