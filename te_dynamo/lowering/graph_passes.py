@@ -11,8 +11,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 from te_dynamo.lowering import opaque, scalars  # noqa: F401  (register their operators)
+from te_dynamo.lowering.aten import JointPass
 from te_dynamo.lowering.kept_inputs import ActivationsInFP8
 from te_dynamo.lowering.quantize_rows import Apart
+from te_dynamo.lowering.residuals import ResidualSums
 
 SITES = (torch.ops.te_dynamo.site_fwd.default, torch.ops.te_dynamo.site_bwd.default)
 
@@ -20,7 +22,7 @@ SITES = (torch.ops.te_dynamo.site_fwd.default, torch.ops.te_dynamo.site_bwd.defa
 def joint_graph_passes(version: str, before: Any) -> CustomGraphPass:
     """All of them, after those in `config.joint_custom_pre_pass` (`before`). version: of our code, which the caches' key must include."""
     given = [] if before is None else before if isinstance(before, (list, tuple)) else [before]
-    return InOrder(*given, OneMeasurement(version), Apart(version), ActivationsInFP8(version))
+    return InOrder(*given, *(each(version) for each in (OneMeasurement, Apart, ActivationsInFP8, ResidualSums)))
 
 
 class InOrder(CustomGraphPass):
@@ -39,19 +41,13 @@ class InOrder(CustomGraphPass):
             each(graph)
 
 
-class OneMeasurement(CustomGraphPass):
+class OneMeasurement(JointPass):
     """Merges the last step of computing a graph's amaxes, a small kernel for each site, into one for each direction:
     `cat([largest(a), largest(b), ...])` becomes `largest(a + b + ...)`, and a `cat` of amaxes that operators on a CPU computed becomes one
     call. Otherwise Inductor would generate a loop for each part, as much code as for the rest of a model with many layers.
 
     Sites cannot do it themselves: autograd requires each to return its own gradients' amaxes.
     """
-
-    def __init__(self, version: str) -> None:
-        self.version = version
-
-    def uuid(self) -> Any:
-        return self.version
 
     def __call__(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):

@@ -21,17 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node, map_arg, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from te_dynamo.lowering.aten import JointPass, aten, calls, is_backward, keeps_shape
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.packed import BLOCK, in_blocks, pack, unpack
-from te_dynamo.lowering.tolerant import COPIES, calls, divides, keeps_shape, tolerates
+from te_dynamo.lowering.tolerant import COPIES, divides, tolerates
 
 MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
-aten = torch.ops.aten
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.mean, aten.var, aten.var_mean, aten.any, aten.all}
 OF_THE_SHAPE = {aten.rand_like, aten.randn_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
 SATURATING = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.gt, aten.lt, aten.isinf, aten.where, aten.masked_fill}
@@ -58,15 +57,7 @@ def amax_of_blocks(x: Tensor) -> Tensor:
     return aten.view.default(in_blocks(x).amax(-1), [-1])
 
 
-class ActivationsInFP8(CustomGraphPass):
-    """See above. version: of our code, which the caches' key must include."""
-
-    def __init__(self, version: str) -> None:
-        self.version = version
-
-    def uuid(self) -> Any:
-        return self.version
-
+class ActivationsInFP8(JointPass):
     def __call__(self, graph: Graph) -> None:
         results = [n for n in graph.nodes if _is_result(n)]
         if results:
@@ -78,7 +69,7 @@ def _is_result(node: Node) -> bool:
     """Whether it is marked. Nodes that activation checkpointing decides about are left to it."""
     if node.target is not aten.view.default or MARK not in node.meta.get("custom", ()) or "recompute" in node.meta:
         return False
-    return not _is_backward(node) and node.meta["val"].dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return not is_backward(node) and node.meta["val"].dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_an_operator_s(node: Node) -> bool:
@@ -86,10 +77,6 @@ def _is_an_operator_s(node: Node) -> bool:
     while node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
         node = node.all_input_nodes[0]
     return node.target is torch.ops.te_dynamo.site_fwd.default
-
-
-def _is_backward(node: Node) -> bool:
-    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
 def _is_elementwise(node: Node) -> bool:
@@ -149,7 +136,7 @@ class _Rewrite:
     def run(self) -> None:
         """Also takes the amaxes of the nodes inside by blocks, so that one kernel does it all."""
         for node in self.nodes:
-            if _is_backward(node):
+            if is_backward(node):
                 for value in node.all_input_nodes:
                     node.replace_input_with(value, self._remake(value, node))
 
@@ -177,7 +164,7 @@ class _Rewrite:
         """For each forward node, whether everything that forward computes from it ends (see `_ends`)."""
         closed: dict[Node, bool] = {}
         for node in reversed(self.nodes):
-            closed[node] = all(_is_backward(u) or _ends(u) or (_is_elementwise(u) and closed[u]) for u in node.users)
+            closed[node] = all(is_backward(u) or _ends(u) or (_is_elementwise(u) and closed[u]) for u in node.users)
         return closed
 
     def _inside(self) -> set[Node]:
@@ -185,7 +172,7 @@ class _Rewrite:
         inside = set(self.results)
         for node in self.nodes:
             kept = node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE
-            if not kept and _is_elementwise(node) and not _is_backward(node) and not inside.isdisjoint(node.all_input_nodes):
+            if not kept and _is_elementwise(node) and not is_backward(node) and not inside.isdisjoint(node.all_input_nodes):
                 inside.add(node)
         return inside
 
@@ -199,14 +186,14 @@ class _Rewrite:
             inputs = node.all_input_nodes
             if node in self.inside or _ends_in_fp8(node) or any(map(_is_fp8, inputs)):
                 continue
-            of_forward = [n for n in inputs if n in statistics or (n in self.inside and not _is_backward(node))]
-            if of_forward and (not _is_backward(node) or len(of_forward) == len(inputs)):  # in backward: only another view of it
+            of_forward = [n for n in inputs if n in statistics or (n in self.inside and not is_backward(node))]
+            if of_forward and (not is_backward(node) or len(of_forward) == len(inputs)):  # in backward: only another view of it
                 statistics.add(node)
         bad = set[Node]()
         for node in reversed(self.nodes):
             inputs = node.all_input_nodes
             read = [n for n in inputs if n in self.inside or n in again]
-            if _is_backward(node) or node in remade:
+            if is_backward(node) or node in remade:
                 remade |= {n for n in read if n in self.inside and n not in self.results}
                 compares = not statistics.isdisjoint(inputs) and node not in scaled
                 read = [n for n in read if not _is_fp8(n)]  # whose scale is a factor of what is read
@@ -217,7 +204,7 @@ class _Rewrite:
     def _singular(self) -> set[Node]:
         """Where backward divides by what it computes from nodes inside."""
         rounded, found = set(self.inside), set[Node]()
-        for node in filter(_is_backward, self.nodes):
+        for node in filter(is_backward, self.nodes):
             if divides(node, rounded):
                 found.add(node)
             if _is_elementwise(node) and not rounded.isdisjoint(node.all_input_nodes):
@@ -229,7 +216,7 @@ class _Rewrite:
         again, averaged = set[Node](), set[Node]()
         for node in self.nodes:
             inputs = node.all_input_nodes
-            if _is_backward(node) and inputs and all(n in self.inside or n in again or n in averaged for n in inputs):
+            if is_backward(node) and inputs and all(n in self.inside or n in again or n in averaged for n in inputs):
                 of_averages = not averaged.isdisjoint(inputs) and all(n in averaged for n in inputs)
                 (again if _is_elementwise(node) and not of_averages else averaged).add(node)
         return again, averaged
@@ -239,7 +226,7 @@ class _Rewrite:
         reached = set(nodes)
         for node in reversed(self.nodes):
             if node in reached:
-                reached |= {n for n in node.all_input_nodes if n in self.inside or _is_backward(n)}
+                reached |= {n for n in node.all_input_nodes if n in self.inside or is_backward(n)}
         return reached & self.results
 
     def _scaled_to_fp8(self) -> set[Node]:
@@ -318,7 +305,7 @@ def _parts(rows: Node) -> list[Node]:
     parts = [part for split in splits for part in split.users]
     if any(split.args[1] != splits[0].args[1] for split in splits):
         return []  # they overlap, and some columns would be kept twice
-    whole = any(_is_backward(n) or _is_an_operator_s(n) or n.meta["val"].shape[1] % BLOCK for n in parts)
+    whole = any(is_backward(n) or _is_an_operator_s(n) or n.meta["val"].shape[1] % BLOCK for n in parts)
     return [] if whole else parts
 
 
@@ -326,7 +313,7 @@ def _splits(rows: Node) -> list[Node]:
     """What splits the columns of a matrix, if nothing else reads it; else none."""
     found: list[Node] = []
     for user in rows.users:
-        if keeps_shape(user) and not _is_backward(user):
+        if keeps_shape(user) and not is_backward(user):
             splits = _splits(user)
         else:
             splits = [user] if calls(user, aten.split, aten.split_with_sizes) and user.args[2:] in ((1,), (-1,)) else []

@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Interpreter, Node
 
 from te_dynamo.lowering import fp8
+from te_dynamo.lowering.aten import JointPass, aten, keeps_shape
 from te_dynamo.lowering.fp8 import row_amax
-from te_dynamo.lowering.tolerant import keeps_shape
-
-aten = torch.ops.aten
 
 
 def _definition(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,14 +41,8 @@ def _(parts, dtype):
     return parts[0].new_empty(rows, columns, dtype=dtype), *of_rows
 
 
-class Apart(CustomGraphPass):
+class Apart(JointPass):
     """Gives the operator the parts of a concatenation (the gradients of gate and up), which would otherwise be stored."""
-
-    def __init__(self, version: str) -> None:
-        self.version = version
-
-    def uuid(self) -> Any:
-        return self.version
 
     def __call__(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.te_dynamo.quantize_rows.default):

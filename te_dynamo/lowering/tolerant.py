@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from te_dynamo.ir.graph import same_shape
+from te_dynamo.lowering.aten import aten, calls
 
-aten = torch.ops.aten
 COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, though their tags do not say so
 SHIFT = 3.0  # the largest constant that may be added: hardswish has 3, clamped SwiGLU 1
 THRESHOLD = 16.0  # the largest constant that may be compared with: ReLU6 has 6, clamped SwiGLU 7 or 10
@@ -119,16 +118,6 @@ def _is_not_negative(node: Node) -> bool:
 def _exponential(node: Node, inside: Collection[Node]) -> bool:
     """Inside of a sigmoid or a softplus: only 1 + exp(x) is read."""
     return all(calls(u, aten.log1p) or (calls(u, aten.add) and _is_positive(u.args[1])) for u in node.users if u in inside)
-
-
-def calls(node: Any, *packets: Any) -> bool:
-    """Whether it is a node that calls an overload of one of these operators."""
-    return isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in packets
-
-
-def keeps_shape(node: Any) -> bool:
-    """Whether it views something in its own shape."""
-    return calls(node, aten.view) and same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)
 
 
 def _is_positive(value: Any) -> bool:

@@ -1,0 +1,37 @@
+"""Reading graphs in ATen's operators, as AOTAutograd makes them, and the base of the passes over its joint graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Node
+
+from te_dynamo.ir.graph import same_shape
+
+aten = torch.ops.aten
+
+
+class JointPass(CustomGraphPass):
+    """version: of our code, which the caches' key must include."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    def uuid(self) -> Any:
+        return self.version
+
+
+def calls(node: Any, *packets: Any) -> bool:
+    """Whether it is a node that calls an overload of one of these operators."""
+    return isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in packets
+
+
+def is_backward(node: Node) -> bool:
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
+def keeps_shape(node: Any) -> bool:
+    """Whether it views something in its own shape."""
+    return calls(node, aten.view) and same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)

@@ -1,0 +1,40 @@
+"""A pass over the joint graph that saves a residual sum for backward rather than the FP8 GEMM's result in it.
+
+Both take as many bytes, and a sum costs nothing to recompute, so the partitioner saves the result, which is in memory anyway. But each
+kernel of the next norm's backward reads the sum, and would then read two matrices instead of one. Forward writes the sum, and reads it at the
+next sum instead of its terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from te_dynamo.ir.graph import same_shape
+from te_dynamo.lowering.aten import JointPass, aten, calls, is_backward
+
+GEMMS = ("aten::_scaled_mm", "te_dynamo::te_gemm", "te_dynamo::te_block_gemm")
+
+
+class ResidualSums(JointPass):
+    def __call__(self, graph: Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+            if not is_backward(node) and "recompute" not in node.meta and _adds_a_gemm(node):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _adds_a_gemm(node: Node) -> bool:
+    """Whether it adds the result of a GEMM, which nothing else reads, to something else, of the same shape and dtype."""
+    made, terms = node.meta["val"], node.all_input_nodes
+    if len(node.args) != 2 or len(terms) != 2 or node.kwargs:
+        return False
+    values = [n.meta["val"] for n in terms]
+    alike = all(same_shape(t.shape, made.shape) and t.dtype == made.dtype for t in values)
+    return alike and _is_of_a_gemm(terms[0]) != _is_of_a_gemm(terms[1])
+
+
+def _is_of_a_gemm(node: Node) -> bool:
+    while len(node.users) == 1 and calls(node, aten.view, aten._unsafe_view, aten.slice):
+        (node,) = node.all_input_nodes
+    return len(node.users) == 1 and isinstance(node.target, torch._ops.OpOverload) and node.target.name() in GEMMS

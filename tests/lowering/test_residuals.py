@@ -1,0 +1,74 @@
+"""Which residual sums are saved for backward, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from benchmarks.lab import built
+from benchmarks.lab_models import CASES
+from te_dynamo.lab import pretend
+from te_dynamo.lab.estimate import estimate_of
+from te_dynamo.lowering.residuals import ResidualSums
+
+E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
+reason = pretend.unavailable()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    one = torch.ones(())
+    return torch._scaled_mm(a, b.t(), one, one, out_dtype=BF16).view(2, 16, 32)
+
+
+def of_two(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    return product(a, b) + product(a, b)
+
+
+SUMS: dict[str, tuple[Callable[..., object], bool]] = {
+    "a residual sum": (lambda a, b, x: x + product(a, b), True),
+    "the other way round": (lambda a, b, x: product(a, b) + x, True),
+    "of two GEMMs": (of_two, False),  # both are in memory
+    "scaled": (lambda a, b, x: torch.add(x, product(a, b), alpha=2), False),
+    "broadcast": (lambda a, b, x: x[:1] + product(a, b), False),
+    "in float32": (lambda a, b, x: x.float() + product(a, b), False),  # twice the bytes
+    "of what is computed from it": (lambda a, b, x: x + product(a, b).tanh(), False),
+    "of what something else reads": (lambda a, b, x: (x + (made := product(a, b)), made.tanh()), False),
+    "of a GEMM in 16 bits": (lambda a, b, x: x + (a.to(BF16) @ b.to(BF16).t()).view(2, 16, 32), False),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_which_sums(name: str) -> None:
+    run, expected = SUMS[name]
+    given = torch.zeros(32, 16).to(E4M3), torch.zeros(32, 16).to(E4M3), torch.zeros(2, 16, 32, dtype=BF16)
+    graph = make_fx(run, tracing_mode="fake")(*given).graph
+    ResidualSums("")(graph)
+    assert marked(graph) == expected
+    for key, value in (("recompute", CheckpointPolicy.PREFER_RECOMPUTE), ("partitioner_tag", "is_backward")):
+        graph = make_fx(run, tracing_mode="fake")(*given).graph
+        for node in graph.nodes:  # a checkpoint decides about it, or it is backward's
+            node.meta[key] = value
+        ResidualSums("")(graph)
+        assert not marked(graph)
+
+
+def marked(graph: Graph) -> bool:
+    return any(node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE for node in graph.nodes)
+
+
+@pytest.mark.skipif(reason is not None, reason=str(reason))
+def test_what_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a Llama-3-8B layer: forward writes the sum and then reads it instead of its terms, backward reads it twice; as much is saved."""
+    case = next(case for case in CASES if (case.name, case.shape) == ("Llama-3-8B layer", "4x2048"))
+    with_it = estimate_of(built(case)).sides[1]
+    monkeypatch.setattr(ResidualSums, "__call__", lambda self, graph: None)
+    without = estimate_of(built(case)).sides[1]
+    moved = [sum(launch.bytes for launch in side.launches if launch.kind == "triton") for side in (with_it, without)]
+    assert with_it.saved == without.saved and with_it.ms < without.ms
+    assert moved[1] - moved[0] == pytest.approx(2 * 2 * 8192 * 4096, rel=0.01)
