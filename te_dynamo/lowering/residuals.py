@@ -1,11 +1,13 @@
 """A pass over the joint graph that saves a residual sum for backward rather than the FP8 GEMM's result in it.
 
 Both take as many bytes, and a sum costs nothing to recompute, so the partitioner saves the result, which is in memory anyway. But each
-kernel of the next norm's backward reads the sum, and would then read two matrices instead of one. Forward writes the sum, and reads it at the
-next sum instead of its terms.
+kernel of the next norm's backward reads the sum, and would then read two matrices instead of one. Forward writes the sum, and reads it at
+the next sum instead of its terms.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -34,7 +36,7 @@ def _adds_a_gemm(node: Node) -> bool:
     return alike and _is_of_a_gemm(terms[0]) != _is_of_a_gemm(terms[1])
 
 
-def _is_of_a_gemm(node: Node) -> bool:
+def _is_of_a_gemm(node: Any) -> bool:
     while len(node.users) == 1 and calls(node, aten.view, aten._unsafe_view, aten.slice):
-        (node,) = node.all_input_nodes
+        node = node.args[0]
     return len(node.users) == 1 and isinstance(node.target, torch._ops.OpOverload) and node.target.name() in GEMMS
