@@ -26,6 +26,9 @@ HOW_FAR = (
 )
 
 
+FORKED = "autograd's threading in combination with fork"  # in what autograd says; on a machine with a GPU every backward starts threads
+
+
 class EstimateFailed(RuntimeError):
     """A model that could not be compiled or run on fake tensors."""
 
@@ -229,6 +232,11 @@ def _step(example: Example, gpu: GPU, train: bool, backend: str, options: Mappin
     except ValueError:
         raise
     except Exception as error:
+        if FORKED in str(error):
+            raise EstimateFailed(
+                "te_dynamo.estimate: this process has already run a backward, with threads that the process of the prediction lacks. "
+                "Remedy: call it before the first backward, or use `python -m te_dynamo estimate`."
+            ) from error
         said = next((line for line in str(error).splitlines() if line.strip()), "")
         raise EstimateFailed(
             f"te_dynamo.estimate: with {backend} the model does not run on fake tensors: {type(error).__name__}: {said}. What needs "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,11 +64,13 @@ def test_the_command(forks):
 
 @possible
 @pytest.mark.parametrize("memory", ["balanced", "speed"])
-def test_between_experts_gemms_one_kernel_stores_only_fp8(memory):
+def test_between_experts_gemms_one_kernel_stores_only_fp8(memory, forks):
     """Forward: the activation, with what is kept of its inputs. Backward: its gradient, with a scale for each row."""
-    model, inputs = factories.experts(tokens=TOKENS)
-    found = te_dynamo.estimate(model, *inputs, options={"memory": memory})
-    generated = [launch for launch in found.sides[1].launches if launch.kind == "triton" and launch.bytes > TOKENS * HIDDEN]
+    arguments = ["--device", "h100", "--set", f"tokens={TOKENS}", "--option", f'memory="{memory}"', "--json", "--kernels"]
+    command = ["estimate", "tests.lab.factories:experts", *arguments]
+    (found,) = json.loads(forks.run(f"from te_dynamo.__main__ import main; assert main({command}) == 0", path=[str(ROOT)]))
+    launches = [SimpleNamespace(**launch) for launch in found["sides"][1]["launches"]]
+    generated = [launch for launch in launches if launch.kind == "triton" and launch.bytes > TOKENS * HIDDEN]
     assert [launch.phase for launch in generated] == ["forward"] * 2 + ["backward"] * 2  # the others cast x and the gradient
     assert not any(f"out:bf16[{TOKENS}x" in launch.detail for launch in generated)
     activation, gradient = generated[1], generated[3]
@@ -177,6 +180,18 @@ def test_a_model_that_reads_values_is_told_so():
         _differentiable({"logits": torch.ones(2), "hidden": [torch.ones(2)]})
     with pytest.raises(TypeError, match="takes an nn.Module, not function"):
         te_dynamo.estimate(test_a_process_of_its_own, torch.ones(2))
+
+
+@possible
+def test_after_a_backward_with_threads_it_says_what_to_do(monkeypatch):
+    """Where there is a GPU, the process that forks has autograd's threads, and its forks cannot run a backward."""
+
+    def measure(*args, **kwargs):
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing.")
+
+    monkeypatch.setattr("te_dynamo.lab.estimate.measure", measure)
+    with pytest.raises(EstimateFailed, match="already run a backward.*before the first backward, or use `python -m te_dynamo estimate`"):
+        te_dynamo.estimate(nn.Linear(16, 16), torch.ones(2, 16))
 
 
 def test_a_process_of_its_own():
