@@ -17,11 +17,10 @@ from torch.fx import Graph, Interpreter, Node
 
 from te_dynamo.lowering import fp8
 from te_dynamo.lowering.aten import JointPass, aten, keeps_shape
-from te_dynamo.lowering.fp8 import row_amax
 
 
 def _definition(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    amax = reduce(torch.maximum, [row_amax(part) for part in parts]).unsqueeze(1)
+    amax = reduce(torch.maximum, [fp8.row_amax(part) for part in parts]).unsqueeze(1)
     scale = fp8.power_of_2(fp8.scale_of(amax, dtype))
     data = torch.cat([fp8.quantize(part, scale, dtype) for part in parts], 1)
     return data, scale.reciprocal().masked_fill(amax.isinf(), torch.nan), amax

@@ -313,8 +313,8 @@ class Planner:
             found = registry.find(op, name, by, self.device)
             if reason is None and found is not None:
                 reason = found.unsupported(case)
-            if reason is None and found is not None and not found.calibrates:
-                reason = _keeps_no_scales(node, by)
+                if reason is None and not found.calibrates:
+                    reason = _keeps_no_scales(node, by)
             if reason is None and found is not None:
                 kernel = found.kernel(case)
                 detail = detail | ({"kernel": kernel} if kernel else _declined(reasons)) | ({"recipe": why} if why else {})
