@@ -166,8 +166,9 @@ def canonicalize(gm: GraphModule) -> None:
         for spelling in (_from_aten, _named, _positional, _formed):
             call = spelling(node)
             if call is not None:
-                node.op = "call_method" if isinstance(call.target, str) else "call_function"
-                node.target, node.args, node.kwargs = call.target, call.args, call.kwargs
+                if call.target is not node.target:
+                    node.op, node.target = "call_method" if isinstance(call.target, str) else "call_function", call.target
+                node.args, node.kwargs = call.args, call.kwargs
         if _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

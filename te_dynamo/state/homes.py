@@ -183,10 +183,9 @@ class Modules:
     def all(self) -> list[nn.Module]:
         objects = gc.get_objects()
         visible = _modules_among(objects)
-        if not gc.get_freeze_count():
-            return visible
-        if not any(module is self.marker for module in visible):
-            self.hidden = [weakref.ref(module) for module in _modules_among(_hidden(objects))]
+        if not any(module is self.marker for module in visible):  # the first search, or the first one after a freeze
+            frozen = gc.get_freeze_count() > 0  # asked only here, since it takes as long as half of the search
+            self.hidden = [weakref.ref(module) for module in _modules_among(_hidden(objects))] if frozen else []
             self.marker = Marker()
         return visible + [module for reference in self.hidden if (module := reference()) is not None]
 
