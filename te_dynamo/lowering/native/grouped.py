@@ -169,13 +169,14 @@ def _input(call: Call, x: Tensor, groups: Groups, scale_of: ScaleOf) -> Quantize
     if isinstance(recipe, Float8RowwiseScaling):
         with kept_or_remade(call):
             made = _rows(recipe).quantize(x)
-        return Quantized(made.data, _of_rows(made, groups.tokens))
+            data = stored(made.data)
+        return Quantized(data, _of_rows(made, groups.tokens))
     amax = row_amax(groups.only(x))
     scale = scale_of.of(amax)
     with recomputed_in_backward() if "input" in call.remakes else nullcontext():
         scaled = scale_of.casting.saturated(x, scale.value, E4M3)
     with kept_or_remade(call):
-        data = scaled.to(E4M3)
+        data = stored(scaled.to(E4M3))
     return Quantized(data, scale.inverse, amax=amax)
 
 

@@ -25,7 +25,7 @@ from te_dynamo.lowering.fp8 import row_amax
 from te_dynamo.lowering.group_rows import Groups
 from te_dynamo.lowering.limits import unaligned, unsupported_dtype
 from te_dynamo.lowering.partition import kept_or_remade, recomputed_in_backward
-from te_dynamo.lowering.per_tensor import kept_by_one_scale
+from te_dynamo.lowering.per_tensor import kept_by_one_scale, stored
 from te_dynamo.lowering.quantized import Kept, Quantized, ScaleOf, Scales
 from te_dynamo.lowering.registry import PER_TENSOR, Backward, Case, Forward, Implementation, Needs, implements
 from te_dynamo.lowering.te.library import api, capability, first_line, running
@@ -209,7 +209,7 @@ def _rows(call: Call, t: Tensor, groups: Groups, scale_of: ScaleOf, keeps: bool)
     with recomputed_in_backward() if keeps and "input" in call.remakes else nullcontext():
         scaled = scale_of.casting.saturated(groups.spread_out(t), scale.value, scale_of.dtype)
     with kept_or_remade(call) if keeps else nullcontext():
-        data = scaled.to(scale_of.dtype)
+        data = stored(scaled.to(scale_of.dtype))
     return Quantized(data, scale.inverse, amax=amax)
 
 
