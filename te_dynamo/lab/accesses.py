@@ -31,7 +31,8 @@ class Accesses:
         self.all = [access for call in ast.walk(self.tree) if (access := _access(call)) is not None]
 
     def strides(self, index: ast.expr) -> dict[str, int] | None:
-        """By how many elements an address moves for each step along each axis; None if it depends on a loaded value."""
+        """By how many elements an address moves for each step along each axis: the smaller of two samples, since the index of an element
+        that a mask leaves out may wrap around. None if it depends on a loaded value."""
         definitions = {
             node.targets[0].id: compile(ast.Expression(node.value), "", "eval")
             for node in ast.walk(self.tree)
@@ -44,7 +45,8 @@ class Accesses:
             return eval(code, env | {name: eval(value, env) for name, value in definitions.items()})
 
         try:
-            return {name: address(**{name: 1}) - address() for name in AXES}
+            steps = {name: [address(**{name: at + 1}) - address(**{name: at}) for at in (0, 2)] for name in AXES}
+            return {name: min(samples, key=abs) for name, samples in steps.items()}
         except Exception:  # an index that was loaded, which has no value here
             return None
 

@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from te_dynamo.ir.graph import same_shape
 from te_dynamo.lowering.aten import JointPass, aten, calls, is_backward, keeps_shape
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.packed import BLOCK, in_blocks, pack, unpack
@@ -59,7 +60,7 @@ def amax_of_blocks(x: Tensor) -> Tensor:
 
 class ActivationsInFP8(JointPass):
     def __call__(self, graph: Graph) -> None:
-        results = [n for n in graph.nodes if _is_result(n)]
+        results = [_with_bias(n) for n in graph.nodes if _is_result(n)]
         if results:
             _Rewrite(graph, results).run()
             graph.lint()
@@ -70,6 +71,21 @@ def _is_result(node: Node) -> bool:
     if node.target is not aten.view.default or MARK not in node.meta.get("custom", ()) or "recompute" in node.meta:
         return False
     return not is_backward(node) and node.meta["val"].dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _with_bias(rows: Node) -> Node:
+    """The sum of a result and a bias that the model adds to it (each row its expert's), if nothing else reads the result: backward reads
+    functions of the sum, so that is what is kept. On a CPU an operator packs the result."""
+    node = rows
+    while len(node.users) == 1 and not _is_an_operator_s(rows):
+        (user,) = node.users
+        if calls(user, aten.add) and len(user.args) == 2 and not user.kwargs and not is_backward(user):
+            alike = same_shape(user.meta["val"].shape, rows.meta["val"].shape) and user.meta["val"].dtype == rows.meta["val"].dtype
+            return user if alike and "recompute" not in user.meta else rows
+        if not keeps_shape(user):
+            return rows
+        node = user
+    return rows
 
 
 def _is_an_operator_s(node: Node) -> bool:

@@ -139,6 +139,11 @@ def test_neighbors_at_a_stride_share_sectors():
     assert strided.scattered_bytes([128, 64], False, signature, [Config(1, 64)]) == 128 * 64 * 4
 
 
+def test_an_index_that_wraps_where_a_mask_hides_it_is_no_stride():
+    found = Accesses(KERNEL.format("(-1 + x1) // 128 % 45 + 45*y0", "(x1 - 1) % 64 + 64*y0"))
+    assert [found.strides(a.index)["xindex"] for a in found.all] == [1, 0, 1]
+
+
 def test_an_index_that_is_loaded_has_no_strides():
     found = Accesses(KERNEL.format("tmp0 + x1", "x1"))
     assert [found.strides(a.index) is None for a in found.all] == [False, True, False]

@@ -291,6 +291,42 @@ def test_no_column_is_kept_twice(graphs, again):
     assert sum(t.numel() for t in saved) == TOKENS * 2 * INNER
 
 
+class Biased(nn.Module):
+    """gate and up alternate, and each token adds the bias of its expert, as in gpt-oss. reads: what else reads the result of the linear."""
+
+    def __init__(self, reads: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.both, self.down = nn.Linear(WIDTH, 2 * INNER, bias=False), nn.Linear(INNER, WIDTH)
+        self.biases, self.reads = nn.Parameter(0.3 * torch.randn(4, 2 * INNER)), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.both(x)
+        both = result + self.biases[torch.arange(len(x)) % 4]
+        gated = ACTIVATIONS["clamped"](both[..., ::2], both[..., 1::2])
+        return self.down(gated if self.reads is None else gated + self.reads(result)[..., ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_sum_of_a_result_and_a_bias_is_kept(graphs, dtype):
+    model, x = Biased().to(dtype), torch.randn(TOKENS, WIDTH).to(dtype)
+    found = gradients(model, x)
+    assert kept(graphs) == (2 * TOKENS * INNER, 0)
+    exact = gradients(model, x, memory="speed")
+    assert kept(graphs)[0] == 0
+    assert all(22 < sqnr(e, f) for e, f in zip(exact, found, strict=True))
+
+
+@pytest.mark.parametrize("reads", [torch.tanh, torch.sin], ids=["tolerantly", "or not"])
+def test_a_result_that_is_read_without_the_bias_is_kept_or_exact(graphs, reads):
+    model, x = Biased(reads), torch.randn(TOKENS, WIDTH)
+    found, exact = gradients(model, x), gradients(model, x, memory="speed")
+    if reads is torch.sin:
+        assert all(map(torch.equal, found, exact))
+    else:
+        assert all(22 < sqnr(e, f) for e, f in zip(exact, found, strict=True))
+
+
 def test_scales_of_its_own_are_no_such_statistic(graphs):
     """wgrad's operand is cast with scales of its columns, which forward computed from the exact values."""
     model, x = MLP(ACTIVATIONS["swiglu"]).bfloat16(), torch.randn(2, TOKENS // 2, WIDTH).bfloat16()
