@@ -221,6 +221,18 @@ qwen3_moe = _moe(
     decoder_sparse_step=1,
     norm_topk_prob=True,
 )
+gpt_oss = _moe(
+    "GptOss",
+    2880,
+    32,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=64,
+    intermediate_size=2880,
+    num_local_experts=32,
+    num_experts_per_tok=4,
+    sliding_window=128,
+)
 deepseek = _moe("DeepseekV3", 7168, 64, n_routed_experts=32, num_experts_per_tok=8, n_group=4, topk_group=2, first_k_dense_replace=0)
 
 
@@ -241,4 +253,5 @@ CASES = (
     Case("Mixtral-8x7B layer", mixtral, 4, 4096, 1.55),
     Case("DeepSeek-V3 layer, 32 experts", deepseek, 1, 4096, 1.30),
     Case("Qwen3-30B-A3B layer", qwen3_moe, 1, 4096, 1.0),
+    Case("gpt-oss-20b layer", gpt_oss, 4, 4096, None),
 )
