@@ -74,18 +74,24 @@ def _is_result(node: Node) -> bool:
 
 
 def _with_bias(rows: Node) -> Node:
-    """The sum of a result and a bias that the model adds to it (each row its expert's), if nothing else reads the result: backward reads
-    functions of the sum, so that is what is kept. On a CPU an operator packs the result."""
+    """The sum of a result and the bias of each row's expert, if nothing else reads the result: backward reads functions of the sum, so that
+    is what is kept. Of no other sum: a mask would make the scale of its block too large. On a CPU an operator packs the result.
+    """
     node = rows
     while len(node.users) == 1 and not _is_an_operator_s(rows):
         (user,) = node.users
         if calls(user, aten.add) and len(user.args) == 2 and not user.kwargs and not is_backward(user):
             alike = same_shape(user.meta["val"].shape, rows.meta["val"].shape) and user.meta["val"].dtype == rows.meta["val"].dtype
-            return user if alike and "recompute" not in user.meta else rows
+            return user if alike and "recompute" not in user.meta and any(map(_is_gathered, user.args)) else rows
         if not keeps_shape(user):
             return rows
         node = user
     return rows
+
+
+def _is_gathered(node: Any) -> bool:
+    """Whether it consists of rows of a parameter."""
+    return calls(node, aten.index, aten.embedding) and node.args[0].op == "placeholder"
 
 
 def _is_an_operator_s(node: Node) -> bool:

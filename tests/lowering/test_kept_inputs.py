@@ -137,6 +137,8 @@ SENSITIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "a parameter": lambda h: F.gelu(h - torch.full((INNER,), 30.0)),
     "two halves": lambda h: F.gelu(h[:, ::2] - h[:, 1::2]).repeat(1, 2),
     "the larger half": lambda h: torch.maximum(h[:, ::2], h[:, 1::2]).repeat(1, 2),
+    "there and back": lambda h: F.gelu((h + 30) - 30),
+    "a mask": lambda h: torch.relu(h + torch.where(torch.arange(INNER) < 50, torch.finfo(h.dtype).min, 0.0)),
     "sine": lambda h: torch.sin(h),
     "root": lambda h: (h - 30).sign() * (h - 30).abs().sqrt(),
     "logarithm": lambda h: torch.log((h - 30).abs() + 1e-6),

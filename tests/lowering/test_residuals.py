@@ -37,6 +37,7 @@ SUMS: dict[str, tuple[Callable[..., object], bool]] = {
     "of two GEMMs": (of_two, False),  # both are in memory
     "scaled": (lambda a, b, x: torch.add(x, product(a, b), alpha=2), False),
     "broadcast": (lambda a, b, x: x[:1] + product(a, b), False),
+    "expanded": (lambda a, b, x: x[:1].expand(2, -1, -1) + product(a, b), False),
     "in float32": (lambda a, b, x: x.float() + product(a, b), False),  # twice the bytes
     "of what is computed from it": (lambda a, b, x: x + product(a, b).tanh(), False),
     "of what something else reads": (lambda a, b, x: (x + (made := product(a, b)), made.tanh()), False),
@@ -57,6 +58,16 @@ def test_which_sums(name: str) -> None:
             node.meta[key] = value
         ResidualSums("")(graph)
         assert not marked(graph)
+
+
+def test_a_sum_around_a_checkpoint() -> None:
+    """The checkpoint recomputes the GEMM, so nothing is saved instead of the sum."""
+    run, given = SUMS["a residual sum"][0], (torch.zeros(32, 16).to(E4M3), torch.zeros(32, 16).to(E4M3), torch.zeros(2, 16, 32, dtype=BF16))
+    graph = make_fx(run, tracing_mode="fake")(*given).graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default):
+        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    ResidualSums("")(graph)
+    assert not marked(graph)
 
 
 def marked(graph: Graph) -> bool:
