@@ -32,6 +32,12 @@ def is_backward(node: Node) -> bool:
     return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
+def alike(node: Node, *others: Node) -> bool:
+    """Whether their values have one shape and one dtype."""
+    value = node.meta["val"]
+    return all(same_shape(o.meta["val"].shape, value.shape) and o.meta["val"].dtype == value.dtype for o in others)
+
+
 def keeps_shape(node: Any) -> bool:
     """Whether it views something in its own shape."""
     return calls(node, aten.view) and same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)

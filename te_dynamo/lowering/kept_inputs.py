@@ -25,8 +25,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from te_dynamo.ir.graph import same_shape
-from te_dynamo.lowering.aten import JointPass, aten, calls, is_backward, keeps_shape
+from te_dynamo.lowering.aten import JointPass, alike, aten, calls, is_backward, keeps_shape
 from te_dynamo.lowering.fp8 import E4M3, E5M2
 from te_dynamo.lowering.packed import BLOCK, in_blocks, pack, unpack
 from te_dynamo.lowering.tolerant import COPIES, divides, tolerates
@@ -81,8 +80,7 @@ def _with_bias(rows: Node) -> Node:
     while len(node.users) == 1 and not _is_an_operator_s(rows):
         (user,) = node.users
         if calls(user, aten.add) and len(user.args) == 2 and not user.kwargs and not is_backward(user):
-            alike = same_shape(user.meta["val"].shape, rows.meta["val"].shape) and user.meta["val"].dtype == rows.meta["val"].dtype
-            return user if alike and "recompute" not in user.meta and any(map(_is_gathered, user.args)) else rows
+            return user if alike(user, rows) and "recompute" not in user.meta and any(map(_is_gathered, user.args)) else rows
         if not keeps_shape(user):
             return rows
         node = user

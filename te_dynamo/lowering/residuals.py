@@ -13,8 +13,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from te_dynamo.ir.graph import same_shape
-from te_dynamo.lowering.aten import JointPass, aten, calls, is_backward
+from te_dynamo.lowering.aten import JointPass, alike, aten, calls, is_backward
 
 GEMMS = ("aten::_scaled_mm", "te_dynamo::te_gemm", "te_dynamo::te_block_gemm")
 
@@ -28,19 +27,16 @@ class ResidualSums(JointPass):
 
 def _adds_a_gemm(node: Node) -> bool:
     """Whether it adds the result of a GEMM, which nothing else reads, to something else, of the same shape and dtype."""
-    made, terms = node.meta["val"], node.all_input_nodes
-    if len(node.args) != 2 or len(terms) != 2 or node.kwargs:
+    terms = node.all_input_nodes
+    if len(node.args) != 2 or len(terms) != 2 or node.kwargs or not alike(node, *terms):
         return False
-    values = [n.meta["val"] for n in terms]
-    alike = all(same_shape(t.shape, made.shape) and t.dtype == made.dtype for t in values)
     if any(calls(n, aten.expand) for n in terms):  # smaller in memory than the sum
         return False
-    return alike and _is_of_a_gemm(terms[0]) != _is_of_a_gemm(terms[1])
+    return _is_of_a_gemm(terms[0]) != _is_of_a_gemm(terms[1])
 
 
 def _is_of_a_gemm(node: Any) -> bool:
     while len(node.users) == 1 and calls(node, aten.view, aten._unsafe_view, aten.slice):
         node = node.args[0]
-    if "recompute" in node.meta:  # in a checkpoint, around which the sum is
-        return False
-    return len(node.users) == 1 and isinstance(node.target, torch._ops.OpOverload) and node.target.name() in GEMMS
+    in_a_checkpoint = "recompute" in node.meta
+    return len(node.users) == 1 and not in_a_checkpoint and isinstance(node.target, torch._ops.OpOverload) and node.target.name() in GEMMS

@@ -45,15 +45,18 @@ SUMS: dict[str, tuple[Callable[..., object], bool]] = {
 }
 
 
+def traced(name: str) -> Graph:
+    given = torch.zeros(32, 16).to(E4M3), torch.zeros(32, 16).to(E4M3), torch.zeros(2, 16, 32, dtype=BF16)
+    return make_fx(SUMS[name][0], tracing_mode="fake")(*given).graph
+
+
 @pytest.mark.parametrize("name", SUMS)
 def test_which_sums(name: str) -> None:
-    run, expected = SUMS[name]
-    given = torch.zeros(32, 16).to(E4M3), torch.zeros(32, 16).to(E4M3), torch.zeros(2, 16, 32, dtype=BF16)
-    graph = make_fx(run, tracing_mode="fake")(*given).graph
+    graph, (_, expected) = traced(name), SUMS[name]
     ResidualSums("")(graph)
     assert marked(graph) == expected
     for key, value in (("recompute", CheckpointPolicy.PREFER_RECOMPUTE), ("partitioner_tag", "is_backward")):
-        graph = make_fx(run, tracing_mode="fake")(*given).graph
+        graph = traced(name)
         for node in graph.nodes:  # a checkpoint decides about it, or it is backward's
             node.meta[key] = value
         ResidualSums("")(graph)
@@ -62,8 +65,7 @@ def test_which_sums(name: str) -> None:
 
 def test_a_sum_around_a_checkpoint() -> None:
     """The checkpoint recomputes the GEMM, so nothing is saved instead of the sum."""
-    run, given = SUMS["a residual sum"][0], (torch.zeros(32, 16).to(E4M3), torch.zeros(32, 16).to(E4M3), torch.zeros(2, 16, 32, dtype=BF16))
-    graph = make_fx(run, tracing_mode="fake")(*given).graph
+    graph = traced("a residual sum")
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default):
         node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     ResidualSums("")(graph)
