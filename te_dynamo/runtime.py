@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from te_dynamo.cache_key import sources_key
 from te_dynamo.config import Options
 from te_dynamo.eager import eager, runs_eagerly
-from te_dynamo.lowering.graph_passes import joint_graph_passes
+from te_dynamo.lowering.graph_passes import joint_graph_passes, last_passes
 from te_dynamo.lowering.quantize_rows import register_lowering
 from te_dynamo.lowering.registry import functions_in_graphs, modules
 from te_dynamo.passes.attach import Attached
@@ -40,10 +40,12 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
     sources = sources_key(modules())
     marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{sources} {options.cache_key()}")
     register_lowering()
+    patches = {"post_grad_custom_post_pass": config.post_grad_custom_post_pass} | options.inductor_config()
+    patches["post_grad_custom_post_pass"] = last_passes(sources, patches["post_grad_custom_post_pass"])
     with ExitStack() as stack:
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
         stack.enter_context(config.patch(joint_custom_pre_pass=joint_graph_passes(sources, config.joint_custom_pre_pass)))
-        return compile_fx(gm, list(inputs), config_patches=options.inductor_config())  # type: ignore[return-value]
+        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
 
 
 @contextmanager

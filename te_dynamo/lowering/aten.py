@@ -1,4 +1,4 @@
-"""Reading graphs in ATen's operators, as AOTAutograd makes them, and the base of the passes over its joint graph."""
+"""Reading graphs in ATen's operators, as AOTAutograd makes them, and the base of the passes over its graphs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.fx import Node
 from te_dynamo.ir.graph import same_shape
 
 aten = torch.ops.aten
+COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, though their tags do not say so
 
 
-class JointPass(CustomGraphPass):
+class GraphPass(CustomGraphPass):
     """version: of our code, which the caches' key must include."""
 
     def __init__(self, version: str) -> None:
@@ -32,10 +33,23 @@ def is_backward(node: Node) -> bool:
     return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
+def is_elementwise(node: Node) -> bool:
+    """Whether each element of its result is computed from single elements of its inputs, and the same each time."""
+    if node.target is getattr or not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__name__", "") == "getitem"
+    pointwise = torch.Tag.pointwise in node.target.tags and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return pointwise or node.target.is_view or node.target.overloadpacket in COPIES
+
+
 def alike(node: Node, *others: Node) -> bool:
     """Whether their values have one shape and one dtype."""
     value = node.meta["val"]
     return all(same_shape(o.meta["val"].shape, value.shape) and o.meta["val"].dtype == value.dtype for o in others)
+
+
+def is_gathered(node: Any) -> bool:
+    """Whether it consists of rows of a parameter."""
+    return calls(node, aten.index, aten.embedding) and node.args[0].op == "placeholder"
 
 
 def keeps_shape(node: Any) -> bool:

@@ -1,4 +1,5 @@
-"""The passes over the joint graph that AOTAutograd makes, forward and backward together, before it is partitioned."""
+"""The passes over the joint graph that AOTAutograd makes, forward and backward together, before it is partitioned, and over what Inductor
+lowers."""
 
 from __future__ import annotations
 
@@ -11,18 +12,28 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 from te_dynamo.lowering import opaque, scalars  # noqa: F401  (register their operators)
-from te_dynamo.lowering.aten import JointPass
+from te_dynamo.lowering.aten import GraphPass
+from te_dynamo.lowering.inline import InlineGradients
 from te_dynamo.lowering.kept_inputs import ActivationsInFP8
 from te_dynamo.lowering.quantize_rows import Apart
-from te_dynamo.lowering.residuals import ResidualSums
+from te_dynamo.lowering.saved_sums import SavedSums
 
 SITES = (torch.ops.te_dynamo.site_fwd.default, torch.ops.te_dynamo.site_bwd.default)
 
 
 def joint_graph_passes(version: str, before: Any) -> CustomGraphPass:
     """All of them, after those in `config.joint_custom_pre_pass` (`before`). version: of our code, which the caches' key must include."""
+    return _after(before, *(each(version) for each in (OneMeasurement, Apart, ActivationsInFP8, SavedSums)))
+
+
+def last_passes(version: str, before: Any) -> CustomGraphPass:
+    """Those over each graph that Inductor lowers, after those in `config.post_grad_custom_post_pass`."""
+    return _after(before, InlineGradients(version))
+
+
+def _after(before: Any, *passes: CustomGraphPass) -> CustomGraphPass:
     given = [] if before is None else before if isinstance(before, (list, tuple)) else [before]
-    return InOrder(*given, *(each(version) for each in (OneMeasurement, Apart, ActivationsInFP8, ResidualSums)))
+    return InOrder(*given, *passes)
 
 
 class InOrder(CustomGraphPass):
@@ -41,7 +52,7 @@ class InOrder(CustomGraphPass):
             each(graph)
 
 
-class OneMeasurement(JointPass):
+class OneMeasurement(GraphPass):
     """Merges the last step of computing a graph's amaxes, a small kernel for each site, into one for each direction:
     `cat([largest(a), largest(b), ...])` becomes `largest(a + b + ...)`, and a `cat` of amaxes that operators on a CPU computed becomes one
     call. Otherwise Inductor would generate a loop for each part, as much code as for the rest of a model with many layers.

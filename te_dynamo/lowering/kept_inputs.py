@@ -5,7 +5,7 @@ largest tensor of a layer. If everything that forward computes from this result 
 forward also writes a copy in FP8, from which backward computes what it reads:
 
     forward    v ─▶ silu(gate) * up ─▶ FP8, as before        backward    v8 ─▶ v' ─▶ what it read of v, of silu(gate), ...
-               └─▶ v8, E4M3 with a scale for each 128
+               └─▶ v8, E4M3 with a scale for each block
 
 The kernel that computes the activation reads v anyway: v8 costs one write, and backward reads half as much. On a CPU, C++ of our own
 packs and unpacks: Inductor's code for it takes as long to compile as a quarter of the model. The activation is found on the joint graph,
@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from torch.fx import Graph, GraphModule, Node, map_arg, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from te_dynamo.lowering.aten import JointPass, alike, aten, calls, is_backward, keeps_shape
+from te_dynamo.lowering.aten import COPIES, GraphPass, alike, aten, calls, is_backward, is_elementwise, is_gathered, keeps_shape
 from te_dynamo.lowering.fp8 import E4M3, E5M2
-from te_dynamo.lowering.packed import BLOCK, in_blocks, pack, unpack
-from te_dynamo.lowering.tolerant import COPIES, divides, tolerates
+from te_dynamo.lowering.packed import in_blocks, pack, size_of_blocks, unpack
+from te_dynamo.lowering.tolerant import divides, tolerates
 
 MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.mean, aten.var, aten.var_mean, aten.any, aten.all}
@@ -57,7 +58,7 @@ def amax_of_blocks(x: Tensor) -> Tensor:
     return aten.view.default(in_blocks(x).amax(-1), [-1])
 
 
-class ActivationsInFP8(JointPass):
+class ActivationsInFP8(GraphPass):
     def __call__(self, graph: Graph) -> None:
         results = [_with_bias(n) for n in graph.nodes if _is_result(n)]
         if results:
@@ -80,16 +81,11 @@ def _with_bias(rows: Node) -> Node:
     while len(node.users) == 1 and not _is_an_operator_s(rows):
         (user,) = node.users
         if calls(user, aten.add) and len(user.args) == 2 and not user.kwargs and not is_backward(user):
-            return user if alike(user, rows) and "recompute" not in user.meta and any(map(_is_gathered, user.args)) else rows
+            return user if alike(user, rows) and "recompute" not in user.meta and any(map(is_gathered, user.args)) else rows
         if not keeps_shape(user):
             return rows
         node = user
     return rows
-
-
-def _is_gathered(node: Any) -> bool:
-    """Whether it consists of rows of a parameter."""
-    return calls(node, aten.index, aten.embedding) and node.args[0].op == "placeholder"
 
 
 def _is_an_operator_s(node: Node) -> bool:
@@ -97,14 +93,6 @@ def _is_an_operator_s(node: Node) -> bool:
     while node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
         node = node.all_input_nodes[0]
     return node.target is torch.ops.te_dynamo.site_fwd.default
-
-
-def _is_elementwise(node: Node) -> bool:
-    """Whether each element of its result is computed from single elements of its inputs, and the same each time."""
-    if node.target is getattr or not isinstance(node.target, torch._ops.OpOverload):
-        return getattr(node.target, "__name__", "") == "getitem"
-    pointwise = torch.Tag.pointwise in node.target.tags and torch.Tag.nondeterministic_seeded not in node.target.tags
-    return pointwise or node.target.is_view or node.target.overloadpacket in COPIES
 
 
 def _ends(node: Node) -> bool:
@@ -184,7 +172,7 @@ class _Rewrite:
         """For each forward node, whether everything that forward computes from it ends (see `_ends`)."""
         closed: dict[Node, bool] = {}
         for node in reversed(self.nodes):
-            closed[node] = all(is_backward(u) or _ends(u) or (_is_elementwise(u) and closed[u]) for u in node.users)
+            closed[node] = all(is_backward(u) or _ends(u) or (is_elementwise(u) and closed[u]) for u in node.users)
         return closed
 
     def _inside(self) -> set[Node]:
@@ -192,7 +180,7 @@ class _Rewrite:
         inside = set(self.results)
         for node in self.nodes:
             kept = node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE
-            if not kept and _is_elementwise(node) and not is_backward(node) and not inside.isdisjoint(node.all_input_nodes):
+            if not kept and is_elementwise(node) and not is_backward(node) and not inside.isdisjoint(node.all_input_nodes):
                 inside.add(node)
         return inside
 
@@ -227,7 +215,7 @@ class _Rewrite:
         for node in filter(is_backward, self.nodes):
             if divides(node, rounded):
                 found.add(node)
-            if _is_elementwise(node) and not rounded.isdisjoint(node.all_input_nodes):
+            if is_elementwise(node) and not rounded.isdisjoint(node.all_input_nodes):
                 rounded.add(node)
         return found
 
@@ -238,7 +226,7 @@ class _Rewrite:
             inputs = node.all_input_nodes
             if is_backward(node) and inputs and all(n in self.inside or n in again or n in averaged for n in inputs):
                 of_averages = not averaged.isdisjoint(inputs) and all(n in averaged for n in inputs)
-                (again if _is_elementwise(node) and not of_averages else averaged).add(node)
+                (again if is_elementwise(node) and not of_averages else averaged).add(node)
         return again, averaged
 
     def _read_by(self, nodes: set[Node]) -> set[Node]:
@@ -321,26 +309,37 @@ class _Rewrite:
 def _parts(rows: Node) -> list[Node]:
     """The columns of a matrix, such as gate and up, if all reads of it are of these; else none. Each is then kept by itself, by the kernel
     that reads all of them to compute one element of the activation: that kernel does not go over the whole matrix."""
-    splits = _splits(rows)
-    parts = [part for split in splits for part in split.users]
-    if any(split.args[1] != splits[0].args[1] for split in splits):
-        return []  # they overlap, and some columns would be kept twice
-    whole = any(is_backward(n) or _is_an_operator_s(n) or n.meta["val"].shape[1] % BLOCK for n in parts)
-    return [] if whole else parts
+    columns = _columns(rows)
+    disjoint = sum(map(len, columns.values())) == len(set(chain(*columns.values())))  # else some columns would be kept twice
+    whole = any(is_backward(n) or _is_an_operator_s(n) or size_of_blocks(len(c)) == len(c) for n, c in columns.items())
+    return [*columns] if disjoint and not whole else []
 
 
-def _splits(rows: Node) -> list[Node]:
-    """What splits the columns of a matrix, if nothing else reads it; else none."""
-    found: list[Node] = []
+def _columns(rows: Node) -> dict[Node, range]:
+    """What reads only some columns of a matrix, and which, if nothing else reads it; else none."""
+    found: dict[Node, range] = {}
     for user in rows.users:
         if keeps_shape(user) and not is_backward(user):
-            splits = _splits(user)
+            columns = _columns(user)
         else:
-            splits = [user] if calls(user, aten.split, aten.split_with_sizes) and user.args[2:] in ((1,), (-1,)) else []
-        if not splits:
-            return []
-        found += splits
+            columns = _taken(user, range(rows.meta["val"].shape[1]))
+        if not columns:
+            return {}
+        found |= columns
     return found
+
+
+def _taken(node: Node, columns: range) -> dict[Node, range]:
+    """Which of a matrix's columns a slice or the parts of a split are, where that is known."""
+    if calls(node, aten.slice) and node.args[1:2] in ((1,), (-1,)):
+        bounds = node.args[2:] or (None,)
+        return {} if any(isinstance(b, Node) for b in bounds) else {node: columns[slice(*bounds)]}
+    if calls(node, aten.split, aten.split_with_sizes) and node.args[2:] in ((1,), (-1,)):
+        widths = [part.shape[1] for part in node.meta["val"]]
+        starts = [*accumulate(widths, initial=0)]
+        known = all(isinstance(width, int) for width in widths)
+        return {part: columns[starts[part.args[1]] : starts[part.args[1] + 1]] for part in node.users} if known else {}
+    return {}
 
 
 def _of_backward(node: Node) -> Node:

@@ -9,14 +9,19 @@ from torch import Tensor
 from te_dynamo.lowering.cpu.library import DTYPES, library
 from te_dynamo.lowering.fp8 import E4M3, FP8_MAX, LEAST_AMAX
 
-BLOCK = 128
+SIZES = (128, 64)  # of a block
 aten = torch.ops.aten
 
 
 def in_blocks(t: Tensor) -> Tensor:
-    """[T, N], of any row stride -> [T, blocks, size]. A block is 128 elements of a row, or the whole row if N is not a multiple of 128."""
-    size = BLOCK if t.shape[-1] % BLOCK == 0 else t.shape[-1]
+    """[T, N], of any row stride -> [T, blocks, size]."""
+    size = size_of_blocks(t.shape[-1])
     return aten.view.default(t, [-1, t.shape[-1] // size, size])
+
+
+def size_of_blocks(columns: int) -> int:
+    """The largest of `SIZES` that divides a row, or the whole row."""
+    return next((size for size in SIZES if columns % size == 0), columns)
 
 
 def pack(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +62,7 @@ def _pack(v: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("te_dynamo::pack_kept")
 def _packed(v: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = v.shape
-    size = BLOCK if columns % BLOCK == 0 else columns
+    size = size_of_blocks(columns)
     return v.new_empty((rows, columns // size, size), dtype=E4M3), v.new_empty((rows, columns // size, 1), dtype=torch.float32)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Interpreter, Node
+from torch.fx import Graph
 
 from te_dynamo.lowering import fp8
-from te_dynamo.lowering.aten import JointPass, aten, keeps_shape
+from te_dynamo.lowering.aten import GraphPass, aten, keeps_shape
 
 
 def _definition(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def _(parts, dtype):
     return parts[0].new_empty(rows, columns, dtype=dtype), *of_rows
 
 
-class Apart(JointPass):
+class Apart(GraphPass):
     """Gives the operator the parts of a concatenation (the gradients of gate and up), which would otherwise be stored."""
 
     def __call__(self, graph: Graph) -> None:
@@ -60,22 +60,11 @@ class Apart(JointPass):
 def register_lowering() -> None:
     """Tells Inductor."""
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.ir import ConcatKernel, TensorBox
-    from torch._inductor.lowering import lowerings, register_lowering
+    from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    class Inline(Interpreter):
-        """Lowers a graph to nodes that are not stored: Inductor decides what to store where it runs the nodes of its own graph."""
-
-        def run_node(self, node: Node) -> Any:
-            size = node.meta.get("val")
-            return size.node.expr if isinstance(size, torch.SymInt) else super().run_node(node)
-
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target is aten.cat.default:  # each part in its place; else each element would choose its part
-                return TensorBox(ConcatKernel.create(*args))
-            return lowerings[target](*args, **kwargs) if target in lowerings else target(*args, **kwargs)
+    from te_dynamo.lowering.inline import Inline
 
     @register_lowering(torch.ops.te_dynamo.quantize_rows.default, type_promotion_kind=None)
     def _(parts: Sequence[Any], dtype: torch.dtype) -> Any:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from te_dynamo.lowering.aten import aten, calls
+from te_dynamo.lowering.aten import COPIES, aten, calls
 
-COPIES = {aten.cat, aten.constant_pad_nd, aten._unsafe_view, aten._to_copy}  # element for element, though their tags do not say so
 SHIFT = 3.0  # the largest constant that may be added: hardswish has 3, clamped SwiGLU 1
 THRESHOLD = 16.0  # the largest constant that may be compared with: ReLU6 has 6, clamped SwiGLU 7 or 10
 SMOOTH_THRESHOLD = 32.0  # the same where both sides are about equal there: softplus has 20

@@ -1,4 +1,4 @@
-"""Which residual sums are saved for backward, and what that saves."""
+"""Which sums are saved for backward, which are computed again, and what that saves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.lab import pretend
-from te_dynamo.lowering.residuals import ResidualSums
+from te_dynamo.lowering.saved_sums import SavedSums
 from tests.forks import Forks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -53,13 +53,13 @@ def traced(name: str) -> Graph:
 @pytest.mark.parametrize("name", SUMS)
 def test_which_sums(name: str) -> None:
     graph, (_, expected) = traced(name), SUMS[name]
-    ResidualSums("")(graph)
+    SavedSums("")(graph)
     assert marked(graph) == expected
     for key, value in (("recompute", CheckpointPolicy.PREFER_RECOMPUTE), ("partitioner_tag", "is_backward")):
         graph = traced(name)
         for node in graph.nodes:  # a checkpoint decides about it, or it is backward's
             node.meta[key] = value
-        ResidualSums("")(graph)
+        SavedSums("")(graph)
         assert not marked(graph)
 
 
@@ -68,8 +68,26 @@ def test_a_sum_around_a_checkpoint() -> None:
     graph = traced("a residual sum")
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default):
         node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-    ResidualSums("")(graph)
+    SavedSums("")(graph)
     assert not marked(graph)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (2, 16, 32)])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_sum_with_a_bias_for_each_row_is_computed_again(shape: tuple[int, ...], reads: bool) -> None:
+    """If backward reads it: then the GEMM's result is saved, and the rows of the biases are not."""
+
+    def run(a: Tensor, b: Tensor, biases: Tensor, which: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        result = (product(a, b).view(32, 32) + biases[which]).view(shape)
+        return result.sum(), grad.view(shape) * (result if reads else 2)
+
+    fp8, matrix = torch.zeros(32, 16).to(E4M3), torch.zeros(32, 32, dtype=BF16)
+    graph = make_fx(run, tracing_mode="fake")(fp8, fp8, matrix[:4], torch.arange(32) % 4, matrix).graph
+    (of_grad,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    of_grad.meta["partitioner_tag"] = "is_backward"
+    SavedSums("")(graph)
+    again = {n.target.overloadpacket.__name__ for n in graph.nodes if n.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE}
+    assert again == ({"add", "index"} if reads else set()) and not marked(graph)
 
 
 def marked(graph: Graph) -> bool:
@@ -81,11 +99,11 @@ import json
 from benchmarks.lab import built
 from benchmarks.lab_models import CASES
 from te_dynamo.lab.estimate import estimate_of
-from te_dynamo.lowering.residuals import ResidualSums
+from te_dynamo.lowering.saved_sums import SavedSums
 
 case = next(case for case in CASES if (case.name, case.shape) == ("Llama-3-8B layer", "4x2048"))
-for instead in (ResidualSums.__call__, lambda self, graph: None):
-    ResidualSums.__call__ = instead
+for instead in (SavedSums.__call__, lambda self, graph: None):
+    SavedSums.__call__ = instead
     side = estimate_of(built(case)).sides[1]
     print(json.dumps([side.saved, side.ms, sum(launch.bytes for launch in side.launches if launch.kind == "triton")]))
 """

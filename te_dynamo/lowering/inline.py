@@ -1,0 +1,130 @@
+"""What a gated activation's gradient is computed from, read again by each kernel that needs the gradient, which is not stored.
+
+Inductor stores an expression of more than 30 operations or 8 reads, and one of 5 reads that several nodes read. The gradient of a clamped
+SwiGLU (gpt-oss) is such an expression: two kernels would compute a half each, and store it in 16 bits, for the FP8 cast and the sums of the
+biases' gradients to read. In one node with its reader, it is one kernel: Inductor decides what to store between the nodes of its own graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from te_dynamo.ir.sizes import product
+from te_dynamo.lowering.aten import GraphPass, aten, calls, is_elementwise
+from te_dynamo.lowering.quantize_rows import quantize_rows  # noqa: F401  (registers the operator)
+
+
+LARGEST = 100  # nodes in an expression: Inductor evaluates it recursively
+
+
+class Inline(Interpreter):
+    """Lowers a graph to nodes of Inductor's, nothing of which is stored in between."""
+
+    def run_node(self, node: Node) -> Any:
+        from torch._inductor.virtualized import V
+
+        size = node.meta.get("val")
+        if node.op == "call_function" and isinstance(size, torch.SymInt):
+            return size.node.expr
+        with V.graph.set_current_node(node):
+            return super().run_node(node)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        from torch._inductor.ir import ConcatKernel, TensorBox
+        from torch._inductor.lowering import lowerings
+
+        if target is aten.cat.default:  # each part in its place; else each element would choose its part
+            return TensorBox(ConcatKernel.create(*args))
+        return lowerings[target](*args, **kwargs) if target in lowerings else target(*args, **kwargs)
+
+
+class InlineGradients(GraphPass):
+    """Over the graph that Inductor lowers."""
+
+    def __call__(self, graph: Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.te_dynamo.quantize_rows.default):
+            inside, readers = _expression(node)
+            if 0 < len(inside) <= LARGEST and _reads_less(node, inside):
+                for reader in readers:
+                    _merge(graph, reader, inside)
+        graph.eliminate_dead_code()
+
+
+def _expression(quantize: Node) -> tuple[set[Node], list[Node]]:
+    """What is computed element by element only for a quantization by rows, and for sums into the rows of another tensor (the gradient of a
+    bias that a router chose): the nodes inside, and those that read them. Nothing if the matrix itself has other readers."""
+    parts = [p for p in quantize.args[0] if _is_computed(p)]
+    inside, todo = set[Node](), list(parts)
+    while todo:
+        node = todo.pop()
+        if node not in inside:
+            inside.add(node)
+            todo += filter(_is_computed, node.all_input_nodes)
+    while left := {n for n in inside if any(u not in inside and u is not quantize and not _sums(u, inside) for u in n.users)}:
+        inside -= left
+    readers = [u for n in inside for u in n.users if u not in inside]
+    return (inside, list(dict.fromkeys(readers))) if parts and inside.issuperset(parts) else (set(), [])
+
+
+def _is_computed(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_computed(node.args[0])
+    computed = node.op == "call_function" and not calls(node, aten.cat, aten.as_strided)
+    return computed and (is_elementwise(node) or calls(node, aten.slice_scatter))
+
+
+def _sums(node: Node, inside: Collection[Node]) -> bool:
+    """Whether it adds values from inside to rows of something outside."""
+    summed = calls(node, aten.index_put) and node.args[3:] == (True,) and node.args[2] in inside
+    return summed and all(n is node.args[2] or n not in inside for n in node.all_input_nodes)
+
+
+def _reads_less(quantize: Node, inside: Collection[Node]) -> bool:
+    """Whether reading what the matrix is computed from takes no more bytes than writing and reading the matrix."""
+    given = {n for inner in inside for n in inner.all_input_nodes if n not in inside and not _is_filled(n)}
+    return sum(map(_bytes, given)) <= 2 * sum(map(_bytes, quantize.args[0]))
+
+
+def _is_filled(node: Node) -> bool:
+    return node.op == "call_function" and not node.all_input_nodes
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    return product(value.shape) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _merge(graph: Graph, reader: Node, inside: Collection[Node]) -> None:
+    """Replaces `reader` by one node that computes it from what is outside."""
+    own, copies, given = Graph(), dict[Node, Node](), list[Node]()
+
+    def copied(node: Node) -> Node:
+        if node not in copies:
+            if node in inside or node is reader:
+                copies[node] = own.node_copy(node, copied)
+            else:
+                given.append(node)
+                copies[node] = own.placeholder(node.name)
+        return copies[node]
+
+    own.output(copied(reader))
+    with graph.inserting_before(reader):
+        merged = graph.call_function(_lowering(GraphModule({}, own)), tuple(given))
+    merged.meta = dict(reader.meta)
+    reader.replace_all_uses_with(merged)
+    graph.erase_node(reader)
+
+
+def _lowering(graph: GraphModule) -> Callable[..., Any]:
+    """A function that Inductor calls to lower a node, instead of looking for the lowering of an operator."""
+
+    def inlined(*args: Any) -> Any:
+        return Inline(graph).run(*args)
+
+    inlined._inductor_lowering_function = True  # type: ignore[attr-defined]
+    return inlined
