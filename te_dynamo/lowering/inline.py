@@ -18,7 +18,6 @@ from te_dynamo.ir.sizes import product
 from te_dynamo.lowering.aten import GraphPass, aten, calls, is_elementwise
 from te_dynamo.lowering.quantize_rows import quantize_rows  # noqa: F401  (registers the operator)
 
-
 LARGEST = 100  # nodes in an expression: Inductor evaluates it recursively
 
 
