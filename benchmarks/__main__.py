@@ -3,7 +3,8 @@
     python -m benchmarks [--only SECTION]... [--repeat N] [--output FOLDER [--name NAME]]
     python -m benchmarks --gpu [...]    # speed on a GPU, see `python -m benchmarks --gpu --help`
 
-compile: CPU time of the first forward and backward of a 32-layer Llama, cold and in a second process (caches warm).
+compile: CPU time of the first forward and backward of 32 and 80 layers of a Llama and 32 of a Mixtral, cold and in a second process (caches
+         warm); of the larger ones one repetition.
 call:    a training step of 20 tiny linears (host overhead), and of a small Llama, on one CPU thread.
 saved:   bytes that linears keep allocated for backward.
 state:   the cost of delayed over current scaling: kernels and collectives of an update, time of a step with 200 sites.
@@ -51,14 +52,18 @@ def process(*module: str, cache: str | None = None) -> dict[str, Any]:
 
 
 def compile_rows(repeat: int) -> Iterator[Figure]:
-    ratios: dict[str, list[float]] = {"cold": [], "warm": []}
-    for _ in range(repeat):
-        with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-            for how in ratios:
-                inductor, fp8 = (child("compile", backend, cache=cache)["seconds"] for backend, cache in (("inductor", a), ("te_fp8", b)))
-                ratios[how].append(fp8 / inductor)
-    yield Figure.of("compile", "compile time, 32 layers, cold", ratios["cold"], 1.0)
-    yield Figure.of("compile", "compile time, 32 layers, warm", ratios["warm"], 1.05)
+    for model, layers, times, target in (("Llama", 32, repeat, 1.0), ("Llama", 80, 1, 1.0), ("Mixtral", 32, 1, 1.05)):
+        ratios: dict[str, list[float]] = {"cold": [], "warm": []}
+        for _ in range(times):
+            with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+                for how in ratios:
+                    inductor, fp8 = (
+                        child("compile", backend, {"model": model, "layers": layers}, cache)["seconds"]
+                        for backend, cache in (("inductor", a), ("te_fp8", b))
+                    )
+                    ratios[how].append(fp8 / inductor)
+        yield Figure.of("compile", f"compile time, {layers} layers of a {model}, cold", ratios["cold"], target)
+        yield Figure.of("compile", f"compile time, {layers} layers of a {model}, warm", ratios["warm"], 1.05)
 
 
 def call_rows(repeat: int) -> Iterator[Figure]:

@@ -17,10 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.models import Chain, tiny_llama
+from benchmarks.models import Chain, tiny_llama, tiny_mixtral
 from te_dynamo.state import STATE
 
-LAYERS, SITES, CALLS = 32, 20, 200
+SITES, CALLS = 20, 200
 
 
 def cpu_seconds() -> float:
@@ -39,11 +39,12 @@ def step(run: Callable[..., Any], x: torch.Tensor) -> None:
 
 
 def compile_time(backend: str, options: dict[str, Any]) -> dict[str, float]:
-    """Seconds of CPU for the first forward and backward of a 32-layer Llama, without imports."""
-    small, x = tiny_llama(1, hidden=32)  # other sizes, so that none of its kernels is used again
-    step(compile_model(small, backend, options), x)  # costs paid once a process
-    model, x = tiny_llama(LAYERS)
-    run = compile_model(model, backend, options)
+    """Seconds of CPU for the first forward and backward of a model of many layers, without imports."""
+    make = {"Llama": tiny_llama, "Mixtral": tiny_mixtral}[options["model"]]
+    small, x = make(1, hidden=32)  # other sizes, so that none of its kernels is used again
+    step(compile_model(small, backend, {}), x)  # costs paid once a process
+    model, x = make(options["layers"])
+    run = compile_model(model, backend, {})
     began = cpu_seconds()
     step(run, x)
     return {"seconds": cpu_seconds() - began}

@@ -24,6 +24,26 @@ def tiny_llama(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Modu
     return LlamaForCausalLM(config).bfloat16(), torch.randint(0, 256, (2, length))
 
 
+def tiny_mixtral(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Module, torch.Tensor]:
+    """A Mixtral with small layers, each of four experts, of which two compute a token, and its input."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_hidden_layers=layers,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=256,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return MixtralForCausalLM(config).bfloat16(), torch.randint(0, 256, (2, length))
+
+
 def llama(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
     """A Llama that spends its time in GEMMs, and 4 x 256 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
