@@ -18,7 +18,7 @@ from te_dynamo.ir.sizes import product
 from te_dynamo.lowering.aten import GraphPass, aten, calls, is_elementwise
 from te_dynamo.lowering.quantize_rows import quantize_rows  # noqa: F401  (registers the operator)
 
-LARGEST = 100  # nodes in an expression: Inductor evaluates it recursively
+LARGEST = 200  # evaluations of a node: as often as it is read, since Inductor knows no variables within an expression
 
 
 class Inline(Interpreter):
@@ -48,7 +48,7 @@ class InlineGradients(GraphPass):
     def __call__(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.te_dynamo.quantize_rows.default):
             inside, readers = _expression(node)
-            if 0 < len(inside) <= LARGEST and _reads_less(node, inside):
+            if inside and _evaluations(inside) <= LARGEST and _reads_less(node, inside):
                 for reader in readers:
                     _merge(graph, reader, inside)
         graph.eliminate_dead_code()
@@ -71,16 +71,32 @@ def _expression(quantize: Node) -> tuple[set[Node], list[Node]]:
 
 
 def _is_computed(node: Node) -> bool:
+    from torch._inductor.lowering import lowerings
+
     if node.target is operator.getitem:
         return _is_computed(node.args[0])
-    computed = node.op == "call_function" and not calls(node, aten.cat, aten.as_strided)
+    values = [n.meta["val"] for n in (node, *node.all_input_nodes)]
+    if any(isinstance(v, torch.Tensor) and v.is_complex() for v in values):
+        return False
+    computed = node.target in lowerings and not calls(node, aten.cat, aten.as_strided)
     return computed and (is_elementwise(node) or calls(node, aten.slice_scatter))
 
 
+def _evaluations(inside: Collection[Node]) -> int:
+    """How many nodes there are in the trees that share none, up to the first too large one."""
+    of = dict[Node, int]()
+    for node in next(iter(inside)).graph.nodes:
+        if node in inside:
+            of[node] = 1 + sum(of[n] for n in node.all_input_nodes if n in inside)
+            if of[node] > LARGEST:
+                break
+    return max(of.values())
+
+
 def _sums(node: Node, inside: Collection[Node]) -> bool:
-    """Whether it adds values from inside to rows of something outside."""
+    """Whether it adds values from inside to rows of zeros, which Inductor need not copy."""
     summed = calls(node, aten.index_put) and node.args[3:] == (True,) and node.args[2] in inside
-    return summed and all(n is node.args[2] or n not in inside for n in node.all_input_nodes)
+    return summed and _is_filled(node.args[0]) and all(n is node.args[2] or n not in inside for n in node.all_input_nodes)
 
 
 def _reads_less(quantize: Node, inside: Collection[Node]) -> bool:

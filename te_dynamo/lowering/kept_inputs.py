@@ -28,7 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.lowering.aten import COPIES, GraphPass, alike, aten, calls, is_backward, is_elementwise, is_gathered, keeps_shape
 from te_dynamo.lowering.fp8 import E4M3, E5M2
-from te_dynamo.lowering.packed import in_blocks, pack, size_of_blocks, unpack
+from te_dynamo.lowering.packed import SIZES, in_blocks, pack, size_of_blocks, unpack
 from te_dynamo.lowering.tolerant import divides, tolerates
 
 MARK = "te_dynamo::kept_in_fp8"  # in the nodes' `custom` metadata, which tracing copies
@@ -137,7 +137,7 @@ class _Rewrite:
         ):
             self.results -= unfit
             self.inside = self._inside()
-        self.kept = {part for r in self.results for part in _parts(r) or [r]}
+        self.kept = {part: one for r in self.results for part, one in (_parts(r) or {r: r}).items()}  # by what reads it
         self.remade: dict[Node, Node] = {}  # node inside -> what backward reads in its place
         self.traced: dict[Any, GraphModule] = {}
 
@@ -249,6 +249,7 @@ class _Rewrite:
         """`value`, recomputed for backward from what is kept in FP8."""
         if value not in self.inside:
             return value
+        value = self.kept.get(value, value)
         if value not in self.remade:
             if value in self.kept:
                 self.remade[value] = self._kept_in_fp8(value, before)
@@ -306,13 +307,17 @@ class _Rewrite:
             return node.target(*args, **kwargs)
 
 
-def _parts(rows: Node) -> list[Node]:
+def _parts(rows: Node) -> dict[Node, Node]:
     """The columns of a matrix, such as gate and up, if all reads of it are of these; else none. Each is then kept by itself, by the kernel
-    that reads all of them to compute one element of the activation: that kernel does not go over the whole matrix."""
+    that reads all of them to compute one element of the activation: that kernel does not go over the whole matrix. To each node that
+    reads columns belongs the first one that reads the same."""
     columns = _columns(rows)
-    disjoint = sum(map(len, columns.values())) == len(set(chain(*columns.values())))  # else some columns would be kept twice
-    whole = any(is_backward(n) or _is_an_operator_s(n) or size_of_blocks(len(c)) == len(c) for n, c in columns.items())
-    return [*columns] if disjoint and not whole else []
+    first: dict[range, Node] = {}
+    for node, read in columns.items():
+        first.setdefault(read, node)
+    overlap = sum(map(len, first)) > len(set(chain(*first)))  # some columns would be kept twice
+    whole = any(is_backward(n) or _is_an_operator_s(n) or size_of_blocks(len(c)) not in SIZES for n, c in columns.items())
+    return {} if overlap or whole else {node: first[read] for node, read in columns.items()}
 
 
 def _columns(rows: Node) -> dict[Node, range]:
@@ -332,8 +337,8 @@ def _columns(rows: Node) -> dict[Node, range]:
 def _taken(node: Node, columns: range) -> dict[Node, range]:
     """Which of a matrix's columns a slice or the parts of a split are, where that is known."""
     if calls(node, aten.slice) and node.args[1:2] in ((1,), (-1,)):
-        bounds = node.args[2:] or (None,)
-        return {} if any(isinstance(b, Node) for b in bounds) else {node: columns[slice(*bounds)]}
+        bounds: list[Any] = [*node.args[2:], None, None, None][:3]
+        return {} if any(isinstance(bound, Node) for bound in bounds) else {node: columns[slice(*bounds)]}
     if calls(node, aten.split, aten.split_with_sizes) and node.args[2:] in ((1,), (-1,)):
         widths = [part.shape[1] for part in node.meta["val"]]
         starts = [*accumulate(widths, initial=0)]

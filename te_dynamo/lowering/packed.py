@@ -21,7 +21,7 @@ def in_blocks(t: Tensor) -> Tensor:
 
 def size_of_blocks(columns: int) -> int:
     """The largest of `SIZES` that divides a row, or the whole row."""
-    return next((size for size in SIZES if columns % size == 0), columns)
+    return next((size for size in SIZES if columns and columns % size == 0), columns)
 
 
 def pack(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ can as well add them, and the sum is not written at all.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,37 +20,40 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from te_dynamo.lowering.aten import GraphPass, alike, aten, calls, is_backward, is_gathered
 
-GEMMS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm", "te_dynamo::te_gemm", "te_dynamo::te_block_gemm")
+GEMMS = ("aten::_scaled_mm", "te_dynamo::te_gemm", "te_dynamo::te_block_gemm")
+OF_EXPERTS = ("aten::_scaled_grouped_mm", "te_dynamo::te_grouped_gemm")
 
 
 class SavedSums(GraphPass):
     def __call__(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-            if not is_backward(node) and "recompute" not in node.meta and _adds_a_gemm(node):
-                biases = [n for n in node.all_input_nodes if is_gathered(n)]
-                if not biases:
-                    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-                elif _backward_reads(node):
-                    for again in (node, *biases):
-                        again.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            if is_backward(node) or "recompute" in node.meta:
+                continue
+            if _adds(node, GEMMS):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            elif _adds(node, OF_EXPERTS) and any(map(is_gathered, node.args)) and _backward_reads(node):
+                for again in filter(lambda n: n is node or is_gathered(n), (node, *node.all_input_nodes)):
+                    again.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
 def _backward_reads(node: Node) -> bool:
-    return any(is_backward(user) or (calls(user, aten.view) and _backward_reads(user)) for user in node.users)
+    """Whether backward reads it, and it is no result of forward, which has to be written."""
+    reads = any(is_backward(user) or (calls(user, aten.view) and _backward_reads(user)) for user in node.users)
+    return reads and all(user.op != "output" for user in node.users)
 
 
-def _adds_a_gemm(node: Node) -> bool:
-    """Whether it adds the result of a GEMM, which nothing else reads, to something else, of the same shape and dtype."""
+def _adds(node: Node, gemms: Collection[str]) -> bool:
+    """Whether it adds the result of one of these GEMMs, which nothing else reads, to something else, of the same shape and dtype."""
     terms = node.all_input_nodes
     if len(node.args) != 2 or len(terms) != 2 or node.kwargs or not alike(node, *terms):
         return False
     if any(calls(n, aten.expand) for n in terms):  # smaller in memory than the sum
         return False
-    return _is_of_a_gemm(terms[0]) != _is_of_a_gemm(terms[1])
+    return _is_of(terms[0], gemms) != _is_of(terms[1], gemms)
 
 
-def _is_of_a_gemm(node: Any) -> bool:
+def _is_of(node: Any, gemms: Collection[str]) -> bool:
     while len(node.users) == 1 and calls(node, aten.view, aten._unsafe_view, aten.slice):
         node = node.args[0]
     in_a_checkpoint = "recompute" in node.meta
-    return len(node.users) == 1 and not in_a_checkpoint and isinstance(node.target, torch._ops.OpOverload) and node.target.name() in GEMMS
+    return len(node.users) == 1 and not in_a_checkpoint and isinstance(node.target, torch._ops.OpOverload) and node.target.name() in gemms

@@ -303,20 +303,41 @@ def test_gate_and_up_from_one_gemm_are_kept_apart(graphs, model, parts, block):
 
 
 @pytest.mark.parametrize(
-    "others",
-    [lambda both: both.split(256, 1), lambda both: both.split([384, 128], 1), lambda both: (both[:, :256], both[:, 256:][:, -256:])],
-    ids=["the same parts", "others", "as slices"],
+    ("others", "parts"),
+    [
+        (lambda both: both.split(256, 1), 2),
+        (lambda both: both.split([384, 128], 1), 1),
+        (lambda both: (both[:, :256], both[:, 256:][:, -256:]), 2),
+        (lambda both: (both[:, :256], aten.slice(both, 1, 256)), 2),
+        (lambda both: (both[:, 512:], both[:, :256], both[:, 256:]), 1),
+    ],
+    ids=["the same parts", "others", "a slice of a slice", "as slices", "no columns"],
 )
-def test_no_column_is_kept_twice(graphs, others):
+def test_no_column_is_kept_twice(graphs, others, parts):
     class Split(Joined):
         def forward(self, x: Tensor) -> Tensor:
             both = self.both(x)
             gate, up = both.split(256, 1)
             return self.down(F.silu(gate) * up + torch.tanh(torch.cat(others(both), 1))[:, 128:384])
 
-    gradients(Split().bfloat16(), torch.randn(TOKENS, WIDTH).bfloat16())
+    model, x = Split().bfloat16(), torch.randn(TOKENS, WIDTH).bfloat16()
+    found = gradients(model, x)
     saved = [t for t in saved_for_backward(graphs[-2], 1) if t.dtype == E4M3 and t.dim() == 3]
-    assert sum(t.numel() for t in saved) == TOKENS * 2 * INNER
+    assert [t.numel() for t in saved] == [TOKENS * 2 * INNER // parts] * parts
+    assert all(22 < sqnr(e, f) for e, f in zip(gradients(model, x, memory="speed"), found, strict=True))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_columns_that_nothing_reads_are_not_kept(graphs, width):
+    """Parts as wide as a block."""
+
+    class Some(Joined):
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up, _ = self.both(x).split([width, width, 2 * INNER - 2 * width], 1)
+            return self.down(F.pad(F.silu(gate) * up, (0, INNER - width)))
+
+    gradients(Some().bfloat16(), torch.randn(TOKENS, WIDTH).bfloat16())
+    assert [t.shape for t in saved_for_backward(graphs[-2], 1) if t.dtype == E4M3 and t.dim() == 3] == [(TOKENS, 1, width)] * 2
 
 
 def test_columns_that_only_a_call_tells(graphs):

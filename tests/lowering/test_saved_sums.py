@@ -27,6 +27,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch._scaled_mm(a, b.t(), one, one, out_dtype=BF16).view(2, 16, 32)
 
 
+def of_experts(a: Tensor, b: Tensor) -> Tensor:
+    ends = torch.full((2,), 16, dtype=torch.int32)
+    experts = torch.stack([b, b]).transpose(1, 2)
+    return torch._scaled_grouped_mm(a, experts, torch.ones(32), torch.ones(2, 32), ends, out_dtype=BF16)
+
+
 def of_two(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return product(a, b) + product(a, b)
 
@@ -72,22 +78,29 @@ def test_a_sum_around_a_checkpoint() -> None:
     assert not marked(graph)
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (2, 16, 32)])
-@pytest.mark.parametrize("reads", [True, False])
-def test_a_sum_with_a_bias_for_each_row_is_computed_again(shape: tuple[int, ...], reads: bool) -> None:
-    """If backward reads it: then the GEMM's result is saved, and the rows of the biases are not."""
+@pytest.mark.parametrize(
+    ("gemm", "reads", "returned", "again"),
+    [
+        (of_experts, True, False, {"add", "index"}),
+        (of_experts, False, False, set()),
+        (of_experts, True, True, set()),  # forward writes it anyway
+        (product, True, False, set()),  # an embedding: the sum is a residual sum
+    ],
+)
+def test_a_sum_with_each_row_s_bias_is_computed_again(gemm: Callable[..., Tensor], reads: bool, returned: bool, again: set[str]) -> None:
+    """If backward reads it: then the experts' result is saved, and the rows of the biases are not."""
 
     def run(a: Tensor, b: Tensor, biases: Tensor, which: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        result = (product(a, b).view(32, 32) + biases[which]).view(shape)
-        return result.sum(), grad.view(shape) * (result if reads else 2)
+        result = gemm(a, b).view(32, 32) + biases[which]
+        return result if returned else result.sum(), grad * (result if reads else 2)
 
     fp8, matrix = torch.zeros(32, 16).to(E4M3), torch.zeros(32, 32, dtype=BF16)
     graph = make_fx(run, tracing_mode="fake")(fp8, fp8, matrix[:4], torch.arange(32) % 4, matrix).graph
     (of_grad,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
     of_grad.meta["partitioner_tag"] = "is_backward"
     SavedSums("")(graph)
-    again = {n.target.overloadpacket.__name__ for n in graph.nodes if n.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE}
-    assert again == ({"add", "index"} if reads else set()) and not marked(graph)
+    found = {n.target.overloadpacket.__name__ for n in graph.nodes if n.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE}
+    assert found == again and marked(graph) == (gemm is product)
 
 
 def marked(graph: Graph) -> bool:
