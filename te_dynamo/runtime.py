@@ -63,11 +63,18 @@ def beside() -> Iterator[None]:
 
 
 def compile_without_codegen(gm: GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """AOTAutograd alone. As with generated code, results that share memory are no views to autograd, which would forbid writing them."""
+    """AOTAutograd alone. As with generated code, results that share memory are no views to autograd, which would forbid writing them.
+
+    A view becomes a reshape, as in Inductor: some operators' results have other strides than AOTAutograd expects (`softplus_backward`).
+    """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func
 
     def as_it_is(graph: GraphModule, _: Any) -> Callable[..., Any]:
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
+        graph.recompile()
+
         def run(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 return graph(*args)

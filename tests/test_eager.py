@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -145,6 +146,30 @@ def test_what_eager_mode_does_otherwise_is_traced(kind, is_traced, monkeypatch):
     assert (ours - theirs).norm() < 0.1 * theirs.norm() and torch.equal(*given)
     if kind is Counted:
         assert model.calls == exact.calls == 1
+
+
+class Softplus(nn.Module):
+    """As in Qwen3.5's linear attention. `softplus_backward` gives its result the strides of the gradient, unlike what tracing expects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.steps = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 2)
+
+    def part(self, x: Tensor) -> Tensor:
+        steps = F.softplus(self.steps(x).view(2, 8, 2)).transpose(1, 2)
+        return (steps * self.linear(x)[:, :2].reshape(2, 2, 8)).sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+def test_strides_that_tracing_does_not_expect():
+    model, x = Softplus(), torch.randn(16, SIZE)
+    exact = copy.deepcopy(model)
+    call = torch.compile(model, backend=te_fp8, fullgraph=True, options={"provider": "reference", "recipe": "delayed"})
+    for module in (call, exact):
+        module(x).backward()
+    assert sqnr(exact.steps.weight.grad, model.steps.weight.grad) > 20
 
 
 @pytest.mark.parametrize("write", [lambda y: y.mul_(2), torch.relu_, lambda y: y[:, :5].zero_()], ids=["scaled", "relu", "part"])
