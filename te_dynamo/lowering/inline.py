@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from te_dynamo.ir.sizes import product
 from te_dynamo.lowering.aten import GraphPass, aten, calls, is_elementwise
@@ -51,23 +52,26 @@ class InlineGradients(GraphPass):
             if inside and _evaluations(inside) <= LARGEST and _reads_less(node, inside):
                 for reader in readers:
                     _merge(graph, reader, inside)
-        graph.eliminate_dead_code()
+                graph.eliminate_dead_code()
 
 
 def _expression(quantize: Node) -> tuple[set[Node], list[Node]]:
     """What is computed element by element only for a quantization by rows, and for sums into the rows of another tensor (the gradient of a
     bias that a router chose): the nodes inside, and those that read them. Nothing if the matrix itself has other readers."""
     parts = [p for p in quantize.args[0] if _is_computed(p)]
-    inside, todo = set[Node](), list(parts)
+    computed, todo = set[Node](), list(parts)
     while todo:
         node = todo.pop()
-        if node not in inside:
-            inside.add(node)
+        if node not in computed:
+            computed.add(node)
             todo += filter(_is_computed, node.all_input_nodes)
-    while left := {n for n in inside if any(u not in inside and u is not quantize and not _sums(u, inside) for u in n.users)}:
-        inside -= left
-    readers = [u for n in inside for u in n.users if u not in inside]
-    return (inside, list(dict.fromkeys(readers))) if parts and inside.issuperset(parts) else (set(), [])
+    inside, readers = set[Node](), dict[Node, None]()
+    for node in reversed(quantize.graph.nodes):
+        read_by = [user for user in node.users if user not in inside]
+        if node in computed and all(user is quantize or _sums(user, computed) for user in read_by):
+            inside.add(node)
+            readers |= dict.fromkeys(read_by)
+    return (inside, [*readers]) if parts and inside.issuperset(parts) else (set(), [])
 
 
 def _is_computed(node: Node) -> bool:
@@ -75,7 +79,7 @@ def _is_computed(node: Node) -> bool:
 
     if node.target is operator.getitem:
         return _is_computed(node.args[0])
-    values = [n.meta["val"] for n in (node, *node.all_input_nodes)]
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
     if any(isinstance(v, torch.Tensor) and v.is_complex() for v in values):
         return False
     computed = node.target in lowerings and not calls(node, aten.cat, aten.as_strided)
@@ -87,7 +91,7 @@ def _evaluations(inside: Collection[Node]) -> int:
     of = dict[Node, int]()
     for node in next(iter(inside)).graph.nodes:
         if node in inside:
-            of[node] = 1 + sum(of[n] for n in node.all_input_nodes if n in inside)
+            of[node] = 1 + sum(of[n] for n in tree_leaves((node.args, node.kwargs)) if isinstance(n, Node) and n in inside)
             if of[node] > LARGEST:
                 break
     return max(of.values())
@@ -110,7 +114,7 @@ def _is_filled(node: Node) -> bool:
 
 
 def _bytes(node: Node) -> int:
-    value = node.meta["val"]
+    value = node.meta.get("val")
     return product(value.shape) * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
@@ -142,4 +146,5 @@ def _lowering(graph: GraphModule) -> Callable[..., Any]:
         return Inline(graph).run(*args)
 
     inlined._inductor_lowering_function = True  # type: ignore[attr-defined]
+    inlined._inductor_lowering_output_metadata_fn = graph.forward  # type: ignore[attr-defined]  # since torch 2.15: for its example
     return inlined

@@ -84,7 +84,7 @@ def too_long(both: Tensor, grad: Tensor, which: Tensor) -> tuple[Tensor, ...]:
 def read_again_and_again(both: Tensor, grad: Tensor, which: Tensor) -> tuple[Tensor, ...]:
     """Each step doubles what has to be evaluated."""
     for _ in range(10):
-        grad = grad * grad.sigmoid()
+        grad = grad * grad
     return quantize([grad], E4M3)
 
 
