@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import te_dynamo.lowering.quantize_rows as quantize_rows
+from te_dynamo.backend import te_fp8
 from te_dynamo.lab import pretend
 from te_dynamo.lowering.inline import InlineGradients
 from tests.forks import Forks
@@ -155,6 +159,32 @@ def test_what_they_compute(run: Callable[..., tuple[Tensor, ...]], dynamic: bool
     if run is with_biases:
         expected = gradient(*(t.double() for t in exact[:2]))
         assert sqnr(expected, data.double() * inverse) > 28 and sqnr(of_biases(expected, exact[2]), made[1][1][3]) > 100
+
+
+class Mine(CustomGraphPass):
+    def __init__(self) -> None:
+        self.seen: list[Graph] = []
+
+    def __call__(self, graph: Graph) -> None:
+        self.seen.append(graph)
+
+    def uuid(self) -> str:
+        return uuid4().hex  # not cached
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("by_option", [False, True])
+def test_a_last_pass_of_the_user_still_runs(by_option: bool) -> None:
+    """Over forward and backward, and before ours."""
+    torch._dynamo.reset()
+    mine, model, ours = Mine(), nn.Linear(32, 32), list[Graph]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlineGradients, "__call__", lambda self, graph: ours.append(graph))
+        options = {"inductor": {"post_grad_custom_post_pass": mine}} if by_option else {}
+        with config.patch(post_grad_custom_post_pass=None if by_option else mine):
+            loss = torch.compile(model, backend=te_fp8, options={"recipe": "current", **options})(torch.randn(16, 32)).sum()
+        loss.backward()  # compiled here, where the user's setting is another
+    assert len(mine.seen) == 2 and mine.seen == ours
 
 
 GPT_OSS = """
