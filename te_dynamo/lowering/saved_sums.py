@@ -31,8 +31,8 @@ class SavedSums(GraphPass):
                 continue
             if _adds(node, GEMMS):
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-            elif _adds(node, OF_EXPERTS) and any(map(is_gathered, node.args)) and _backward_reads(node):
-                for again in filter(lambda n: n is node or is_gathered(n), (node, *node.all_input_nodes)):
+            elif _adds(node, OF_EXPERTS) and (biases := [*filter(is_gathered, node.args)]) and _backward_reads(node):
+                for again in (node, *biases):
                     again.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
