@@ -143,6 +143,7 @@ def test_what_moves_into_its_readers(run: Callable[..., tuple[Tensor, ...]]) -> 
 
 
 @pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("run", [*WHOLE, in_part, complex_numbers, by_a_users_operator], ids=lambda run: run.__name__)
 def test_what_they_compute(run: Callable[..., tuple[Tensor, ...]], dynamic: bool) -> None:
