@@ -8,40 +8,30 @@ from torch import nn
 
 def tiny_llama(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Module, torch.Tensor]:
     """A Llama with small layers, which compile as slowly as large ones, and its input."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_hidden_layers=layers,
-        vocab_size=256,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config).bfloat16(), torch.randint(0, 256, (2, length))
+    return _tiny("Llama", layers, hidden, length)
 
 
 def tiny_mixtral(layers: int, hidden: int = 64, length: int = 32) -> tuple[nn.Module, torch.Tensor]:
     """A Mixtral with small layers, each of four experts, of which two compute a token, and its input."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+    return _tiny("Mixtral", layers, hidden, length, num_local_experts=4, num_experts_per_tok=2)
+
+
+def _tiny(architecture: str, layers: int, hidden: int, length: int, **experts: int) -> tuple[nn.Module, torch.Tensor]:
+    import transformers
 
     torch.manual_seed(0)
-    config = MixtralConfig(
+    config = getattr(transformers, f"{architecture}Config")(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_attention_heads=4,
         num_key_value_heads=4,
         num_hidden_layers=layers,
-        num_local_experts=4,
-        num_experts_per_tok=2,
         vocab_size=256,
         use_cache=False,
         attn_implementation="sdpa",
+        **experts,
     )
-    return MixtralForCausalLM(config).bfloat16(), torch.randint(0, 256, (2, length))
+    return getattr(transformers, f"{architecture}ForCausalLM")(config).bfloat16(), torch.randint(0, 256, (2, length))
 
 
 def llama(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:

@@ -40,8 +40,9 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
     sources = sources_key(modules())
     marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{sources} {options.cache_key()}")
     register_lowering()
-    patches = {"post_grad_custom_post_pass": config.post_grad_custom_post_pass} | options.inductor_config()
-    patches["post_grad_custom_post_pass"] = last_passes(sources, patches["post_grad_custom_post_pass"])
+    patches = options.inductor_config()
+    before = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
+    patches["post_grad_custom_post_pass"] = last_passes(sources, before)  # a patch, since backward is compiled later
     with ExitStack() as stack:
         stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
         stack.enter_context(config.patch(joint_custom_pre_pass=joint_graph_passes(sources, config.joint_custom_pre_pass)))

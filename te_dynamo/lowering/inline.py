@@ -56,8 +56,8 @@ class InlineGradients(GraphPass):
 
 
 def _expression(quantize: Node) -> tuple[set[Node], list[Node]]:
-    """What is computed element by element only for a quantization by rows, and for sums into the rows of another tensor (the gradient of a
-    bias that a router chose): the nodes inside, and those that read them. Nothing if the matrix itself has other readers."""
+    """What is computed element by element only for a quantization by rows, and for sums into rows of zeros (the gradient of a bias that a
+    router chose): the nodes inside, and those that read them. Nothing if the matrix itself has other readers."""
     parts = [p for p in quantize.args[0] if _is_computed(p)]
     computed, todo = set[Node](), list(parts)
     while todo:
@@ -87,7 +87,7 @@ def _is_computed(node: Node) -> bool:
 
 
 def _evaluations(inside: Collection[Node]) -> int:
-    """How many nodes there are in the trees that share none, up to the first too large one."""
+    """How many nodes Inductor evaluates for the longest expression, each as often as it is read; no longer exact above `LARGEST`."""
     of = dict[Node, int]()
     for node in next(iter(inside)).graph.nodes:
         if node in inside:
