@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,11 +41,9 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], options: Options) -
     marked = dict(config.unsafe_marked_cacheable_functions) | dict.fromkeys(functions_in_graphs(), f"{sources} {options.cache_key()}")
     register_lowering()
     patches = options.inductor_config()
-    before = patches.get("post_grad_custom_post_pass", config.post_grad_custom_post_pass)
-    patches["post_grad_custom_post_pass"] = last_passes(sources, before)  # a patch, since backward is compiled later
-    with ExitStack() as stack:
-        stack.enter_context(config.patch(unsafe_marked_cacheable_functions=marked))
-        stack.enter_context(config.patch(joint_custom_pre_pass=joint_graph_passes(sources, config.joint_custom_pre_pass)))
+    for name, passes in (("joint_custom_pre_pass", joint_graph_passes), ("post_grad_custom_post_pass", last_passes)):
+        patches[name] = passes(sources, patches.get(name, getattr(config, name)))  # patches, since backward is compiled later
+    with config.patch(unsafe_marked_cacheable_functions=marked):
         return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
 
 

@@ -232,7 +232,8 @@ def test_token_counts_of_any_size_share_one_graph(graphs):
     assert not any(calls(gm, aten.select.int) for gm in graphs)
 
 
-def test_a_joint_pass_of_the_user_still_runs(graphs):
+@pytest.mark.parametrize("by_option", [False, True])
+def test_a_joint_pass_of_the_user_still_runs(graphs, by_option):
     seen: list[Graph] = []
 
     class Mine(torch._inductor.custom_graph_pass.CustomGraphPass):
@@ -243,8 +244,9 @@ def test_a_joint_pass_of_the_user_still_runs(graphs):
             return "mine"
 
     model, x = model_and_input()
-    with torch._inductor.config.patch(joint_custom_pre_pass=Mine()):
-        train(model, x)
+    options = {"inductor": {"joint_custom_pre_pass": Mine()}} if by_option else {}
+    with torch._inductor.config.patch(joint_custom_pre_pass=None if by_option else Mine()):
+        train(model, x, **options)
     assert seen and len(calls(graphs[0], ours.largest.default)) == 1
 
 
